@@ -1,0 +1,1 @@
+"""kvjax: a JAX laboratory for compressed KV caches."""

@@ -1,0 +1,175 @@
+"""The contract of a cache.
+
+A `CacheSpec` is the method and its settings for one layer: frozen, hashable, static under jit. It makes a
+`LayerCache`, a pytree with one verb: `attend` takes the `Chunk` of tokens that arrived, attends, stores and
+flushes in the order that suits the method. `Cache` is what a whole model holds.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from typing import Any, ClassVar, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax.errors import KvjaxError
+
+REAL_DTYPE = jnp.bfloat16  # what an unquantised element counts as in every figure of bits
+
+
+class _Shapes(Protocol):
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def model_dim(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheShape:
+    """Sizes of one layer's cache. `max_len` in tokens per sequence; `dtype` of what is stored unquantised."""
+
+    batch: int
+    max_len: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    model_dim: int
+    dtype: Any = jnp.float32
+
+    @classmethod
+    def of(cls, config: _Shapes, batch: int, max_len: int, dtype: Any) -> CacheShape:
+        """The shape for a model config (anything with heads, kv_heads, head_dim, model_dim)."""
+        return cls(batch, max_len, config.heads, config.kv_heads, config.head_dim, config.model_dim, dtype)
+
+    @property
+    def elements_per_token(self) -> int:
+        """Elements of K and V per token and layer: what bits are counted against."""
+        return 2 * self.kv_heads * self.head_dim
+
+
+class Rotates(Protocol):
+    """A rope: rotates x [B, T, heads, head_dim] to its positions [B, T]."""
+
+    def apply(self, x: Array, positions: Array) -> Array: ...
+
+
+@struct.dataclass
+class KVWeights:
+    """What turns a normalised layer input into keys (before RoPE) and values. d head_dim, K kv heads."""
+
+    k: Float[Array, "Kd D"]
+    v: Float[Array, "Kd D"]
+    k_bias: Float[Array, "Kd"] | None = None
+    v_bias: Float[Array, "Kd"] | None = None
+    k_norm: Float[Array, "d"] | None = None
+    norm_eps: float = struct.field(pytree_node=False, default=1e-6)
+
+
+@struct.dataclass
+class Chunk:
+    """What a layer knows when T tokens arrive. A method takes what it needs; XLA removes the rest."""
+
+    h: Float[Array, "B T D"]  # layer input
+    x: Float[Array, "B T D"]  # normalised
+    norm: Float[Array, "D"]  # the norm's weight
+    q: Float[Array, "B T H d"]  # after RoPE
+    k: Float[Array, "B T K d"]  # after bias and qk-norm, before RoPE
+    v: Float[Array, "B T K d"]
+    positions: Int[Array, "B T"]  # consecutive; the first is the number of tokens stored before
+    lengths: Int[Array, "B"]  # how many of the T are real
+    weights: KVWeights
+    factors: Any
+    rope: Any  # Rotates
+    window: int | None = struct.field(pytree_node=False)
+    read: str = struct.field(pytree_node=False)  # "exact" or "stored"
+
+
+@struct.dataclass
+class LayerCache(abc.ABC):
+    """One layer's cache, a pytree."""
+
+    @abc.abstractmethod
+    def attend(self, chunk: Chunk, carry: Any) -> tuple[Float[Array, "B T H d"], LayerCache, Any]:
+        """Attends, stores and flushes; output, the cache with the chunk in it, and the carry for the next layer."""
+
+    @abc.abstractmethod
+    def materialize(
+        self, chunk: Chunk, carry: Any
+    ) -> tuple[Float[Array, "B N K d"], Float[Array, "B N K d"], Bool[Array, "B T N"], LayerCache, Any]:
+        """The same store and flush, slow and plain: k (after RoPE), v and mask over which softmax attention
+        gives `attend`'s output."""
+
+
+class CacheSpec(abc.ABC):
+    """A method and its settings for one layer. Subclasses are frozen dataclasses."""
+
+    pattern: ClassVar[str]  # regular expression of the method's names in the plan grammar
+    modes: ClassVar[tuple[str, ...]]  # the first is meant where none is named; () where there are none
+
+    @classmethod
+    @abc.abstractmethod
+    def parse(cls, name: str, mode: str | None, fields: dict[str, Any]) -> CacheSpec:
+        """The spec of a name that matches `pattern`."""
+
+    @abc.abstractmethod
+    def __str__(self) -> str:
+        """Canonical name: parses back to this spec."""
+
+    @abc.abstractmethod
+    def init(self, shape: CacheShape) -> LayerCache:
+        """An empty cache. Raises KvjaxError where the settings do not fit the shape."""
+
+    @abc.abstractmethod
+    def logical_axes(self, shape: CacheShape) -> LayerCache:
+        """The tree of `init`, every leaf a PartitionSpec of logical axis names."""
+
+    @property
+    @abc.abstractmethod
+    def bits_nominal(self) -> float:
+        """KVTuner's figure: the mean of key and value code bits."""
+
+    @abc.abstractmethod
+    def bits_asymptotic(self, shape: CacheShape) -> float:
+        """Bits per element of K and V at long context: codes and scales, no residual."""
+
+    @property
+    @abc.abstractmethod
+    def block(self) -> int:
+        """The residual R in tokens, 0 where every token is stored as it comes."""
+
+    def factors(self, weights: KVWeights) -> Any:
+        """What is computed once per model; an argument of the program, never a constant of it."""
+        return ()
+
+    def nbytes(self, shape: CacheShape) -> int:
+        """Allocated bytes of one layer."""
+        leaves = jax.tree.leaves(jax.eval_shape(lambda: self.init(shape)))
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
+@struct.dataclass
+class Cache:
+    """What a model holds for a batch of sequences."""
+
+    layers: tuple[LayerCache, ...]
+    length: Int[Array, "B"]  # tokens stored per sequence
+    plan: Any = struct.field(pytree_node=False)  # CachePlan
+    shape: CacheShape = struct.field(pytree_node=False)
+
+
+def check_fields(name: str, fields: dict[str, Any], known: dict[str, type]) -> None:
+    """Raises KvjaxError for a field that the method does not have or a value of the wrong kind."""
+    for key, value in fields.items():
+        if key not in known:
+            raise KvjaxError(f"{name}: no field {key!r}; expected one of {', '.join(known)}")
+        if not isinstance(value, known[key]):
+            raise KvjaxError(f"{name}: {key}={value!r}; expected {known[key].__name__}")

@@ -1,0 +1,223 @@
+"""Which cache each layer has, and the one grammar that says so everywhere.
+
+    dense   k8v4   k4v2@token   k4v4@kivi(group=64,residual=128,sink=4)     one method for all layers
+    0:k8v8;1-2+29:k4v4;3-28:k4v2@kivi                                       per layer; gaps and overlaps are errors
+    path/plan.yaml   PRESET.yaml@token                                      a file: ours, or one of KVTuner's presets
+
+Plans in a list are separated by commas outside parentheses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import yaml
+
+from kvjax.caches.base import REAL_DTYPE, Cache, CacheShape, CacheSpec
+from kvjax.caches.dense import Dense
+from kvjax.caches.kv import KV
+from kvjax.errors import KvjaxError
+
+METHODS: tuple[type[CacheSpec], ...] = (Dense, KV)
+DEFAULT_STREAM = 32  # tokens per streaming chunk where no layer has a residual
+
+_METHOD = re.compile(r"(?P<name>\w+)(?:@(?P<mode>\w+))?(?:\((?P<fields>[^()]*)\))?")
+_FILE = re.compile(r"(?P<path>.+\.ya?ml)(?:@(?P<mode>\w+)(?:\((?P<fields>[^()]*)\))?)?")
+
+
+def parse_spec(text: str) -> CacheSpec:
+    """The spec of one method, as in `k4v2@token(sink=4)`."""
+    match = _METHOD.fullmatch(text.strip())
+    if match:
+        for method in METHODS:
+            if re.fullmatch(method.pattern, match["name"]):
+                return method.parse(match["name"], match["mode"], _fields(match["fields"]))
+    known = "dense, k{bits}v{bits}"
+    raise KvjaxError(f"cache {text.strip()!r} is not known; expected {known} with @mode and (field=value,...)")
+
+
+def _fields(text: str | None) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for item in (text or "").split(",") if text else []:
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not (key and equals and value) or key in fields:
+            raise KvjaxError(f"cache field {item.strip()!r}; expected field=value, each field once")
+        fields[key] = int(value) if re.fullmatch(r"-?\d+", value) else value
+    return fields
+
+
+def split_list(text: str) -> list[str]:
+    """Splits a list of plans at the commas outside parentheses."""
+    parts = [part.strip() for part in re.split(r",(?![^()]*\))", text)]
+    if not all(parts):
+        raise KvjaxError(f"list of caches {text!r}: expected names separated by single commas")
+    return parts
+
+
+def _layers(text: str) -> list[int]:
+    out: list[int] = []
+    for part in text.split("+"):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            raise KvjaxError(f"layers {text!r}: expected numbers and ranges joined by +, as in 0-2+29")
+        out += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class CachePlan:
+    """One CacheSpec per layer."""
+
+    specs: tuple[CacheSpec, ...]
+
+    @classmethod
+    def parse(cls, text: str, layers: int) -> CachePlan:
+        """The plan of a text of the grammar above, for a model of `layers` layers.
+
+        Raises:
+          KvjaxError: an unknown method, mode, field or width; gaps, overlaps or layers beyond the model.
+        """
+        text = text.strip()
+        if match := _FILE.fullmatch(text):
+            return cls._read(Path(match["path"]), match["mode"], match["fields"], layers)
+        if ":" not in text and ";" not in text:
+            return cls((parse_spec(text),) * layers)
+        specs: dict[int, CacheSpec] = {}
+        for segment in text.split(";"):
+            where, colon, method = segment.partition(":")
+            if not colon:
+                raise KvjaxError(f"plan segment {segment.strip()!r}: expected layers:method, as in 0-2:k8v4")
+            spec = parse_spec(method)
+            for layer in _layers(where):
+                if layer in specs:
+                    raise KvjaxError(f"plan {text!r} names layer {layer} twice")
+                specs[layer] = spec
+        return cls._complete(specs, layers, repr(text))
+
+    @classmethod
+    def _complete(cls, specs: Mapping[int, CacheSpec], layers: int, where: str) -> CachePlan:
+        missing = sorted(set(range(layers)) - set(specs))
+        beyond = sorted(set(specs) - set(range(layers)))
+        if missing:
+            raise KvjaxError(f"plan {where} has no cache for layer {missing[0]} of the model's {layers} layers")
+        if beyond:
+            raise KvjaxError(f"plan {where} names layer {beyond[0]}; the model has {layers} layers")
+        return cls(tuple(specs[i] for i in range(layers)))
+
+    @classmethod
+    def _read(cls, path: Path, mode: str | None, fields: str | None, layers: int) -> CachePlan:
+        """A KVTuner preset, {layer: {nbits_key, nbits_value}}, or a file of ours, {plan: text}."""
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise KvjaxError(f"plan {path}: {' '.join(str(error).split())}") from None
+        if isinstance(data, dict) and isinstance(data.get("plan"), str):
+            if mode:
+                raise KvjaxError(f"plan {path} names its modes itself; expected no @{mode}")
+            return cls.parse(data["plan"], layers)
+        mode = mode or ("token" if "pertoken" in path.name else "kivi")
+        try:
+            specs = {
+                int(layer): KV.parse(
+                    f"k{int(bits['nbits_key'])}v{int(bits['nbits_value'])}", mode, _fields(fields)
+                )
+                for layer, bits in data.items()
+            }
+        except (AttributeError, KeyError, TypeError) as error:
+            expected = "expected {layer: {nbits_key, nbits_value}} or {plan: text}"
+            raise KvjaxError(f"plan {path}: {expected} ({type(error).__name__})") from None
+        return cls._complete(specs, layers, str(path))
+
+    def preset(self) -> str:
+        """KVTuner's YAML of this plan: bits per layer, without mode and fields.
+
+        Raises:
+          KvjaxError: a layer whose cache is not quantised KV.
+        """
+        rows: dict[int, dict[str, int]] = {}
+        for i, spec in enumerate(self.specs):
+            if not isinstance(spec, KV):
+                raise KvjaxError(f"layer {i} is {spec}; KVTuner's presets hold k{{bits}}v{{bits}} only")
+            rows[i] = {"nbits_key": spec.key_bits, "nbits_value": spec.value_bits}
+        return yaml.safe_dump(rows, sort_keys=True)
+
+    def __str__(self) -> str:
+        """Canonical form: names every mode, and parses back."""
+        where: dict[CacheSpec, list[int]] = {}
+        for i, spec in enumerate(self.specs):
+            where.setdefault(spec, []).append(i)
+        if len(where) == 1:
+            return str(self.specs[0])
+        return ";".join(f"{_ranges(layers)}:{spec}" for spec, layers in where.items())
+
+    def init(self, shape: CacheShape) -> Cache:
+        """An empty cache for every layer."""
+        layers = tuple(spec.init(shape) for spec in self.specs)
+        return Cache(layers, jnp.zeros((shape.batch,), jnp.int32), self, shape)
+
+    def init_carry(self, shape: CacheShape) -> Any:
+        """What runs across the layers within one step; () as no method here threads anything."""
+        return ()
+
+    def nbytes(self, shape: CacheShape) -> int:
+        """Allocated bytes of all layers."""
+        return sum(count * spec.nbytes(shape) for spec, count in self._counts().items())
+
+    @property
+    def bits_nominal(self) -> float:
+        """Mean code bits of K and V over the layers (KVTuner's f_m)."""
+        return self._mean(lambda spec: spec.bits_nominal)
+
+    def bits_asymptotic(self, shape: CacheShape) -> float:
+        """Mean bits per element, scales and zero points included, at long context."""
+        return self._mean(lambda spec: spec.bits_asymptotic(shape))
+
+    def bits_real(self, shape: CacheShape) -> float:
+        """Allocated bits per element of `shape.max_len` tokens, what is unquantised counted as 16 bits."""
+        real = dataclasses.replace(shape, dtype=REAL_DTYPE)
+        elements = shape.batch * shape.max_len * shape.elements_per_token * len(self.specs)
+        return 8 * self.nbytes(real) / elements
+
+    @property
+    def stream_chunk(self) -> int:
+        """Tokens per streaming chunk: the gcd of the residuals that are not 0."""
+        return math.gcd(*(spec.block for spec in self.specs)) or DEFAULT_STREAM
+
+    def _counts(self) -> dict[CacheSpec, int]:
+        return {spec: self.specs.count(spec) for spec in dict.fromkeys(self.specs)}
+
+    def _mean(self, figure: Callable[[CacheSpec], float]) -> float:
+        return sum(count * figure(spec) for spec, count in self._counts().items()) / len(self.specs)
+
+
+def _ranges(layers: list[int]) -> str:
+    parts: list[str] = []
+    for i in layers:
+        if parts and int(parts[-1].split("-")[-1]) == i - 1:
+            parts[-1] = f"{parts[-1].split('-')[0]}-{i}"
+        else:
+            parts.append(str(i))
+    return "+".join(parts)
+
+
+def logical_axes(plan: CachePlan, shape: CacheShape) -> Any:
+    """The tree of `plan.init(shape).layers`, leaves PartitionSpecs of logical axis names."""
+    return tuple(spec.logical_axes(shape) for spec in plan.specs)
+
+
+def shardings(plan: CachePlan, shape: CacheShape, mesh: jax.sharding.Mesh, rules: Mapping[str, str | None]) -> Any:
+    """NamedShardings of `plan.init(shape).layers`: `rules` maps logical axes (batch, kv_heads) to mesh axes."""
+
+    def place(axes: jax.sharding.PartitionSpec) -> jax.sharding.NamedSharding:
+        physical = (rules.get(axis) if axis else None for axis in axes)
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*physical))
+
+    leaf = lambda node: isinstance(node, jax.sharding.PartitionSpec)  # noqa: E731
+    return jax.tree.map(place, logical_axes(plan, shape), is_leaf=leaf)

@@ -1,0 +1,162 @@
+"""The decoder: Llama, Mistral, Qwen2/2.5 and Qwen3 in one Flax module, used functionally.
+
+Parameters (weights as in the checkpoints, [out, in]):
+
+    embed [V, D]   norm [D]   head [V, D] (absent where tied)
+    layer_i: attention_norm [D]  q [H*d, D]  k, v [K*d, D]  o [D, H*d]  mlp_norm [D]  gate, up [F, D]  down [D, F]
+             q_bias, k_bias, v_bias (Qwen2)   q_norm, k_norm [d] (Qwen3)
+
+V vocabulary, D model_dim, H heads, K kv_heads, d head_dim, F mlp_dim, B batch, T tokens of this call.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kvjax.caches.base import Cache, Chunk, KVWeights, LayerCache
+from kvjax.models.config import ModelConfig
+from kvjax.models.rope import Rope, make_rope
+
+
+def rms_norm(x: Float[Array, "... n"], weight: Float[Array, "n"], eps: float) -> Float[Array, "... n"]:
+    """x / rms(x) * weight, the mean of squares in float32 or wider."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)).astype(x.dtype) * weight
+
+
+def linear(x: Float[Array, "... i"], weight: Float[Array, "o i"]) -> Float[Array, "... o"]:
+    return jnp.einsum("...i,oi->...o", x, weight)
+
+
+class Layer(nn.Module):
+    """One transformer layer; its cache is an argument and a result."""
+
+    config: ModelConfig
+    window: int | None
+
+    def _param(self, name: str, *shape: int) -> Array:
+        init = nn.initializers.ones if name.endswith("norm") else nn.initializers.normal(0.02)
+        return self.param(name, init, shape)
+
+    @nn.compact
+    def __call__(
+        self,
+        h: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        lengths: Int[Array, "B"],
+        rope: Rope,
+        factors,
+        cache: LayerCache,
+        carry,
+        read: str,
+    ):
+        c = self.config
+        batch, tokens, dim = h.shape
+        q_dim, kv_dim = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        norm = self._param("attention_norm", dim)
+        x = rms_norm(h, norm, c.norm_eps)
+        q = linear(x, self._param("q", q_dim, dim))
+        weights = KVWeights(k=self._param("k", kv_dim, dim), v=self._param("v", kv_dim, dim), norm_eps=c.norm_eps)
+        if c.qkv_bias:
+            q = q + self._param("q_bias", q_dim)
+            weights = weights.replace(k_bias=self._param("k_bias", kv_dim), v_bias=self._param("v_bias", kv_dim))
+        q = q.reshape(batch, tokens, c.heads, c.head_dim)
+        if c.qk_norm:
+            q = rms_norm(q, self._param("q_norm", c.head_dim), c.norm_eps)
+            weights = weights.replace(k_norm=self._param("k_norm", c.head_dim))
+        k, v = project_kv(x, weights, c.kv_heads)
+        chunk = Chunk(
+            h=h,
+            x=x,
+            norm=norm,
+            q=rope.apply(q, positions),
+            k=k,
+            v=v,
+            positions=positions,
+            lengths=lengths,
+            weights=weights,
+            factors=factors,
+            rope=rope,
+            window=self.window,
+            read=read,
+        )
+        attended, cache, carry = cache.attend(chunk, carry)
+        h = h + linear(attended.reshape(batch, tokens, q_dim), self._param("o", dim, q_dim))
+        x = rms_norm(h, self._param("mlp_norm", dim), c.norm_eps)
+        gate, up = linear(x, self._param("gate", c.mlp_dim, dim)), linear(x, self._param("up", c.mlp_dim, dim))
+        return h + linear(jax.nn.silu(gate) * up, self._param("down", dim, c.mlp_dim)), cache, carry
+
+
+def project_kv(
+    x: Float[Array, "B T D"], weights: KVWeights, kv_heads: int
+) -> tuple[Float[Array, "B T K d"], Float[Array, "B T K d"]]:
+    """Keys (after bias and qk-norm, before RoPE) and values of normalised layer inputs."""
+    batch, tokens, _ = x.shape
+    k, v = linear(x, weights.k), linear(x, weights.v)
+    if weights.k_bias is not None:
+        k, v = k + weights.k_bias, v + weights.v_bias
+    k, v = (a.reshape(batch, tokens, kv_heads, -1) for a in (k, v))
+    if weights.k_norm is not None:
+        k = rms_norm(k, weights.k_norm, weights.norm_eps)
+    return k, v
+
+
+class Decoder(nn.Module):
+    """Tokens and a cache in, final hidden states and the cache out; `logits` is a separate step."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c = self.config
+        init = nn.initializers.normal(0.02)
+        self.embed = self.param("embed", init, (c.vocab_size, c.model_dim))
+        self.norm = self.param("norm", nn.initializers.ones, (c.model_dim,))
+        if not c.tied:
+            self.head = self.param("head", init, (c.vocab_size, c.model_dim))
+        self.layer = [Layer(c, c.layer_window(i)) for i in range(c.layers)]
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Cache,
+        lengths: Int[Array, "B"] | None = None,
+        read: str = "exact",
+        factors: tuple | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Feeds T more tokens to every sequence.
+
+        Args:
+          tokens: token ids; of sequence b the first `lengths[b]` are real, the rest padding.
+          cache: what the sequences have cached so far, `cache.length` tokens each.
+          lengths: real tokens per sequence; all T where None.
+          read: "exact" (queries read their own chunk as DESIGN's residual rule says) or "stored"
+            (every token is read as stored, its own included).
+          factors: what the plan's specs computed once per model, a pytree per layer; none where None.
+
+        Returns:
+          The normalised final hidden states (garbage at padding) and the cache with the tokens stored.
+        """
+        c = self.config
+        batch, count = tokens.shape
+        lengths = jnp.full((batch,), count, jnp.int32) if lengths is None else lengths
+        positions = cache.length[:, None] + jnp.arange(count, dtype=jnp.int32)
+        rope = make_rope(c.rope, c.head_dim)
+        h = self.embed[tokens]
+        carry = cache.plan.init_carry(cache.shape)
+        factors = ((),) * c.layers if factors is None else factors
+        stored = []
+        for layer, factor, layer_cache in zip(self.layer, factors, cache.layers, strict=True):
+            h, layer_cache, carry = layer(h, positions, lengths, rope, factor, layer_cache, carry, read)
+            stored.append(layer_cache)
+        return rms_norm(h, self.norm, c.norm_eps), cache.replace(
+            layers=tuple(stored), length=cache.length + lengths
+        )
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Logits of final hidden states, accumulated in float32 or wider."""
+        head = self.embed if self.config.tied else self.head
+        dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+        return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=dtype)

@@ -1,0 +1,1 @@
+"""What caches call: packed stores and attention over them."""

@@ -1,0 +1,174 @@
+"""Blockwise attention over packed and exact keys and values, exactly mergeable.
+
+Every op returns (output, log-sum-exp), so that packed history, residual, sinks and the chunk itself merge without
+loss. Blocks of keys and values are read, used and forgotten: nothing the size of the history is ever built.
+B batch, T queries, H heads, K kv heads, Q = T*H/K query rows per kv head, N keys, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kvjax.ops import store
+
+QUERY_TILE = 256  # queries that share a pass over the keys
+MASKED = -1e30  # a score that no softmax sees; finite, so that a row with no key yet stays free of NaN
+_BLOCK_ELEMENTS = 2**17  # of one dequantised block: 512 KiB of float32 stay in a core's cache
+_MAX_BLOCK = {True: 1024, False: 256}  # tokens a block; smaller where many queries make the causal triangle matter
+
+
+class Partial(NamedTuple):
+    """Attention over some of the keys: the output and the log of the sum of exponentials."""
+
+    output: Float[Array, "B T H D"]
+    lse: Float[Array, "B T H"]
+
+
+class Keys(NamedTuple):
+    """Where keys come from: `load(i)` gives block i as (k, v [B, K, n, D], positions [B, n], -1 where absent);
+    `span(first, last)` the blocks [lo, hi) that the queries with indices first..last of the chunk can see."""
+
+    load: Callable[[Array], tuple[Array, Array, Array]]
+    span: Callable[[Array, Array], tuple[Array, Array]]
+
+
+def merge(parts: Sequence[Partial]) -> Float[Array, "B T H D"]:
+    """Attention over the union of disjoint sets of keys."""
+    lse = jnp.stack([part.lse for part in parts])
+    weight = jax.nn.softmax(lse, axis=0)
+    return sum(w[..., None] * part.output for w, part in zip(weight, parts, strict=True))
+
+
+def attend_packed(
+    q: Float[Array, "B T H D"],
+    q_positions: Int[Array, "B T"],
+    keys: store.Packed,
+    values: store.Packed,
+    first: int,
+    stop: Int[Array, "B"],
+    window: int | None,
+    rotate: Callable[[Array, Array], Array] | None = None,
+) -> Partial:
+    """Attention of q (after RoPE) over the stored positions [first, stop) of each sequence.
+
+    window: a query at position p sees only positions > p - window.
+    rotate: RoPE for keys that are stored before it, from (k [B, n, K, D], positions [B, n]).
+    """
+    kv_heads, head_dim = keys.planes[0].shape[1], q.shape[-1]
+    size = _block_size(keys.tokens, max(keys.format.block, 1), kv_heads * head_dim, single=q.shape[1] == 1)
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+
+    def load(i):
+        # The last block starts early where `size` does not divide S; what it repeats is masked.
+        start = jnp.minimum(i * size, keys.tokens - size)
+        index = start + jnp.arange(size)
+        there = (index >= jnp.maximum(first, i * size)) & (index < stop[:, None])
+        k, v = (store.read_block(a, start, size, dtype) for a in (keys, values))
+        positions = jnp.broadcast_to(index, there.shape)
+        if rotate is not None:
+            k = rotate(k.swapaxes(1, 2), positions).swapaxes(1, 2)
+        return k, v, jnp.where(there, positions, -1)
+
+    def span(first_query, last_query):
+        last = jnp.minimum(q_positions[:, last_query] + 1, stop).max()
+        lo = 0 if window is None else (q_positions[:, first_query] - window + 1).min()
+        return jnp.maximum(lo, first) // size, -(-last // size)
+
+    return _attend(q, q_positions, kv_heads, Keys(load, span), window)
+
+
+def attend_exact(
+    q: Float[Array, "B T H D"],
+    q_positions: Int[Array, "B T"],
+    k: Float[Array, "B N K D"],
+    v: Float[Array, "B N K D"],
+    k_positions: Int[Array, "B N"],
+    window: int | None,
+) -> Partial:
+    """Attention of q over exact keys (both after RoPE), of which the last T are the queries' own tokens.
+
+    k_positions: -1 where there is no key.
+    """
+    count, tokens, kv_heads, head_dim = k.shape[1], q.shape[1], k.shape[2], k.shape[3]
+    size = min(count, _block_size(count, 1, kv_heads * head_dim, single=tokens == 1))
+    pad = -count % size
+    k, v = (jnp.pad(a, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2) for a in (k, v))
+    k_positions = jnp.pad(k_positions, ((0, 0), (0, pad)), constant_values=-1)
+
+    def load(i):
+        return tuple(
+            jax.lax.dynamic_slice_in_dim(a, i * size, size, axis) for a, axis in ((k, 2), (v, 2), (k_positions, 1))
+        )
+
+    def span(first_query, last_query):
+        before = count - tokens  # keys before the chunk are older than all of it
+        lo = 0 if window is None else first_query - window + 1
+        lo = jnp.where(jnp.asarray(lo) > 0, before + lo, 0)
+        return lo // size, -(-(before + last_query + 1) // size)
+
+    return _attend(q, q_positions, kv_heads, Keys(load, span), window)
+
+
+def _block_size(tokens: int, multiple: int, channels: int, single: bool) -> int:
+    """Tokens per block: a power of two of a block's worth of elements, a multiple of the store's block."""
+    size = 1 << ((_BLOCK_ELEMENTS // channels).bit_length() - 1)
+    size = min(size, _MAX_BLOCK[single])
+    return min(tokens, max(size // multiple, 1) * multiple)
+
+
+def _attend(q: Array, q_positions: Array, kv_heads: int, keys: Keys, window: int | None) -> Partial:
+    batch, tokens, heads, head_dim = q.shape
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    q = q.astype(dtype) * head_dim**-0.5
+    tile = min(tokens, QUERY_TILE)
+    count = -(-tokens // tile)
+    pad = count * tile - tokens
+    q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
+    q_positions = jnp.pad(q_positions, ((0, 0), (0, pad)))
+
+    def one_tile(index):
+        first = index * tile
+        q_tile = jax.lax.dynamic_slice_in_dim(q, first, tile, 1)
+        positions = jax.lax.dynamic_slice_in_dim(q_positions, first, tile, 1)
+        lo, hi = keys.span(first, jnp.minimum(first + tile, tokens) - 1)
+        rows = q_tile.reshape(batch, tile, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+        rows = rows.reshape(batch, kv_heads, -1, head_dim)
+        row_positions = jnp.tile(positions, (1, heads // kv_heads))
+        out, lse = _online_softmax(rows, row_positions, keys.load, lo, hi, window)
+        out = out.reshape(batch, heads, tile, head_dim).transpose(0, 2, 1, 3)
+        return out, lse.reshape(batch, heads, tile).transpose(0, 2, 1)
+
+    if count == 1:
+        return Partial(*one_tile(0))
+    out, lse = jax.lax.map(one_tile, jnp.arange(count))
+    out, lse = (a.swapaxes(0, 1).reshape(batch, count * tile, *a.shape[3:])[:, :tokens] for a in (out, lse))
+    return Partial(out, lse)
+
+
+def _online_softmax(
+    q: Float[Array, "B K Q D"], q_positions: Int[Array, "B Q"], load, lo, hi, window: int | None
+) -> tuple[Float[Array, "B K Q D"], Float[Array, "B K Q"]]:
+    def step(i, state):
+        top, total, acc = state
+        k, v, positions = load(i)
+        positions = positions[:, None, :]
+        visible = (positions >= 0) & (positions <= q_positions[:, :, None])
+        if window is not None:
+            visible &= positions > q_positions[:, :, None] - window
+        scores = jnp.where(visible[:, None], jnp.einsum("bkqd,bknd->bkqn", q, k), MASKED)
+        new_top = jnp.maximum(top, scores.max(-1))
+        p, shrink = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
+        acc = acc * shrink[..., None] + jnp.einsum("bkqn,bknd->bkqd", p, v)
+        return new_top, total * shrink + p.sum(-1), acc
+
+    shape = q.shape[:3]
+    start = (jnp.full(shape, MASKED, q.dtype), jnp.zeros(shape, q.dtype), jnp.zeros(q.shape, q.dtype))
+    top, total, acc = jax.lax.fori_loop(lo, hi, step, start)
+    # A row that saw no key has top = MASKED: its weight in a merge with any other part is zero.
+    total = jnp.maximum(total, jnp.finfo(q.dtype).tiny)
+    return acc / total[..., None], top + jnp.log(total)

@@ -1,0 +1,1 @@
+"""Affine group quantiser and bit packing."""
