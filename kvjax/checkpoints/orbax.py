@@ -1,0 +1,108 @@
+"""A model on disk in Orbax's format: params/ with the arrays, kvjax.json with the config, tokenizer.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
+
+from kvjax.checkpoints.files import brief, read_json, write_json
+from kvjax.checkpoints.params import Params, check_tensors, keep_layers, param_shapes
+from kvjax.checkpoints.tokenizer import AnyTokenizer, ByteTokenizer, Tokenizer, read_tokenizer
+from kvjax.errors import KvjaxError
+from kvjax.models.config import ModelConfig, RopeConfig
+
+if TYPE_CHECKING:
+    from kvjax.load import Model
+
+METADATA = "kvjax.json"
+
+
+def save(folder: Path, model: Model) -> None:
+    """Writes a model to a new folder; it appears whole or not at all.
+
+    Raises:
+      KvjaxError: something is there already, or it cannot be written.
+    """
+    folder = folder.absolute()
+    if folder.exists():
+        raise KvjaxError(f"{folder} exists already; expected a new folder")
+    metadata = {
+        "name": model.name,
+        "checksum": model.checksum,
+        "dtype": str(model.dtype),
+        "tokenizer": "bytes" if isinstance(model.tokenizer, ByteTokenizer) else "tokenizer.json",
+        "config": dataclasses.asdict(model.config),
+    }
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            part = Path(temporary) / "model"
+            part.mkdir()
+            write_json(part / METADATA, metadata)
+            if isinstance(model.tokenizer, Tokenizer):
+                model.tokenizer.save(part)
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(part / "params", model.params)
+            part.rename(folder)
+    except OSError as error:
+        raise KvjaxError(f"{folder} cannot be written: {error}") from None
+
+
+def load(
+    folder: Path, dtype: DTypeLike, layers: int | None = None
+) -> tuple[ModelConfig, Params, AnyTokenizer]:
+    """What `save` wrote, the parameters in `dtype`, of the first `layers` layers where given.
+
+    Raises:
+      KvjaxError: the folder is not one of ours, it is damaged, or the model has fewer layers.
+    """
+    folder = folder.absolute()
+    metadata = read_json(folder / METADATA)
+    try:
+        fields = metadata["config"]
+        saved = ModelConfig(**{**fields, "rope": RopeConfig(**fields["rope"])})
+        tokenizer = ByteTokenizer() if metadata["tokenizer"] == "bytes" else read_tokenizer(folder)
+    except (KeyError, TypeError) as error:
+        raise KvjaxError(f"{folder / METADATA} is not one that kvjax wrote: {brief(error)}") from None
+    config = keep_layers(saved, layers)
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return config, _restore(checkpointer, folder / "params", saved, config, dtype), tokenizer
+    except KvjaxError:
+        raise
+    except Exception as error:  # Orbax and its storage raise many kinds
+        raise KvjaxError(f"{folder / 'params'} cannot be restored: {brief(error)}") from None
+
+
+def _restore(
+    checkpointer: ocp.PyTreeCheckpointer,
+    folder: Path,
+    saved: ModelConfig,
+    config: ModelConfig,
+    dtype: DTypeLike,
+) -> Params:
+    metadata = checkpointer.metadata(folder).item_metadata
+    if metadata is None:
+        raise KvjaxError(f"{folder} is not a whole Orbax checkpoint")
+    stored = flatten_dict(metadata.tree)
+    # A partial restore leaves out what is missing without a word.
+    check_tensors(saved, "/".join, {"/".join(path): leaf.shape for path, leaf in stored.items()})
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = unflatten_dict(
+        {
+            path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=device)
+            for path, shape in param_shapes(config).items()
+        }
+    )
+    restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+    return checkpointer.restore(
+        folder, args=ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
+    )

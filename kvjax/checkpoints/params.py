@@ -1,0 +1,113 @@
+"""The decoder's parameter tree: its shapes, and how a checkpoint's named tensors become it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from jax.typing import DTypeLike
+
+from kvjax.errors import KvjaxError
+from kvjax.models.config import ModelConfig
+
+Params = dict[str, Any]
+ParamPath = tuple[str, ...]  # ("embed",) or ("layer_0", "q")
+Shape = tuple[int, ...]
+
+
+def param_shapes(config: ModelConfig) -> dict[ParamPath, Shape]:
+    """The shape of every parameter of `Decoder(config)`, weights as [out, in]."""
+    c = config
+    q_dim, kv_dim = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    layer: dict[str, Shape] = {
+        "attention_norm": (c.model_dim,),
+        "q": (q_dim, c.model_dim),
+        "k": (kv_dim, c.model_dim),
+        "v": (kv_dim, c.model_dim),
+        "o": (c.model_dim, q_dim),
+        "mlp_norm": (c.model_dim,),
+        "gate": (c.mlp_dim, c.model_dim),
+        "up": (c.mlp_dim, c.model_dim),
+        "down": (c.model_dim, c.mlp_dim),
+    }
+    if c.qkv_bias:
+        layer |= {"q_bias": (q_dim,), "k_bias": (kv_dim,), "v_bias": (kv_dim,)}
+    if c.qk_norm:
+        layer |= {"q_norm": (c.head_dim,), "k_norm": (c.head_dim,)}
+    shapes: dict[ParamPath, Shape] = {("embed",): (c.vocab_size, c.model_dim), ("norm",): (c.model_dim,)}
+    if not c.tied:
+        shapes["head",] = (c.vocab_size, c.model_dim)
+    shapes |= {(f"layer_{i}", name): shape for i in range(c.layers) for name, shape in layer.items()}
+    return shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """What one checkpoint format calls the parameters; `{i}` in `prefix` is the layer."""
+
+    top: Mapping[str, str]
+    prefix: str
+    layer: Mapping[str, str]
+
+    def of(self, path: ParamPath) -> str:
+        if len(path) == 1:
+            return self.top[path[0]]
+        return self.prefix.format(i=path[0].removeprefix("layer_")) + self.layer[path[1]]
+
+
+def check_tensors(
+    config: ModelConfig, name_of: Callable[[ParamPath], str], present: Mapping[str, Shape]
+) -> None:
+    """Raises KvjaxError for a tensor that is missing, has another shape, or that the decoder would ignore."""
+    names = {name_of(path): shape for path, shape in param_shapes(config).items()}
+    for name, shape in names.items():
+        if name not in present:
+            raise KvjaxError(f"tensor {name} is missing; expected shape {shape}")
+        if present[name] != shape:
+            raise KvjaxError(f"tensor {name} has shape {present[name]}; expected {shape}")
+    if extra := sorted(present.keys() - names.keys()):
+        raise KvjaxError(
+            f"tensor {extra[0]} is not part of a {config.family} decoder; found {len(extra)} such"
+        )
+
+
+def build_params(
+    config: ModelConfig,
+    names: Names,
+    present: Mapping[str, Shape],
+    read: Callable[[ParamPath, str], np.ndarray],
+    dtype: DTypeLike,
+    layers: int | None = None,
+) -> tuple[ModelConfig, Params]:
+    """The config and parameters of the first `layers` layers, read one by one once all names and shapes fit.
+
+    Args:
+      config: the whole checkpoint's.
+      present: the shape of every tensor of the checkpoint, by name.
+      read: the values of the tensor with this path and name.
+
+    Raises:
+      KvjaxError: the tensors do not fit the config, or the model has fewer layers.
+    """
+    check_tensors(config, names.of, present)
+    config = keep_layers(config, layers)
+    # A copy, because jax may otherwise alias numpy memory that is a map of the file.
+    flat = {path: jnp.array(read(path, names.of(path)), dtype) for path in param_shapes(config)}
+    return config, unflatten_dict(flat)
+
+
+def keep_layers(config: ModelConfig, layers: int | None) -> ModelConfig:
+    """The config of the first `layers` layers, of all where None.
+
+    Raises:
+      KvjaxError: `layers` is not between 1 and the number of layers.
+    """
+    if layers is None:
+        return config
+    if not 1 <= layers <= config.layers:
+        raise KvjaxError(f"layers={layers}: the model has {config.layers}; expected 1 to {config.layers}")
+    return dataclasses.replace(config, layers=layers)

@@ -1,0 +1,123 @@
+"""One way in for every model: `load(name)`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from hashlib import sha256 as sha256_of
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.checkpoints import orbax
+from kvjax.checkpoints.files import brief, sha256
+from kvjax.checkpoints.gguf import GGUFFile
+from kvjax.checkpoints.params import Params, keep_layers
+from kvjax.checkpoints.safetensors import load_hf, weight_files
+from kvjax.checkpoints.tokenizer import AnyTokenizer, ByteTokenizer, read_tokenizer
+from kvjax.errors import KvjaxError
+from kvjax.models import zoo
+from kvjax.models.config import ModelConfig
+
+DTYPES = ("float32", "bfloat16", "float64")
+
+
+@dataclasses.dataclass
+class Model:
+    """A decoder's weights with what is needed to use them."""
+
+    name: str  # as given; ends in (layers=N) where only the first N layers were kept
+    config: ModelConfig
+    params: Params
+    tokenizer: AnyTokenizer
+    dtype: jnp.dtype  # of the parameters
+    checksum: str  # sha256 of the source files, of the name where the weights are random
+
+
+def load(name: str, dtype: str | None = None, layers: int | None = None) -> Model:
+    """Loads a model.
+
+    Args:
+      name: smollm2-135m, smollm2-135m-mha or random:..., see `kvjax.models.zoo`; a HF folder, a .gguf file or
+        a folder that `kvjax.checkpoints.orbax.save` wrote; or org/name on the hub. May end in (layers=N).
+      dtype: float32, bfloat16 or float64; float32 on CPU and bfloat16 elsewhere where None.
+      layers: keep only so many layers, from the first.
+
+    Raises:
+      KvjaxError: one line that says what was expected.
+    """
+    name, layers = _split_layers(name, layers)
+    resolved = _resolve_dtype(dtype)
+    suffix = "" if layers is None else f"(layers={layers})"
+    return Model(name + suffix, *_load(name, resolved, layers))
+
+
+def _load(
+    name: str, dtype: jnp.dtype, layers: int | None
+) -> tuple[ModelConfig, Params, AnyTokenizer, jnp.dtype, str]:
+    path = Path(name)
+    if name in zoo.RANDOM:
+        config = keep_layers(zoo.RANDOM[name], layers)
+        checksum = sha256_of(f"{name}(layers={config.layers})".encode()).hexdigest()
+        return config, zoo.random_params(config, dtype), ByteTokenizer(), dtype, checksum
+    if name in zoo.FILES:
+        pinned = zoo.FILES[name]
+        file = GGUFFile(zoo.fetch(pinned))
+        config, params = file.load(dtype, layers)
+        if name.endswith("-mha"):
+            config, params = zoo.expand_kv_heads(config, params)
+        return config, params, file.tokenizer(), dtype, pinned.sha256
+    if path.is_file() and path.suffix == ".gguf":
+        file = GGUFFile(path)
+        return *file.load(dtype, layers), file.tokenizer(), dtype, sha256([path])
+    if (path / orbax.METADATA).is_file():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return *orbax.load(path, dtype, layers), dtype, sha256(files)
+    if not path.is_dir():
+        path = _snapshot(name)
+    files, tokenizer = [path / "config.json", *weight_files(path)], read_tokenizer(path)
+    return *load_hf(path, dtype, layers), tokenizer, dtype, sha256(files)
+
+
+def _split_layers(name: str, layers: int | None) -> tuple[str, int | None]:
+    match = re.fullmatch(r"(.+)\(layers=(\d+)\)", name)
+    if match is None:
+        return name, layers
+    if layers is not None:
+        raise KvjaxError(f"{name} names its layers already; expected no layers={layers} beside it")
+    return match[1], int(match[2])
+
+
+def _resolve_dtype(dtype: str | None) -> jnp.dtype:
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype not in DTYPES:
+        raise KvjaxError(f"dtype {dtype!r} is not supported; expected one of {', '.join(DTYPES)}")
+    if dtype == "float64" and jnp.result_type(float) != jnp.float64:
+        raise KvjaxError("dtype float64 needs jax_enable_x64; turn it on before jax computes anything")
+    return jnp.dtype(dtype)
+
+
+def _snapshot(name: str) -> Path:
+    """The folder of a hub model: safetensors and JSON only, nothing that could run code."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        known = ", ".join(zoo.NAMES)
+        raise KvjaxError(
+            f"no model {name!r}; expected {known}, a HF folder, a .gguf file or a hub's org/name"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                allow_patterns=["*.safetensors", "*.json", "*.jinja"],
+                ignore_patterns=["*/*", "consolidated*"],  # other forms of the same weights
+            )
+        )
+    except Exception as error:  # the hub's, the network's and the file system's
+        raise KvjaxError(
+            f"{name} is no local path and the hub cannot bring it ({brief(error)}); fetch config.json,"
+            " tokenizer.json and *.safetensors of that model by other means and give their folder's path"
+        ) from None

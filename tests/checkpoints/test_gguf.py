@@ -1,0 +1,151 @@
+"""GGUF files written from the goldens load to the same parameters; tokenizers split as their kind says."""
+
+import dataclasses
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf.quants import dequantize, quantize
+from tokenizers.pre_tokenizers import ByteLevel
+
+from kvjax.checkpoints.gguf import NAMES, GGUFFile
+from kvjax.checkpoints.params import param_shapes
+from kvjax.checkpoints.safetensors import load_hf
+from kvjax.errors import KvjaxError
+from kvjax.models.rope import make_rope
+
+F32, Q8_0 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0
+
+
+def interleave(weight, heads):
+    """What conversion to GGUF does to the q and k rows of llama models."""
+    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(file, config, params, kind=F32, freqs=None):
+    """A GGUF file with the metadata and tensors of a model."""
+    writer = gguf.GGUFWriter(file, config.family)
+    writer.add_context_length(config.max_positions)
+    writer.add_embedding_length(config.model_dim)
+    writer.add_feed_forward_length(config.mlp_dim)
+    writer.add_block_count(config.layers)
+    writer.add_head_count(config.heads)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope.theta)
+    if config.rope.scaling == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope.factor)
+    if freqs is not None:
+        writer.add_tensor("rope_freqs.weight", freqs.astype(np.float32))
+    heads = {"q": config.heads, "k": config.kv_heads}
+    for path in param_shapes(config):
+        weight = np.asarray(params[path[0]] if len(path) == 1 else params[path[0]][path[1]])
+        if config.family == "llama" and path[-1] in heads:
+            weight = interleave(weight, heads[path[-1]])
+        if weight.ndim == 2:
+            writer.add_tensor(NAMES.of(path), quantize(weight, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(NAMES.of(path), weight)
+    finish(writer)
+    return file
+
+
+def finish(writer):
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("name", ["llama-linear", "qwen2-tied", "qwen3"])
+def test_same_as_hf(name, goldens, tmp_path):
+    config, params = load_hf(goldens / name, jnp.float32)
+    file = write_gguf(tmp_path / "model.gguf", config, params)
+    loaded_config, loaded = GGUFFile(file).load(jnp.float32)
+    # GGUF does not say which layers have Qwen's optional window.
+    assert loaded_config == dataclasses.replace(config, window=None, first_window_layer=0)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_q8_0_and_llama3_rope(goldens, tmp_path):
+    config, params = load_hf(goldens / "llama-llama3", jnp.float32)
+    rope = dataclasses.replace(config.rope, original_max_positions=8192, factor=32.0)
+    freqs = make_rope(dataclasses.replace(rope, scaling="none"), 16).inv_freq / make_rope(rope, 16).inv_freq
+    loaded_config, loaded = GGUFFile(write_gguf(tmp_path / "a.gguf", config, params, Q8_0, freqs)).load(
+        jnp.float32
+    )
+    assert loaded_config == dataclasses.replace(config, rope=rope)
+    for name in ("q", "k", "down"):
+        expected = dequantize(quantize(np.asarray(params["layer_1"][name]), Q8_0), Q8_0)
+        np.testing.assert_array_equal(loaded["layer_1"][name], expected)
+    other = GGUFFile(write_gguf(tmp_path / "b.gguf", config, params, freqs=freqs**2))
+    with pytest.raises(KvjaxError, match=r"rope_freqs\.weight .* is not the rope scaling of Llama 3"):
+        other.config()
+
+
+def test_refused(goldens, tmp_path):
+    config, params = load_hf(goldens / "qwen3", jnp.float32)
+    file = write_gguf(tmp_path / "model.gguf", config, params)
+    whole = file.read_bytes()
+    for size in (0, 3, 200, len(whole) // 2, len(whole) - 40):
+        file.write_bytes(whole[:size])
+        with pytest.raises(KvjaxError, match="is not a whole GGUF file"):
+            GGUFFile(file)
+    file.write_bytes(b"FUGG" + whole[4:])
+    with pytest.raises(KvjaxError, match="magic"):
+        GGUFFile(file)
+    params["layer_1"]["q_norm"] = params["norm"]
+    with pytest.raises(
+        KvjaxError, match=r"tensor blk\.1\.attn_q_norm\.weight has shape \(64,\); expected \(32,\)"
+    ):
+        GGUFFile(write_gguf(file, config, params)).load(jnp.float32)
+    with pytest.raises(KvjaxError, match="architecture 'gemma' is not supported; expected llama"):
+        GGUFFile(write_gguf(file, dataclasses.replace(config, family="gemma"), params)).config()
+
+
+def write_tokenizer(file, pre, kind="gpt2"):
+    """Bytes, two merges (`12` and `Ġa`) and two special tokens."""
+    tokens = [*sorted(ByteLevel.alphabet()), "12", "Ġa", "<|end|>", "<|tool|>"]
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_tokenizer_model(kind)
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    normal, control, user = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED
+    writer.add_token_types([normal] * (len(tokens) - 2) + [control, user])
+    writer.add_token_merges(["1 2", "Ġ a"])
+    writer.add_eos_token_id(tokens.index("<|end|>"))
+    writer.add_chat_template("{{ messages }}")
+    finish(writer)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces", "accent"),
+    [
+        ("smollm", ["1", "2", "1", "2", " a", "<|tool|>"], "e\u0301"),
+        ("gpt-2", ["12", "12", " a", "<|tool|>"], "e\u0301"),
+        ("llama-bpe", ["12", "1", "2", " a", "<|tool|>"], "e\u0301"),
+        ("qwen2", ["1", "2", "1", "2", " a", "<|tool|>"], "é"),
+    ],
+)
+def test_tokenizer_kinds(pre, pieces, accent, tmp_path):
+    tokenizer = GGUFFile(write_tokenizer(tmp_path / "model.gguf", pre)).tokenizer()
+    ids = tokenizer.encode("1212 a<|tool|>")
+    assert ids.dtype == np.int32
+    assert [tokenizer.decode([i]) for i in ids] == pieces
+    assert tokenizer.decode(tokenizer.encode("e\u0301")) == accent
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.chat_template) == (None, (258,), "{{ messages }}")
+
+
+def test_other_tokenizers_need_a_file(goldens, tmp_path):
+    file = write_tokenizer(tmp_path / "model.gguf", "default", kind="llama")
+    with pytest.raises(
+        KvjaxError, match=r"\(llama, default\) is not supported; put its HF form at .*tokenizer\.json"
+    ):
+        GGUFFile(file).tokenizer()
+    (tmp_path / "tokenizer.json").write_bytes((goldens / "qwen3" / "tokenizer.json").read_bytes())
+    assert GGUFFile(file).tokenizer().decode([10, 11]) == "%&"

@@ -1,0 +1,49 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvjax.caches.base import CacheShape
+from kvjax.caches.plan import CachePlan
+from kvjax.checkpoints.params import Params
+from kvjax.load import Model, load
+from kvjax.models.config import ModelConfig
+from kvjax.models.decoder import Decoder
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """The folder of tiny HF models, each with HF's own logits: tests/goldens/make_goldens.py."""
+    return Path(__file__).parent / "goldens"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Model:
+    """The real model, in float32."""
+    return load("smollm2-135m", "float32")
+
+
+@pytest.fixture(scope="session")
+def dense_logits() -> Callable[[ModelConfig, Params, np.ndarray], np.ndarray]:
+    """Logits [B, T, V] of tokens [B, T] with a dense cache, in one prefill."""
+
+    def logits(config: ModelConfig, params: Params, tokens: np.ndarray) -> np.ndarray:
+        decoder = Decoder(config)
+        shape = CacheShape.of(config, batch=tokens.shape[0], max_len=tokens.shape[1], dtype=jnp.float32)
+        cache = CachePlan.parse("dense", config.layers).init(shape)
+
+        @jax.jit
+        def run(params: Params, cache):
+            hidden, _ = decoder.apply({"params": params}, jnp.asarray(tokens), cache)
+            return decoder.apply({"params": params}, hidden, method="logits")
+
+        return np.asarray(run(params, cache))
+
+    return logits
