@@ -114,9 +114,10 @@ class KV(CacheSpec):
         return sum(format.bits_asymptotic for format in self._formats(shape.head_dim)) / 2
 
     def init(self, shape: CacheShape) -> KVCache:
+        formats = self._formats(shape.head_dim)
+        tokens = store.capacity(shape.max_len, *formats)
         keys, values = (
-            store.init(f, shape.batch, shape.kv_heads, shape.max_len, shape.head_dim, shape.dtype)
-            for f in self._formats(shape.head_dim)
+            store.init(f, shape.batch, shape.kv_heads, tokens, shape.head_dim, shape.dtype) for f in formats
         )
 
         def exact(tokens: int) -> Array:
@@ -145,21 +146,22 @@ class KVCache(LayerCache):
     spec: KV = struct.field(pytree_node=False)
 
     def attend(self, chunk: Chunk, carry: Any) -> tuple[Float[Array, "B T H d"], KVCache, Any]:
+        # Stored first: a flush touches no position that the chunk reads from the history, and XLA copies a
+        # history that is read before it is written.
         cache = self._store(chunk)
-        source = cache if self._reads_stored(chunk) else self
         parts = [
             attention.attend_packed(
                 chunk.q,
                 chunk.positions,
-                source.keys,
-                source.values,
+                cache.keys,
+                cache.values,
                 self.spec.sink,
                 self._packed_stop(chunk),
                 chunk.window,
                 chunk.rope.apply if self.spec.rope == "pre" else None,
             )
         ]
-        k, v, positions = source._exact(chunk)
+        k, v, positions = (cache if self._reads_stored(chunk) else self)._exact(chunk)
         if k.shape[1]:
             k = self._rotated(k, positions, chunk)
             parts.append(attention.attend_exact(chunk.q, chunk.positions, k, v, positions, chunk.window))
@@ -171,7 +173,8 @@ class KVCache(LayerCache):
         tokens = source.keys.tokens
         dtype = jnp.promote_types(chunk.q.dtype, jnp.float32)
         k, v = (
-            store.read_block(packed, 0, tokens, dtype).swapaxes(1, 2) for packed in (source.keys, source.values)
+            store.read_block(packed, 0, tokens, dtype).dequantize().swapaxes(1, 2)
+            for packed in (source.keys, source.values)
         )
         index = jnp.arange(tokens)
         there = (index >= self.spec.sink) & (index < self._packed_stop(chunk)[:, None])
@@ -226,9 +229,10 @@ class KVCache(LayerCache):
         real = jnp.arange(k.shape[1]) < chunk.lengths[:, None]
         cache = self._store_sinks(k, v, chunk.positions, real)
         if self.spec.block == 0:
-            at = jnp.where(real, chunk.positions, self.keys.tokens)  # out of range: dropped
+            start, lengths = chunk.positions[:, 0], chunk.lengths
             return cache.replace(
-                keys=store.write_tokens(self.keys, k, at), values=store.write_tokens(self.values, v, at)
+                keys=store.write_tokens(self.keys, k, start, lengths),
+                values=store.write_tokens(self.values, v, start, lengths),
             )
         return cache._store_blocks(k, v, chunk)
 
@@ -267,17 +271,17 @@ class KVCache(LayerCache):
         positions = index[:, :, None] * r + jnp.arange(r)
         mask = (positions >= self.spec.sink) & (positions < end[:, None, None])
 
-        def flush(stores):
-            return tuple(
-                store.write_blocks(old, new[:, : blocks * r].reshape(-1, blocks, r, *new.shape[2:]), mask, at)
-                for old, new in zip(stores, (pending_k, pending_v), strict=True)
-            )
+        def flush(old: store.Packed, new: Array) -> store.Packed:
+            new = new[:, : blocks * r].reshape(new.shape[0], blocks, r, *new.shape[2:])
+            return store.write_blocks(old, new, mask, at) if blocks else old
 
-        stores = (self.keys, self.values)
-        if blocks:
-            stores = jax.lax.cond(write.any(), flush, lambda stores: stores, stores)
         keep = ((end // r - before // r) * r)[:, None] + jnp.arange(r)
         residual_k, residual_v = (
             jnp.take_along_axis(a, keep[:, :, None, None], 1) for a in (pending_k, pending_v)
         )
-        return self.replace(keys=stores[0], values=stores[1], residual_k=residual_k, residual_v=residual_v)
+        return self.replace(
+            keys=flush(self.keys, pending_k),
+            values=flush(self.values, pending_v),
+            residual_k=residual_k,
+            residual_v=residual_v,
+        )

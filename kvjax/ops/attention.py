@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax.ops import store
+from kvjax.ops.store import Block
 
 QUERY_TILE = 256  # queries that share a pass over the keys
 MASKED = -1e30  # a score that no softmax sees; finite, so that a row with no key yet stays free of NaN
-_BLOCK_ELEMENTS = 2**17  # of one dequantised block: 512 KiB of float32 stay in a core's cache
-_MAX_BLOCK = {True: 1024, False: 256}  # tokens a block; smaller where many queries make the causal triangle matter
+_FEW_ROWS = 16  # query rows per kv head up to which folding scales costs less than applying them
+_BLOCK_ELEMENTS = 2**17  # of one block of codes: 512 KiB of float32 stay in a core's cache
 
 
 class Partial(NamedTuple):
@@ -30,10 +31,11 @@ class Partial(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Where keys come from: `load(i)` gives block i as (k, v [B, K, n, D], positions [B, n], -1 where absent);
+    """Where keys come from: `load(i)` gives block i as (keys, values, positions [B, n], -1 where absent);
     `span(first, last)` the blocks [lo, hi) that the queries with indices first..last of the chunk can see."""
 
-    load: Callable[[Array], tuple[Array, Array, Array]]
+    blocks: int
+    load: Callable[[Array | int], tuple[Block, Block, Array]]
     span: Callable[[Array, Array], tuple[Array, Array]]
 
 
@@ -60,8 +62,10 @@ def attend_packed(
     rotate: RoPE for keys that are stored before it, from (k [B, n, K, D], positions [B, n]).
     """
     kv_heads, head_dim = keys.planes[0].shape[1], q.shape[-1]
-    size = _block_size(keys.tokens, max(keys.format.block, 1), kv_heads * head_dim, single=q.shape[1] == 1)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
+    as_is = keys.planes[0].dtype == values.planes[0].dtype == dtype
+    size = _block_size(keys.tokens, kv_heads * head_dim, q.shape[1], as_is)
+    size = min(keys.tokens, store.capacity(size, keys.format, values.format))
 
     def load(i):
         # The last block starts early where `size` does not divide S; what it repeats is masked.
@@ -71,7 +75,8 @@ def attend_packed(
         k, v = (store.read_block(a, start, size, dtype) for a in (keys, values))
         positions = jnp.broadcast_to(index, there.shape)
         if rotate is not None:
-            k = rotate(k.swapaxes(1, 2), positions).swapaxes(1, 2)
+            rotated = rotate(k.dequantize().swapaxes(1, 2), positions).swapaxes(1, 2)
+            k = Block(rotated)
         return k, v, jnp.where(there, positions, -1)
 
     def span(first_query, last_query):
@@ -79,7 +84,7 @@ def attend_packed(
         lo = 0 if window is None else (q_positions[:, first_query] - window + 1).min()
         return jnp.maximum(lo, first) // size, -(-last // size)
 
-    return _attend(q, q_positions, kv_heads, Keys(load, span), window)
+    return _attend(q, q_positions, kv_heads, Keys(-(-keys.tokens // size), load, span), window)
 
 
 def attend_exact(
@@ -95,15 +100,15 @@ def attend_exact(
     k_positions: -1 where there is no key.
     """
     count, tokens, kv_heads, head_dim = k.shape[1], q.shape[1], k.shape[2], k.shape[3]
-    size = min(count, _block_size(count, 1, kv_heads * head_dim, single=tokens == 1))
+    size = _block_size(count, kv_heads * head_dim, tokens, as_is=True)
     pad = -count % size
-    k, v = (jnp.pad(a, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2) for a in (k, v))
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    k, v = (jnp.pad(a, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2).astype(dtype) for a in (k, v))
     k_positions = jnp.pad(k_positions, ((0, 0), (0, pad)), constant_values=-1)
 
     def load(i):
-        return tuple(
-            jax.lax.dynamic_slice_in_dim(a, i * size, size, axis) for a, axis in ((k, 2), (v, 2), (k_positions, 1))
-        )
+        k_block, v_block = (Block(jax.lax.dynamic_slice_in_dim(a, i * size, size, 2)) for a in (k, v))
+        return k_block, v_block, jax.lax.dynamic_slice_in_dim(k_positions, i * size, size, 1)
 
     def span(first_query, last_query):
         before = count - tokens  # keys before the chunk are older than all of it
@@ -111,14 +116,15 @@ def attend_exact(
         lo = jnp.where(jnp.asarray(lo) > 0, before + lo, 0)
         return lo // size, -(-(before + last_query + 1) // size)
 
-    return _attend(q, q_positions, kv_heads, Keys(load, span), window)
+    return _attend(q, q_positions, kv_heads, Keys(k.shape[2] // size, load, span), window)
 
 
-def _block_size(tokens: int, multiple: int, channels: int, single: bool) -> int:
-    """Tokens per block: a power of two of a block's worth of elements, a multiple of the store's block."""
+def _block_size(tokens: int, channels: int, queries: int, as_is: bool) -> int:
+    """Keys per block. One query over keys that are used as they lie needs no blocks: slicing would copy them."""
+    if as_is and queries == 1:
+        return tokens
     size = 1 << ((_BLOCK_ELEMENTS // channels).bit_length() - 1)
-    size = min(size, _MAX_BLOCK[single])
-    return min(tokens, max(size // multiple, 1) * multiple)
+    return min(tokens, size if queries == 1 else min(size, QUERY_TILE))
 
 
 def _attend(q: Array, q_positions: Array, kv_heads: int, keys: Keys, window: int | None) -> Partial:
@@ -139,7 +145,7 @@ def _attend(q: Array, q_positions: Array, kv_heads: int, keys: Keys, window: int
         rows = q_tile.reshape(batch, tile, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
         rows = rows.reshape(batch, kv_heads, -1, head_dim)
         row_positions = jnp.tile(positions, (1, heads // kv_heads))
-        out, lse = _online_softmax(rows, row_positions, keys.load, lo, hi, window)
+        out, lse = _online_softmax(rows, row_positions, keys, lo, hi, window)
         out = out.reshape(batch, heads, tile, head_dim).transpose(0, 2, 1, 3)
         return out, lse.reshape(batch, heads, tile).transpose(0, 2, 1)
 
@@ -151,24 +157,52 @@ def _attend(q: Array, q_positions: Array, kv_heads: int, keys: Keys, window: int
 
 
 def _online_softmax(
-    q: Float[Array, "B K Q D"], q_positions: Int[Array, "B Q"], load, lo, hi, window: int | None
+    q: Float[Array, "B K Q D"], q_positions: Int[Array, "B Q"], keys: Keys, lo, hi, window: int | None
 ) -> tuple[Float[Array, "B K Q D"], Float[Array, "B K Q"]]:
     def step(i, state):
         top, total, acc = state
-        k, v, positions = load(i)
+        k, v, positions = keys.load(i)
         positions = positions[:, None, :]
         visible = (positions >= 0) & (positions <= q_positions[:, :, None])
         if window is not None:
             visible &= positions > q_positions[:, :, None] - window
-        scores = jnp.where(visible[:, None], jnp.einsum("bkqd,bknd->bkqn", q, k), MASKED)
+        scores = jnp.where(visible[:, None], _scores(q, k), MASKED)
         new_top = jnp.maximum(top, scores.max(-1))
         p, shrink = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
-        acc = acc * shrink[..., None] + jnp.einsum("bkqn,bknd->bkqd", p, v)
+        acc = acc * shrink[..., None] + _weighted(p, v)
         return new_top, total * shrink + p.sum(-1), acc
 
     shape = q.shape[:3]
     start = (jnp.full(shape, MASKED, q.dtype), jnp.zeros(shape, q.dtype), jnp.zeros(q.shape, q.dtype))
-    top, total, acc = jax.lax.fori_loop(lo, hi, step, start)
+    # One block needs no loop, and XLA would copy a whole history into one.
+    top, total, acc = step(0, start) if keys.blocks == 1 else jax.lax.fori_loop(lo, hi, step, start)
     # A row that saw no key has top = MASKED: its weight in a merge with any other part is zero.
     total = jnp.maximum(total, jnp.finfo(q.dtype).tiny)
     return acc / total[..., None], top + jnp.log(total)
+
+
+def _scores(q: Float[Array, "B K Q D"], k: Block) -> Float[Array, "B K Q n"]:
+    if q.shape[2] > _FEW_ROWS:
+        # Transposed first: XLA's CPU matmul is three times slower with both operands contracted along rows.
+        columns = jax.lax.optimization_barrier(k.dequantize().swapaxes(2, 3))
+        return jnp.einsum("bkqd,bkdn->bkqn", q, columns)
+    if k.scale_per_token:
+        scale, zero = (a[..., 0][:, :, None].astype(q.dtype) for a in (k.scale, k.zero))
+        return _few_scores(q, k.codes) * scale + q.sum(-1, keepdims=True) * zero
+    if k.scale is None:
+        return jnp.einsum("bkqd,bknd->bkqn", q, k.codes)
+    return _few_scores(q, k.dequantize())
+
+
+def _few_scores(q: Float[Array, "B K Q D"], k: Float[Array, "B K n D"]) -> Float[Array, "B K Q n"]:
+    """Few queries: keys times queries, padded to the four columns that a CPU matmul kernel takes at once."""
+    rows = q.shape[2]
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, -rows % 4), (0, 0)))
+    return jnp.einsum("bknd,bkqd->bknq", k, q).swapaxes(2, 3)[:, :, :rows]
+
+
+def _weighted(p: Float[Array, "B K Q n"], v: Block) -> Float[Array, "B K Q D"]:
+    if p.shape[2] <= _FEW_ROWS and v.scale_per_token:
+        scale, zero = (a[..., 0][:, :, None].astype(p.dtype) for a in (v.scale, v.zero))
+        return jnp.einsum("bkqn,bknd->bkqd", p * scale, v.codes) + (p * zero).sum(-1, keepdims=True)
+    return jnp.einsum("bkqn,bknd->bkqd", p, v.dequantize())

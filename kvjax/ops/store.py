@@ -1,13 +1,14 @@
 """A packed history of one tensor (keys or values): written by token or by block, read by block.
 
-The layout is private to this file and quant/packing. All arrays are [B, K, tokens or less, channels or less]:
-codes are planar along tokens where blocks are written (unpacking is a shift and a mask of whole rows) and along
-channels where single tokens are. B batch, K kv heads, S allocated tokens, D head_dim.
+The layout is private to this file and quant/packing: [B, K, rows, D], codes planar along the tokens of a packing
+block, so that a block unpacks with a shift and a mask of whole rows. Where single tokens are written, their bytes
+are blended into the block's. B batch, K kv heads, S allocated tokens, D head_dim.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from kvjax.errors import KvjaxError
 from kvjax.quant import affine, packing
 
 EXACT = 16  # the width that means unquantised
+PACK = 32  # tokens per packing block where tokens are written one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Format:
 
     bits: code width, or 16 for the values themselves in the cache's dtype.
     per: "token" (groups of `group` channels of a token) or "channel" (groups of `group` tokens of a channel).
+    group: elements that share a scale and a zero point.
     block: tokens written at a time, 0 for one by one.
     """
 
@@ -36,16 +39,19 @@ class Format:
     block: int
 
     def __post_init__(self) -> None:
+        if self.block % 8:
+            raise KvjaxError(f"residual {self.block}: expected a multiple of 8")
         if self.per == "channel" and (self.block == 0 or self.block % self.group):
-            raise KvjaxError(f"residual {self.block} is not a positive multiple of the token group {self.group}")
+            raise KvjaxError(f"residual {self.block}: expected a positive multiple of the token group {self.group}")
+
+    @property
+    def pack(self) -> int:
+        """Tokens that are packed together."""
+        return self.block or (1 if self.bits == EXACT else PACK)
 
     @property
     def group_axis(self) -> int:
         return -1 if self.per == "token" else -2
-
-    @property
-    def pack_axis(self) -> int:
-        return -2 if self.block and self.block % 8 == 0 else -1
 
     @property
     def bits_asymptotic(self) -> float:
@@ -65,31 +71,27 @@ class Packed:
     @property
     def tokens(self) -> int:
         """Allocated tokens S."""
-        if self.format.bits == EXACT:
-            return self.planes[0].shape[2]
-        rows, width = self.planes[0].shape[2], packing.PLANES[self.format.bits][0]
-        return rows * 8 // width if self.format.pack_axis == -2 else rows
+        width = 8 if self.format.bits == EXACT else packing.PLANES[self.format.bits][0]
+        return self.planes[0].shape[2] * 8 // width
+
+
+def capacity(max_len: int, *formats: Format) -> int:
+    """Tokens to allocate for `max_len`: whole packing blocks of every format."""
+    pack = math.lcm(*(format.pack for format in formats))
+    return -(-max_len // pack) * pack
 
 
 def init(format: Format, batch: int, kv_heads: int, tokens: int, head_dim: int, dtype) -> Packed:
-    """An empty history of at least `tokens` tokens, rounded up to whole blocks."""
-    if head_dim % 8:
-        raise KvjaxError(f"head_dim {head_dim} is not a multiple of 8")
-    tokens = -(-tokens // max(format.block, 1)) * max(format.block, 1)
-    full = (batch, kv_heads, tokens, head_dim)
+    """An empty history of `tokens` tokens, a `capacity` of the format."""
+
+    def rows(count: int, channels: int, dtype) -> Array:
+        return jnp.zeros((batch, kv_heads, count, channels), dtype)
+
     if format.bits == EXACT:
-        return Packed((jnp.zeros(full, dtype),), None, None, format)
-    planes = tuple(
-        jnp.zeros(_scaled(full, format.pack_axis, width, 8), jnp.uint8) for width in packing.PLANES[format.bits]
-    )
-    groups = _scaled(full, format.group_axis, 1, format.group)
-    return Packed(planes, jnp.zeros(groups, jnp.float16), jnp.zeros(groups, jnp.float16), format)
-
-
-def _scaled(shape: tuple[int, ...], axis: int, numerator: int, denominator: int) -> tuple[int, ...]:
-    out = list(shape)
-    out[axis] = out[axis] * numerator // denominator
-    return tuple(out)
+        return Packed((rows(tokens, head_dim, dtype),), None, None, format)
+    planes = tuple(rows(tokens * width // 8, head_dim, jnp.uint8) for width in packing.PLANES[format.bits])
+    groups = (tokens, head_dim // format.group) if format.per == "token" else (tokens // format.group, head_dim)
+    return Packed(planes, rows(*groups, jnp.float16), rows(*groups, jnp.float16), format)
 
 
 def logical_axes(packed: Packed) -> Packed:
@@ -97,18 +99,41 @@ def logical_axes(packed: Packed) -> Packed:
     return jax.tree.map(lambda _: PartitionSpec("batch", "kv_heads", None, None), packed)
 
 
-def write_tokens(packed: Packed, x: Float[Array, "B T K D"], positions: Int[Array, "B T"]) -> Packed:
-    """Stores tokens one by one; positions at or beyond S are dropped."""
-    if packed.format.bits == EXACT:
-        return packed.replace(planes=(_put(packed.planes[0], x, positions),))
-    format = packed.format
+def write_tokens(
+    packed: Packed, x: Float[Array, "B T K D"], start: Int[Array, "B"], lengths: Int[Array, "B"]
+) -> Packed:
+    """Stores the first `lengths` of T tokens at positions start, start + 1, ..., each quantised on its own."""
+    format, tokens = packed.format, x.shape[1]
+    step = jnp.arange(tokens)
+    at = jnp.where(step < lengths[:, None], start[:, None] + step, packed.tokens)  # out of range: dropped
+    if format.bits == EXACT:
+        return packed.replace(planes=(_put(packed.planes[0], x, at),))
     q = affine.quantize(x, format.bits, -1, format.group)
-    planes = packing.pack(q.codes, format.bits, -1)
-    return packed.replace(
-        planes=tuple(_put(old, new, positions) for old, new in zip(packed.planes, planes, strict=True)),
-        scale=_put(packed.scale, q.scale, positions),
-        zero=_put(packed.zero, q.zero, positions),
+    # Codes aligned to packing blocks, and the bits of the blocks that they replace.
+    count = (tokens + format.pack - 2) // format.pack + 1
+    slot = jnp.arange(count * format.pack) - (start % format.pack)[:, None]
+    new = (slot >= 0) & (slot < lengths[:, None])
+    codes = jnp.take_along_axis(q.codes, jnp.clip(slot, 0, tokens - 1)[:, :, None, None], 1)
+    codes = jnp.where(new[:, :, None, None], codes, 0)
+    index = (start // format.pack)[:, None] + jnp.arange(count)
+    index = jnp.where(new.reshape(-1, count, format.pack).any(-1), index, packed.tokens // format.pack)
+    full = jnp.broadcast_to(new[:, :, None, None] * jnp.uint8(2**format.bits - 1), (*new.shape, 1, 1))
+    planes = tuple(
+        _put_rows(old, word | (_get_rows(old, index, word.shape[3]) & ~replaced), index)
+        for old, word, replaced in zip(
+            packed.planes, _pack_blocks(codes, format), _pack_blocks(full, format), strict=True
+        )
     )
+    return packed.replace(
+        planes=planes, scale=_put(packed.scale, q.scale, at), zero=_put(packed.zero, q.zero, at)
+    )
+
+
+def _pack_blocks(codes: Array, format: Format) -> tuple[Array, ...]:
+    """[B, N*P, K, D] codes to planes [B, N, K, P*w/8, D]."""
+    batch, _, kv_heads, head_dim = codes.shape
+    blocks = codes.reshape(batch, -1, format.pack, kv_heads, head_dim).swapaxes(2, 3)
+    return packing.pack(blocks, format.bits)
 
 
 def write_blocks(
@@ -122,44 +147,81 @@ def write_blocks(
     blocks = x.swapaxes(2, 3)  # [B, N, K, R, D]
     if format.bits == EXACT:
         return packed.replace(planes=(_put_rows(packed.planes[0], blocks, index),))
-    q = affine.quantize(blocks, format.bits, format.group_axis, format.group, mask[:, :, None, :, None])
-    planes = packing.pack(q.codes, format.bits, format.pack_axis)
+
+    def encode():
+        q = affine.quantize(blocks, format.bits, format.group_axis, format.group, mask[:, :, None, :, None])
+        return packing.pack(q.codes, format.bits), q.scale, q.zero
+
+    # Most steps of a decode complete no block. The condition spans the small new rows only: XLA copies whatever
+    # a conditional returns, and would copy the history.
+    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(encode))
+    planes, scale, zero = jax.lax.cond((index * format.block < packed.tokens).any(), encode, lambda: nothing)
     return packed.replace(
         planes=tuple(_put_rows(old, new, index) for old, new in zip(packed.planes, planes, strict=True)),
-        scale=_put_rows(packed.scale, q.scale, index),
-        zero=_put_rows(packed.zero, q.zero, index),
+        scale=_put_rows(packed.scale, scale, index),
+        zero=_put_rows(packed.zero, zero, index),
     )
 
 
 def _put(store: Array, rows: Float[Array, "B T K W"], positions: Int[Array, "B T"]) -> Array:
-    batch = jnp.arange(store.shape[0])[:, None]
-    return store.at[batch, :, positions].set(rows.astype(store.dtype), mode="drop")
+    # Heads are indexed too: XLA turns a scatter of one window into an update that copies the whole store.
+    batch, head = jnp.arange(store.shape[0])[:, None, None], jnp.arange(store.shape[1])
+    return store.at[batch, head, positions[:, :, None]].set(rows.astype(store.dtype), mode="drop")
+
+
+def _rows(index: Int[Array, "B N"], count: int) -> Int[Array, "B N*count"]:
+    return (index[:, :, None] * count + jnp.arange(count)).reshape(index.shape[0], -1)
 
 
 def _put_rows(store: Array, blocks: Float[Array, "B N K r W"], index: Int[Array, "B N"]) -> Array:
-    count, rows = blocks.shape[1], blocks.shape[3]
-    at = (index[:, :, None] * rows + jnp.arange(rows)).reshape(store.shape[0], count * rows)
-    return _put(store, blocks.swapaxes(2, 3).reshape(store.shape[0], count * rows, *store.shape[1::2]), at)
+    batch, count, kv_heads, rows, width = blocks.shape
+    return _put(store, blocks.swapaxes(2, 3).reshape(batch, count * rows, kv_heads, width), _rows(index, rows))
 
 
-def read_block(packed: Packed, start: Int[Array, ""] | int, size: int, dtype) -> Float[Array, "B K size D"]:
-    """Tokens [start, start + size), dequantised; both are multiples of the format's block."""
+def _get_rows(store: Array, index: Int[Array, "B N"], rows: int) -> Array:
+    """Blocks [B, N, K, rows, W]; indices out of range are clipped."""
+    at = jnp.minimum(_rows(index, rows), store.shape[2] - 1)
+    found = jnp.take_along_axis(store, at[:, None, :, None], 2)
+    return found.reshape(*store.shape[:2], index.shape[1], rows, store.shape[3]).swapaxes(1, 2)
+
+
+@struct.dataclass
+class Block:
+    """n tokens as stored: x = codes * scale + zero in groups of `group` along `axis`; no scale where exact."""
+
+    codes: Float[Array, "B K n D"]
+    scale: Array | None = None
+    zero: Array | None = None
+    axis: int = struct.field(pytree_node=False, default=-1)
+    group: int = struct.field(pytree_node=False, default=1)
+
+    @property
+    def scale_per_token(self) -> bool:
+        """One scale and zero point per token and head: they fold into scores and probabilities."""
+        return self.scale is not None and self.axis == -1 and self.group == self.codes.shape[-1]
+
+    def dequantize(self) -> Float[Array, "B K n D"]:
+        if self.scale is None or self.zero is None:
+            return self.codes
+        q = affine.Quantized(self.codes, self.scale, self.zero)
+        return affine.dequantize(q, self.axis, self.group, self.codes.dtype)
+
+
+def read_block(packed: Packed, start: Int[Array, ""] | int, size: int, dtype) -> Block:
+    """Tokens [start, start + size), codes as `dtype`; both are multiples of `format.pack`."""
     format = packed.format
 
     def rows(a: Array, numerator: int, denominator: int) -> Array:
         return jax.lax.dynamic_slice_in_dim(a, start * numerator // denominator, size * numerator // denominator, 2)
 
     if format.bits == EXACT:
-        return rows(packed.planes[0], 1, 1).astype(dtype)
-    by_token = format.pack_axis == -2
+        return Block(rows(packed.planes[0], 1, 1).astype(dtype))
     planes = tuple(
-        rows(plane, width, 8) if by_token else rows(plane, 1, 1)
-        for plane, width in zip(packed.planes, packing.PLANES[format.bits], strict=True)
+        rows(plane, width, 8) for plane, width in zip(packed.planes, packing.PLANES[format.bits], strict=True)
     )
-    if by_token:  # each block was packed on its own
-        planes = tuple(p.reshape(*p.shape[:2], size // format.block, -1, p.shape[3]) for p in planes)
-    codes = packing.unpack(planes, format.bits, format.pack_axis)
-    codes = codes.reshape(*codes.shape[:2], size, codes.shape[-1])
+    planes = tuple(p.reshape(*p.shape[:2], size // format.pack, -1, p.shape[3]) for p in planes)
+    codes = packing.unpack(planes, format.bits)
+    codes = codes.reshape(*codes.shape[:2], size, codes.shape[-1]).astype(dtype)
     per = format.group if format.per == "channel" else 1
-    q = affine.Quantized(codes, rows(packed.scale, 1, per), rows(packed.zero, 1, per))
-    return affine.dequantize(q, format.group_axis, format.group, dtype)
+    scale, zero = rows(packed.scale, 1, per), rows(packed.zero, 1, per)
+    return Block(codes, scale, zero, format.group_axis, format.group)
