@@ -57,9 +57,10 @@ class CacheShape:
 
 
 class Rotates(Protocol):
-    """A rope: rotates x [B, T, heads, head_dim] to its positions [B, T]."""
+    """A rope: `apply` rotates x [B, T, heads, head_dim] to its positions [B, T], `table` gives cos and sin."""
 
     def apply(self, x: Array, positions: Array) -> Array: ...
+    def table(self, positions: Array, dtype: Any) -> tuple[Array, Array]: ...
 
 
 @struct.dataclass
@@ -88,7 +89,7 @@ class Chunk:
     lengths: Int[Array, "B"]  # how many of the T are real
     weights: KVWeights
     factors: Any
-    rope: Any  # Rotates
+    rope: Rotates
     window: int | None = struct.field(pytree_node=False)
     read: str = struct.field(pytree_node=False)  # "exact" or "stored"
 

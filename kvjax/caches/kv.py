@@ -158,7 +158,7 @@ class KVCache(LayerCache):
                 self.spec.sink,
                 self._packed_stop(chunk),
                 chunk.window,
-                chunk.rope.apply if self.spec.rope == "pre" else None,
+                self._rope_table(chunk),
             )
         ]
         k, v, positions = (cache if self._reads_stored(chunk) else self)._exact(chunk)
@@ -199,6 +199,11 @@ class KVCache(LayerCache):
         if self._reads_stored(chunk):
             return before + chunk.lengths
         return before // self.spec.block * self.spec.block
+
+    def _rope_table(self, chunk: Chunk) -> tuple[Array, Array] | None:
+        if self.spec.rope == "post":
+            return None
+        return chunk.rope.table(jnp.arange(self.keys.tokens), chunk.q.dtype)  # the same in every layer: built once
 
     def _rotated(self, k: Array, positions: Int[Array, "B N"], chunk: Chunk) -> Array:
         return chunk.rope.apply(k, positions) if self.spec.rope == "pre" else k

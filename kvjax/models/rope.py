@@ -10,6 +10,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from kvjax.models.config import RopeConfig
+from kvjax.ops.rotate import rotate
 
 
 @struct.dataclass
@@ -18,13 +19,16 @@ class Rope:
 
     inv_freq: Float[Array, "half"]
 
+    def table(self, positions: Int[Array, "..."], dtype) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
+        """cos and sin of position * inv_freq, once for each half of D; angles in float32 or wider."""
+        dtype = jnp.promote_types(dtype, jnp.float32)
+        angle = positions[..., None].astype(dtype) * jnp.tile(self.inv_freq.astype(dtype), 2)
+        return jnp.cos(angle), jnp.sin(angle)
+
     def apply(self, x: Float[Array, "B T H D"], positions: Int[Array, "B T"]) -> Float[Array, "B T H D"]:
-        """Rotates the pairs (x[i], x[i + D/2]) by position * inv_freq[i]. Angles in float32 or wider."""
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
-        angle = positions[..., None, None].astype(dtype) * self.inv_freq.astype(dtype)
-        cos, sin = jnp.cos(angle), jnp.sin(angle)
-        a, b = jnp.split(x.astype(dtype), 2, axis=-1)
-        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+        """Rotates x to its positions."""
+        cos, sin = self.table(positions, x.dtype)
+        return rotate(x, cos[:, :, None], sin[:, :, None])
 
 
 def make_rope(config: RopeConfig, head_dim: int) -> Rope:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax.ops import store
+from kvjax.ops.rotate import rotate
 from kvjax.ops.store import Block
 
 QUERY_TILE = 256  # queries that share a pass over the keys
@@ -54,17 +55,17 @@ def attend_packed(
     first: int,
     stop: Int[Array, "B"],
     window: int | None,
-    rotate: Callable[[Array, Array], Array] | None = None,
+    table: tuple[Float[Array, "S D"], Float[Array, "S D"]] | None = None,
 ) -> Partial:
     """Attention of q (after RoPE) over the stored positions [first, stop) of each sequence.
 
     window: a query at position p sees only positions > p - window.
-    rotate: RoPE for keys that are stored before it, from (k [B, n, K, D], positions [B, n]).
+    table: cos and sin of every position, for keys that are stored before RoPE.
     """
     kv_heads, head_dim = keys.planes[0].shape[1], q.shape[-1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    as_is = keys.planes[0].dtype == values.planes[0].dtype == dtype
-    size = _block_size(keys.tokens, kv_heads * head_dim, q.shape[1], as_is)
+    exact = keys.format.bits == values.format.bits == store.EXACT
+    size = _block_size(keys.tokens, kv_heads * head_dim, q.shape[1], exact)
     size = min(keys.tokens, store.capacity(size, keys.format, values.format))
 
     def load(i):
@@ -73,11 +74,9 @@ def attend_packed(
         index = start + jnp.arange(size)
         there = (index >= jnp.maximum(first, i * size)) & (index < stop[:, None])
         k, v = (store.read_block(a, start, size, dtype) for a in (keys, values))
-        positions = jnp.broadcast_to(index, there.shape)
-        if rotate is not None:
-            rotated = rotate(k.dequantize().swapaxes(1, 2), positions).swapaxes(1, 2)
-            k = Block(rotated)
-        return k, v, jnp.where(there, positions, -1)
+        if table is not None:
+            k = Block(rotate(k.dequantize(), *(jax.lax.dynamic_slice_in_dim(a, start, size) for a in table)))
+        return k, v, jnp.where(there, index, -1)
 
     def span(first_query, last_query):
         last = jnp.minimum(q_positions[:, last_query] + 1, stop).max()
@@ -100,7 +99,7 @@ def attend_exact(
     k_positions: -1 where there is no key.
     """
     count, tokens, kv_heads, head_dim = k.shape[1], q.shape[1], k.shape[2], k.shape[3]
-    size = _block_size(count, kv_heads * head_dim, tokens, as_is=True)
+    size = _block_size(count, kv_heads * head_dim, tokens, exact=True)
     pad = -count % size
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     k, v = (jnp.pad(a, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2).astype(dtype) for a in (k, v))
@@ -119,9 +118,9 @@ def attend_exact(
     return _attend(q, q_positions, kv_heads, Keys(k.shape[2] // size, load, span), window)
 
 
-def _block_size(tokens: int, channels: int, queries: int, as_is: bool) -> int:
-    """Keys per block. One query over keys that are used as they lie needs no blocks: slicing would copy them."""
-    if as_is and queries == 1:
+def _block_size(tokens: int, channels: int, queries: int, exact: bool) -> int:
+    """Keys per block. One query over exact keys needs no blocks: its scores are small, and slicing would copy."""
+    if exact and queries == 1:
         return tokens
     size = 1 << ((_BLOCK_ELEMENTS // channels).bit_length() - 1)
     return min(tokens, size if queries == 1 else min(size, QUERY_TILE))

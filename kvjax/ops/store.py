@@ -166,7 +166,10 @@ def write_blocks(
 def _put(store: Array, rows: Float[Array, "B T K W"], positions: Int[Array, "B T"]) -> Array:
     # Heads are indexed too: XLA turns a scatter of one window into an update that copies the whole store.
     batch, head = jnp.arange(store.shape[0])[:, None, None], jnp.arange(store.shape[1])
-    return store.at[batch, head, positions[:, :, None]].set(rows.astype(store.dtype), mode="drop")
+    rows = rows.astype(store.dtype)
+    if store.dtype == jnp.bfloat16:  # scattered as integers: XLA's CPU backend would widen the whole store
+        return _put(store.view(jnp.uint16), rows.view(jnp.uint16), positions).view(jnp.bfloat16)
+    return store.at[batch, head, positions[:, :, None]].set(rows, mode="drop")
 
 
 def _rows(index: Int[Array, "B N"], count: int) -> Int[Array, "B N*count"]:
