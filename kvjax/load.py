@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.checkpoints import orbax
-from kvjax.checkpoints.files import brief, sha256
 from kvjax.checkpoints.gguf import GGUFFile
-from kvjax.checkpoints.params import Params, keep_layers
 from kvjax.checkpoints.safetensors import load_hf, weight_files
 from kvjax.checkpoints.tokenizer import AnyTokenizer, ByteTokenizer, read_tokenizer
 from kvjax.errors import KvjaxError
+from kvjax.files import brief, sha256
 from kvjax.models import zoo
 from kvjax.models.config import ModelConfig
+from kvjax.models.params import Params, keep_layers
 
 DTYPES = ("float32", "bfloat16", "float64")
 

@@ -12,10 +12,10 @@ import pytest
 
 from kvjax.caches.base import CacheShape
 from kvjax.caches.plan import CachePlan
-from kvjax.checkpoints.params import Params
 from kvjax.load import Model, load
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
+from kvjax.models.params import Params
 
 
 @pytest.fixture(scope="session")

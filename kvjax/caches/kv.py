@@ -203,7 +203,9 @@ class KVCache(LayerCache):
     def _rope_table(self, chunk: Chunk) -> tuple[Array, Array] | None:
         if self.spec.rope == "post":
             return None
-        return chunk.rope.table(jnp.arange(self.keys.tokens), chunk.q.dtype)  # the same in every layer: built once
+        return chunk.rope.table(
+            jnp.arange(self.keys.tokens), chunk.q.dtype
+        )  # the same in every layer: built once
 
     def _rotated(self, k: Array, positions: Int[Array, "B N"], chunk: Chunk) -> Array:
         return chunk.rope.apply(k, positions) if self.spec.rope == "pre" else k
@@ -241,14 +243,17 @@ class KVCache(LayerCache):
             )
         return cache._store_blocks(k, v, chunk)
 
-    def _store_sinks(self, k: Array, v: Array, positions: Int[Array, "B T"], real: Bool[Array, "B T"]) -> KVCache:
+    def _store_sinks(
+        self, k: Array, v: Array, positions: Int[Array, "B T"], real: Bool[Array, "B T"]
+    ) -> KVCache:
         sink = self.spec.sink
         if sink == 0:
             return self
         batch = jnp.arange(k.shape[0])[:, None]
         at = jnp.where(real & (positions < sink), positions, sink)
         put = [
-            old.at[batch, at].set(new.astype(old.dtype), mode="drop") for old, new in ((self.sink_k, k), (self.sink_v, v))
+            old.at[batch, at].set(new.astype(old.dtype), mode="drop")
+            for old, new in ((self.sink_k, k), (self.sink_v, v))
         ]
         return self.replace(sink_k=put[0], sink_v=put[1])
 

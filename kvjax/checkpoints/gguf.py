@@ -13,11 +13,11 @@ from jax.typing import DTypeLike
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from kvjax.checkpoints.files import brief
-from kvjax.checkpoints.params import Names, ParamPath, Params, build_params
 from kvjax.checkpoints.tokenizer import Tokenizer, read_backend
 from kvjax.errors import KvjaxError
+from kvjax.files import brief
 from kvjax.models.config import ModelConfig, RopeConfig
+from kvjax.models.params import Names, ParamPath, Params, build_params
 from kvjax.models.rope import make_rope
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")

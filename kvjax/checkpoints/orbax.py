@@ -13,11 +13,11 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
-from kvjax.checkpoints.files import brief, read_json, write_json
-from kvjax.checkpoints.params import Params, check_tensors, keep_layers, param_shapes
 from kvjax.checkpoints.tokenizer import AnyTokenizer, ByteTokenizer, Tokenizer, read_tokenizer
 from kvjax.errors import KvjaxError
+from kvjax.files import brief, read_json, write_json
 from kvjax.models.config import ModelConfig, RopeConfig
+from kvjax.models.params import Params, check_tensors, keep_layers, param_shapes
 
 if TYPE_CHECKING:
     from kvjax.load import Model

@@ -9,10 +9,10 @@ from typing import Any
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from kvjax.checkpoints.files import brief, read_json
-from kvjax.checkpoints.params import Names, Params, build_params
 from kvjax.errors import KvjaxError
+from kvjax.files import brief, read_json
 from kvjax.models.config import ModelConfig, from_hf
+from kvjax.models.params import Names, Params, build_params
 
 NAMES = Names(
     top={"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"},

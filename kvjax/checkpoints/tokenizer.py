@@ -11,8 +11,8 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int
 
-from kvjax.checkpoints.files import brief, read_json, write_json
 from kvjax.errors import KvjaxError
+from kvjax.files import brief, read_json, write_json
 
 
 @dataclasses.dataclass(frozen=True)

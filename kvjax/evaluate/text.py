@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from kvjax.checkpoints.files import brief
 from kvjax.errors import KvjaxError
+from kvjax.files import brief
 from kvjax.models import zoo
 
 ALIASES = {"wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1:test"}

@@ -86,7 +86,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     try:
         heads, model_dim = int(hf["num_attention_heads"]), int(hf["hidden_size"])
         use_window = family == "mistral" or (family in ("qwen2", "qwen3") and hf.get("use_sliding_window"))
-        window = hf.get("sliding_window") if use_window else None
+        window = hf.get("sliding_window", 4096) if use_window else None  # HF's own defaults, here and below
         return ModelConfig(
             family=family,
             vocab_size=int(hf["vocab_size"]),
@@ -103,7 +103,11 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
             qk_norm=family == "qwen3",
             tied=bool(hf.get("tie_word_embeddings", False)),
             window=int(window) if window else None,
-            first_window_layer=int(hf.get("max_window_layers", 0)) if window and family != "mistral" else 0,
+            first_window_layer=int(hf.get("max_window_layers", 28)) if window and family != "mistral" else 0,
         )
+    except KvjaxError:
+        raise
     except KeyError as error:
         raise KvjaxError(f"config.json has no field {error.args[0]!r}") from None
+    except (TypeError, ValueError) as error:
+        raise KvjaxError(f"config.json holds a value of the wrong kind: {error}") from None

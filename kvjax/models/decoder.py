@@ -59,10 +59,14 @@ class Layer(nn.Module):
         norm = self._param("attention_norm", dim)
         x = rms_norm(h, norm, c.norm_eps)
         q = linear(x, self._param("q", q_dim, dim))
-        weights = KVWeights(k=self._param("k", kv_dim, dim), v=self._param("v", kv_dim, dim), norm_eps=c.norm_eps)
+        weights = KVWeights(
+            k=self._param("k", kv_dim, dim), v=self._param("v", kv_dim, dim), norm_eps=c.norm_eps
+        )
         if c.qkv_bias:
             q = q + self._param("q_bias", q_dim)
-            weights = weights.replace(k_bias=self._param("k_bias", kv_dim), v_bias=self._param("v_bias", kv_dim))
+            weights = weights.replace(
+                k_bias=self._param("k_bias", kv_dim), v_bias=self._param("v_bias", kv_dim)
+            )
         q = q.reshape(batch, tokens, c.heads, c.head_dim)
         if c.qk_norm:
             q = rms_norm(q, self._param("q_norm", c.head_dim), c.norm_eps)
@@ -86,7 +90,10 @@ class Layer(nn.Module):
         attended, cache, carry = cache.attend(chunk, carry)
         h = h + linear(attended.reshape(batch, tokens, q_dim), self._param("o", dim, q_dim))
         x = rms_norm(h, self._param("mlp_norm", dim), c.norm_eps)
-        gate, up = linear(x, self._param("gate", c.mlp_dim, dim)), linear(x, self._param("up", c.mlp_dim, dim))
+        gate, up = (
+            linear(x, self._param("gate", c.mlp_dim, dim)),
+            linear(x, self._param("up", c.mlp_dim, dim)),
+        )
         return h + linear(jax.nn.silu(gate) * up, self._param("down", dim, c.mlp_dim)), cache, carry
 
 

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax.typing import DTypeLike
 
-from kvjax.checkpoints.files import sha256
-from kvjax.checkpoints.params import ParamPath, Params, Shape, param_shapes
 from kvjax.errors import KvjaxError
+from kvjax.files import sha256
 from kvjax.models.config import ModelConfig, RopeConfig
+from kvjax.models.params import ParamPath, Params, Shape, param_shapes
 
 
 @dataclasses.dataclass(frozen=True)

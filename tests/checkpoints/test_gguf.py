@@ -11,9 +11,9 @@ from gguf.quants import dequantize, quantize
 from tokenizers.pre_tokenizers import ByteLevel
 
 from kvjax.checkpoints.gguf import NAMES, GGUFFile
-from kvjax.checkpoints.params import param_shapes
 from kvjax.checkpoints.safetensors import load_hf
 from kvjax.errors import KvjaxError
+from kvjax.models.params import param_shapes
 from kvjax.models.rope import make_rope
 
 F32, Q8_0 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0

@@ -1,0 +1,1 @@
+"""Texts, and how far a cache moves a model on them."""
