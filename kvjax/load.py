@@ -103,9 +103,7 @@ def _snapshot(name: str) -> Path:
     """The folder of a hub model: safetensors and JSON only, nothing that could run code."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         known = ", ".join(zoo.NAMES)
-        raise KvjaxError(
-            f"no model {name!r}; expected {known}, a HF folder, a .gguf file or a hub's org/name"
-        )
+        raise KvjaxError(f"no model {name!r}; expected {known}, a HF folder, a .gguf file or a hub's org/name")
     from huggingface_hub import snapshot_download
 
     try:

@@ -22,9 +22,7 @@ class Dense(KV):
 
     @classmethod
     def parse(cls, name: str, mode: str | None, fields: dict[str, Any]) -> Dense:
-        check_fields(
-            name if mode is None else f"{name}@{mode}", fields if mode is None else {"mode": mode}, {}
-        )
+        check_fields(name if mode is None else f"{name}@{mode}", fields if mode is None else {"mode": mode}, {})
         return cls()
 
     def __str__(self) -> str:

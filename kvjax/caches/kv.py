@@ -203,9 +203,7 @@ class KVCache(LayerCache):
     def _rope_table(self, chunk: Chunk) -> tuple[Array, Array] | None:
         if self.spec.rope == "post":
             return None
-        return chunk.rope.table(
-            jnp.arange(self.keys.tokens), chunk.q.dtype
-        )  # the same in every layer: built once
+        return chunk.rope.table(jnp.arange(self.keys.tokens), chunk.q.dtype)  # the same in every layer: built once
 
     def _rotated(self, k: Array, positions: Int[Array, "B N"], chunk: Chunk) -> Array:
         return chunk.rope.apply(k, positions) if self.spec.rope == "pre" else k
@@ -243,9 +241,7 @@ class KVCache(LayerCache):
             )
         return cache._store_blocks(k, v, chunk)
 
-    def _store_sinks(
-        self, k: Array, v: Array, positions: Int[Array, "B T"], real: Bool[Array, "B T"]
-    ) -> KVCache:
+    def _store_sinks(self, k: Array, v: Array, positions: Int[Array, "B T"], real: Bool[Array, "B T"]) -> KVCache:
         sink = self.spec.sink
         if sink == 0:
             return self
@@ -286,9 +282,7 @@ class KVCache(LayerCache):
             return store.write_blocks(old, new, mask, at) if blocks else old
 
         keep = ((end // r - before // r) * r)[:, None] + jnp.arange(r)
-        residual_k, residual_v = (
-            jnp.take_along_axis(a, keep[:, :, None, None], 1) for a in (pending_k, pending_v)
-        )
+        residual_k, residual_v = (jnp.take_along_axis(a, keep[:, :, None, None], 1) for a in (pending_k, pending_v))
         return self.replace(
             keys=flush(self.keys, pending_k),
             values=flush(self.values, pending_v),

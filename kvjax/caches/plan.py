@@ -40,9 +40,7 @@ def parse_spec(text: str) -> CacheSpec:
             if re.fullmatch(method.pattern, match["name"]):
                 return method.parse(match["name"], match["mode"], _fields(match["fields"]))
     known = "dense, k{bits}v{bits}"
-    raise KvjaxError(
-        f"cache {text.strip()!r} is not known; expected {known} with @mode and (field=value,...)"
-    )
+    raise KvjaxError(f"cache {text.strip()!r} is not known; expected {known} with @mode and (field=value,...)")
 
 
 def _fields(text: str | None) -> dict[str, Any]:
@@ -108,9 +106,7 @@ class CachePlan:
         missing = sorted(set(range(layers)) - set(specs))
         beyond = sorted(set(specs) - set(range(layers)))
         if missing:
-            raise KvjaxError(
-                f"plan {where} has no cache for layer {missing[0]} of the model's {layers} layers"
-            )
+            raise KvjaxError(f"plan {where} has no cache for layer {missing[0]} of the model's {layers} layers")
         if beyond:
             raise KvjaxError(f"plan {where} names layer {beyond[0]}; the model has {layers} layers")
         return cls(tuple(specs[i] for i in range(layers)))
@@ -129,9 +125,7 @@ class CachePlan:
         mode = mode or ("token" if "pertoken" in path.name else "kivi")
         try:
             specs = {
-                int(layer): KV.parse(
-                    f"k{int(bits['nbits_key'])}v{int(bits['nbits_value'])}", mode, _fields(fields)
-                )
+                int(layer): KV.parse(f"k{int(bits['nbits_key'])}v{int(bits['nbits_value'])}", mode, _fields(fields))
                 for layer, bits in data.items()
             }
         except (AttributeError, KeyError, TypeError) as error:
@@ -216,9 +210,7 @@ def logical_axes(plan: CachePlan, shape: CacheShape) -> Any:
     return tuple(spec.logical_axes(shape) for spec in plan.specs)
 
 
-def shardings(
-    plan: CachePlan, shape: CacheShape, mesh: jax.sharding.Mesh, rules: Mapping[str, str | None]
-) -> Any:
+def shardings(plan: CachePlan, shape: CacheShape, mesh: jax.sharding.Mesh, rules: Mapping[str, str | None]) -> Any:
     """NamedShardings of `plan.init(shape).layers`: `rules` maps logical axes (batch, kv_heads) to mesh axes."""
 
     def place(axes: jax.sharding.PartitionSpec) -> jax.sharding.NamedSharding:

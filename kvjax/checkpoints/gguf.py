@@ -147,9 +147,7 @@ class GGUFFile:
         rope = dataclasses.replace(plain, scaling="llama3", factor=float(divisors.max()))
         expected = make_rope(plain, head_dim).inv_freq / make_rope(rope, head_dim).inv_freq
         if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
-            raise KvjaxError(
-                f"tensor {ROPE_FACTORS} of {self.path} is not the rope scaling of Llama 3.1 to 3.3"
-            )
+            raise KvjaxError(f"tensor {ROPE_FACTORS} of {self.path} is not the rope scaling of Llama 3.1 to 3.3")
         return rope
 
     def load(self, dtype: DTypeLike, layers: int | None = None) -> tuple[ModelConfig, Params]:
@@ -206,9 +204,7 @@ class GGUFFile:
         backend.decoder = decoders.ByteLevel()
         special = (TokenType.CONTROL, TokenType.USER_DEFINED)
         kinds = zip(tokens, self.get("tokenizer.ggml.token_type"), strict=True)
-        backend.add_special_tokens(
-            [AddedToken(t, normalized=False, special=True) for t, k in kinds if k in special]
-        )
+        backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in kinds if k in special])
         return backend
 
 

@@ -56,9 +56,7 @@ def save(folder: Path, model: Model) -> None:
         raise KvjaxError(f"{folder} cannot be written: {error}") from None
 
 
-def load(
-    folder: Path, dtype: DTypeLike, layers: int | None = None
-) -> tuple[ModelConfig, Params, AnyTokenizer]:
+def load(folder: Path, dtype: DTypeLike, layers: int | None = None) -> tuple[ModelConfig, Params, AnyTokenizer]:
     """What `save` wrote, the parameters in `dtype`, of the first `layers` layers where given.
 
     Raises:

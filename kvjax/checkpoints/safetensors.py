@@ -52,9 +52,7 @@ def weight_files(folder: Path) -> list[Path]:
     elif (folder / "model.safetensors").is_file():
         files = [folder / "model.safetensors"]
     elif pickles := sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES):
-        raise KvjaxError(
-            f"{folder} holds pickles ({pickles[0]}), which are never loaded; expected safetensors"
-        )
+        raise KvjaxError(f"{folder} holds pickles ({pickles[0]}), which are never loaded; expected safetensors")
     else:
         raise KvjaxError(f"{folder} has no model.safetensors")
     for file in files:
@@ -79,9 +77,7 @@ def load_hf(folder: Path, dtype: DTypeLike, layers: int | None = None) -> tuple[
                 raise KvjaxError(f"{file} is not a whole safetensors file: {brief(error)}") from None
             where |= {name: handle for name in handle.keys() if not _unused(name, config)}  # noqa: SIM118
         present = {name: tuple(handle.get_slice(name).get_shape()) for name, handle in where.items()}
-        return build_params(
-            config, NAMES, present, lambda _, name: where[name].get_tensor(name), dtype, layers
-        )
+        return build_params(config, NAMES, present, lambda _, name: where[name].get_tensor(name), dtype, layers)
 
 
 def _unused(name: str, config: ModelConfig) -> bool:

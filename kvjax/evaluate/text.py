@@ -32,9 +32,7 @@ def load_text(source: str) -> str:
     if Path(name).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         config, _, split = rest.partition(":")
         return _read_dataset(name, config or None, split or "test")
-    raise KvjaxError(
-        f"no text {source!r}; expected a file, demo, {', '.join(ALIASES)} or name[:config[:split]]"
-    )
+    raise KvjaxError(f"no text {source!r}; expected a file, demo, {', '.join(ALIASES)} or name[:config[:split]]")
 
 
 def _read(file: Path) -> str:

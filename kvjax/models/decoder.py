@@ -59,14 +59,10 @@ class Layer(nn.Module):
         norm = self._param("attention_norm", dim)
         x = rms_norm(h, norm, c.norm_eps)
         q = linear(x, self._param("q", q_dim, dim))
-        weights = KVWeights(
-            k=self._param("k", kv_dim, dim), v=self._param("v", kv_dim, dim), norm_eps=c.norm_eps
-        )
+        weights = KVWeights(k=self._param("k", kv_dim, dim), v=self._param("v", kv_dim, dim), norm_eps=c.norm_eps)
         if c.qkv_bias:
             q = q + self._param("q_bias", q_dim)
-            weights = weights.replace(
-                k_bias=self._param("k_bias", kv_dim), v_bias=self._param("v_bias", kv_dim)
-            )
+            weights = weights.replace(k_bias=self._param("k_bias", kv_dim), v_bias=self._param("v_bias", kv_dim))
         q = q.reshape(batch, tokens, c.heads, c.head_dim)
         if c.qk_norm:
             q = rms_norm(q, self._param("q_norm", c.head_dim), c.norm_eps)
@@ -158,9 +154,7 @@ class Decoder(nn.Module):
         for layer, factor, layer_cache in zip(self.layer, factors, cache.layers, strict=True):
             h, layer_cache, carry = layer(h, positions, lengths, rope, factor, layer_cache, carry, read)
             stored.append(layer_cache)
-        return rms_norm(h, self.norm, c.norm_eps), cache.replace(
-            layers=tuple(stored), length=cache.length + lengths
-        )
+        return rms_norm(h, self.norm, c.norm_eps), cache.replace(layers=tuple(stored), length=cache.length + lengths)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits of final hidden states, accumulated in float32 or wider."""

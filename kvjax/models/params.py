@@ -59,9 +59,7 @@ class Names:
         return self.prefix.format(i=path[0].removeprefix("layer_")) + self.layer[path[1]]
 
 
-def check_tensors(
-    config: ModelConfig, name_of: Callable[[ParamPath], str], present: Mapping[str, Shape]
-) -> None:
+def check_tensors(config: ModelConfig, name_of: Callable[[ParamPath], str], present: Mapping[str, Shape]) -> None:
     """Raises KvjaxError for a tensor that is missing, has another shape, or that the decoder would ignore."""
     names = {name_of(path): shape for path, shape in param_shapes(config).items()}
     for name, shape in names.items():
@@ -70,9 +68,7 @@ def check_tensors(
         if present[name] != shape:
             raise KvjaxError(f"tensor {name} has shape {present[name]}; expected {shape}")
     if extra := sorted(present.keys() - names.keys()):
-        raise KvjaxError(
-            f"tensor {extra[0]} is not part of a {config.family} decoder; found {len(extra)} such"
-        )
+        raise KvjaxError(f"tensor {extra[0]} is not part of a {config.family} decoder; found {len(extra)} such")
 
 
 def build_params(

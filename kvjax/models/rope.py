@@ -19,9 +19,7 @@ class Rope:
 
     inv_freq: Float[Array, "half"]
 
-    def table(
-        self, positions: Int[Array, "..."], dtype
-    ) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
+    def table(self, positions: Int[Array, "..."], dtype) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
         """cos and sin of position * inv_freq, once for each half of D; angles in float32 or wider."""
         dtype = jnp.promote_types(dtype, jnp.float32)
         angle = positions[..., None].astype(dtype) * jnp.tile(self.inv_freq.astype(dtype), 2)

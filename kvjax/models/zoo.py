@@ -91,9 +91,7 @@ def fetch(pinned: Pinned) -> Path:
                     )
                 part.replace(target)
     except OSError as error:
-        raise KvjaxError(
-            f"the cache folder {target.parent} cannot be used: {error}; set KVJAX_CACHE"
-        ) from None
+        raise KvjaxError(f"the cache folder {target.parent} cannot be used: {error}; set KVJAX_CACHE") from None
     return target
 
 
@@ -139,9 +137,7 @@ def expand_kv_heads(config: ModelConfig, params: Params) -> tuple[ModelConfig, P
 
     projections = ("k", "v", "k_bias", "v_bias")
     expanded = {
-        top: {n: expand(w) if n in projections else w for n, w in tree.items()}
-        if isinstance(tree, dict)
-        else tree
+        top: {n: expand(w) if n in projections else w for n, w in tree.items()} if isinstance(tree, dict) else tree
         for top, tree in params.items()
     }
     return dataclasses.replace(config, kv_heads=config.heads), expanded

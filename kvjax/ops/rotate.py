@@ -8,9 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 
-def rotate(
-    x: Float[Array, "... D"], cos: Float[Array, "... D"], sin: Float[Array, "... D"]
-) -> Float[Array, "... D"]:
+def rotate(x: Float[Array, "... D"], cos: Float[Array, "... D"], sin: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """Rotates the pairs (x[i], x[i + D/2]), whose angle stands twice in cos and sin, in their precision."""
     half = x.shape[-1] // 2
     # (a, b) -> (-b, a) as a product with a signed permutation, exact at the highest precision: XLA's CPU backend

@@ -42,9 +42,7 @@ class Format:
         if self.block % 8:
             raise KvjaxError(f"residual {self.block}: expected a multiple of 8")
         if self.per == "channel" and (self.block == 0 or self.block % self.group):
-            raise KvjaxError(
-                f"residual {self.block}: expected a positive multiple of the token group {self.group}"
-            )
+            raise KvjaxError(f"residual {self.block}: expected a positive multiple of the token group {self.group}")
 
     @property
     def pack(self) -> int:
@@ -92,9 +90,7 @@ def init(format: Format, batch: int, kv_heads: int, tokens: int, head_dim: int, 
     if format.bits == EXACT:
         return Packed((rows(tokens, head_dim, dtype),), None, None, format)
     planes = tuple(rows(tokens * width // 8, head_dim, jnp.uint8) for width in packing.PLANES[format.bits])
-    groups = (
-        (tokens, head_dim // format.group) if format.per == "token" else (tokens // format.group, head_dim)
-    )
+    groups = (tokens, head_dim // format.group) if format.per == "token" else (tokens // format.group, head_dim)
     return Packed(planes, rows(*groups, jnp.float16), rows(*groups, jnp.float16), format)
 
 
@@ -128,9 +124,7 @@ def write_tokens(
             packed.planes, _pack_blocks(codes, format), _pack_blocks(full, format), strict=True
         )
     )
-    return packed.replace(
-        planes=planes, scale=_put(packed.scale, q.scale, at), zero=_put(packed.zero, q.zero, at)
-    )
+    return packed.replace(planes=planes, scale=_put(packed.scale, q.scale, at), zero=_put(packed.zero, q.zero, at))
 
 
 def _pack_blocks(codes: Array, format: Format) -> tuple[Array, ...]:
@@ -182,9 +176,7 @@ def _rows(index: Int[Array, "B N"], count: int) -> Int[Array, "B N*count"]:
 
 def _put_rows(store: Array, blocks: Float[Array, "B N K r W"], index: Int[Array, "B N"]) -> Array:
     batch, count, kv_heads, rows, width = blocks.shape
-    return _put(
-        store, blocks.swapaxes(2, 3).reshape(batch, count * rows, kv_heads, width), _rows(index, rows)
-    )
+    return _put(store, blocks.swapaxes(2, 3).reshape(batch, count * rows, kv_heads, width), _rows(index, rows))
 
 
 def _get_rows(store: Array, index: Int[Array, "B N"], rows: int) -> Array:
@@ -221,9 +213,7 @@ def read_block(packed: Packed, start: Int[Array, ""] | int, size: int, dtype) ->
     format = packed.format
 
     def rows(a: Array, numerator: int, denominator: int) -> Array:
-        return jax.lax.dynamic_slice_in_dim(
-            a, start * numerator // denominator, size * numerator // denominator, 2
-        )
+        return jax.lax.dynamic_slice_in_dim(a, start * numerator // denominator, size * numerator // denominator, 2)
 
     if format.bits == EXACT:
         return Block(rows(packed.planes[0], 1, 1).astype(dtype))

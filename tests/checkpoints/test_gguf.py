@@ -75,9 +75,7 @@ def test_q8_0_and_llama3_rope(goldens, tmp_path):
     config, params = load_hf(goldens / "llama-llama3", jnp.float32)
     rope = dataclasses.replace(config.rope, original_max_positions=8192, factor=32.0)
     freqs = make_rope(dataclasses.replace(rope, scaling="none"), 16).inv_freq / make_rope(rope, 16).inv_freq
-    loaded_config, loaded = GGUFFile(write_gguf(tmp_path / "a.gguf", config, params, Q8_0, freqs)).load(
-        jnp.float32
-    )
+    loaded_config, loaded = GGUFFile(write_gguf(tmp_path / "a.gguf", config, params, Q8_0, freqs)).load(jnp.float32)
     assert loaded_config == dataclasses.replace(config, rope=rope)
     for name in ("q", "k", "down"):
         expected = dequantize(quantize(np.asarray(params["layer_1"][name]), Q8_0), Q8_0)
@@ -99,9 +97,7 @@ def test_refused(goldens, tmp_path):
     with pytest.raises(KvjaxError, match="magic"):
         GGUFFile(file)
     params["layer_1"]["q_norm"] = params["norm"]
-    with pytest.raises(
-        KvjaxError, match=r"tensor blk\.1\.attn_q_norm\.weight has shape \(64,\); expected \(32,\)"
-    ):
+    with pytest.raises(KvjaxError, match=r"tensor blk\.1\.attn_q_norm\.weight has shape \(64,\); expected \(32,\)"):
         GGUFFile(write_gguf(file, config, params)).load(jnp.float32)
     with pytest.raises(KvjaxError, match="architecture 'gemma' is not supported; expected llama"):
         GGUFFile(write_gguf(file, dataclasses.replace(config, family="gemma"), params)).config()

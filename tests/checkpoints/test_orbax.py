@@ -21,9 +21,7 @@ def test_round_trip(dtype, goldens, tmp_path):
     again = load(str(tmp_path / "saved"), dtype)
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
     assert again.config == model.config and again.dtype == model.dtype
-    assert dataclasses.replace(again.tokenizer, backend=None) == dataclasses.replace(
-        model.tokenizer, backend=None
-    )
+    assert dataclasses.replace(again.tokenizer, backend=None) == dataclasses.replace(model.tokenizer, backend=None)
     assert again.tokenizer.encode("a b1").tolist() == model.tokenizer.encode("a b1").tolist()
     assert [file.name for file in tmp_path.iterdir()] == ["saved"]
 

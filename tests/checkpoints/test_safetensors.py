@@ -74,9 +74,7 @@ def test_missing_shard(goldens, tmp_path):
 
 def test_pickles_are_never_loaded(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refused(
-        folder, re.escape("holds pickles (pytorch_model.bin), which are never loaded; expected safetensors")
-    )
+    refused(folder, re.escape("holds pickles (pytorch_model.bin), which are never loaded; expected safetensors"))
 
 
 def test_broken_config(folder):

@@ -35,9 +35,7 @@ def test_hf_folder(goldens, tmp_path):
 
 
 def test_refused(tmp_path):
-    with pytest.raises(
-        KvjaxError, match=r"tokenizer\.json is missing; put the model's tokenizer\.json there"
-    ):
+    with pytest.raises(KvjaxError, match=r"tokenizer\.json is missing; put the model's tokenizer\.json there"):
         read_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(KvjaxError, match="is not a tokenizer"):

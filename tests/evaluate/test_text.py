@@ -46,9 +46,7 @@ def test_local_folder_like_the_hub(rows, expected, tmp_path, own_cache):
     folder.mkdir()
     (folder / "test.jsonl").write_text("".join(f'{{"text": "{row}"}}\n' for row in rows))
     assert load_text(str(folder)) == load_text(f"{folder}:default:test") == expected
-    with pytest.raises(
-        KvjaxError, match=r"\(default, train\) cannot be loaded .*; without a network give the path"
-    ):
+    with pytest.raises(KvjaxError, match=r"\(default, train\) cannot be loaded .*; without a network give the path"):
         load_text(f"{folder}:default:train")
 
 

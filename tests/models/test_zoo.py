@@ -77,9 +77,7 @@ def test_smollm2_as_mha_is_the_same_function(smollm2, dense_logits):
     assert (config.kv_heads, mha.kv_heads) == (3, 9)
     tokens = np.arange(100, 132, dtype=np.int32)[None]
     gqa = dense_logits(config, _only(smollm2.params, 2), tokens)
-    np.testing.assert_allclose(
-        dense_logits(mha, _only(mha_params, 2), tokens), gqa, atol=1e-5 * np.abs(gqa).max()
-    )
+    np.testing.assert_allclose(dense_logits(mha, _only(mha_params, 2), tokens), gqa, atol=1e-5 * np.abs(gqa).max())
 
 
 def _only(params, layers):

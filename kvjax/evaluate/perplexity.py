@@ -1,0 +1,220 @@
+"""Perplexity, KL divergence and top-1 agreement of a cache plan, against the dense run of the same windows.
+
+Three protocols say what a scored token reads (DESIGN): `streaming`, chunks of the plan's residual from position 0,
+which is what token-by-token decoding sees; `decode`, step by step, the slow check of it; `parallel`, one pass in which
+every token is read as stored, its own included, as in XQuant's tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from kvjax.caches.base import Cache, CacheShape
+from kvjax.caches.plan import CachePlan
+from kvjax.errors import KvjaxError
+from kvjax.evaluate import vocabulary
+from kvjax.evaluate.text import load_text
+from kvjax.load import Model
+from kvjax.models.decoder import Decoder
+
+PROTOCOLS = ("streaming", "decode", "parallel")
+
+
+def cut_windows(ids: Int[np.ndarray, "n"], context: int, windows: int, offset: int = 0) -> Int[np.ndarray, "w c"]:
+    """`windows` consecutive windows of `context` tokens, the first `offset` tokens skipped.
+
+    Raises:
+      KvjaxError: fewer tokens than asked for, or sizes that cannot be scored.
+    """
+    if context < 2 or windows < 1 or offset < 0:
+        raise KvjaxError(
+            f"context={context}, windows={windows}, offset={offset}: expected at least 2 tokens, 1 window, offset 0"
+        )
+    needed = offset + context * windows
+    if len(ids) < needed:
+        raise KvjaxError(
+            f"the text has {len(ids)} tokens; expected at least {needed}"
+            f" (offset {offset} and {windows} windows of {context})"
+        )
+    return ids[offset:needed].reshape(windows, context)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds spent running and compiling."""
+
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
+
+    def __add__(self, other: Timing) -> Timing:
+        return Timing(self.seconds + other.seconds, self.compile_seconds + other.compile_seconds)
+
+
+def hidden_states(
+    decoder: Decoder, params: Any, tokens: Int[Array, "B N"], cache: Cache, chunk: int, read: str
+) -> Float[Array, "B N D"]:
+    """Final hidden states of all tokens, fed `chunk` at a time."""
+    batch, count = tokens.shape
+    steps = -(-count // chunk)
+    padded = jnp.pad(tokens, ((0, 0), (0, steps * chunk - count)))
+
+    def step(cache: Cache, x: tuple[Array, Array]):
+        piece, start = x
+        lengths = jnp.full((batch,), jnp.minimum(chunk, count - start), jnp.int32)
+        hidden, cache = decoder.apply({"params": params}, piece, cache, lengths, read)
+        return cache, hidden
+
+    pieces = padded.reshape(batch, steps, chunk).swapaxes(0, 1)
+    starts = jnp.arange(steps) * chunk
+    if steps == 1:
+        return step(cache, (pieces[0], starts[0]))[1][:, :count]
+    _, hidden = jax.lax.scan(step, cache, (pieces, starts))
+    return hidden.swapaxes(0, 1).reshape(batch, steps * chunk, -1)[:, :count]
+
+
+class Scorer:
+    """Scores plans on batches of windows of one size, each program compiled once.
+
+    Attributes:
+      batch: windows that are scored together.
+    """
+
+    def __init__(self, model: Model, context: int, windows: int, protocol: str = "streaming"):
+        """Raises KvjaxError for an unknown protocol or a context beyond what the model was made for."""
+        if protocol not in PROTOCOLS:
+            raise KvjaxError(f"protocol {protocol!r}; expected one of {', '.join(PROTOCOLS)}")
+        if context > model.config.max_positions:
+            raise KvjaxError(f"context={context}; expected at most the model's {model.config.max_positions}")
+        self.model, self.protocol = model, protocol
+        # A whole window already fills a matmul; chunks and steps need a few windows side by side.
+        self.batch = min(windows, 1 if protocol == "parallel" else 4)
+        self.shape = CacheShape.of(model.config, self.batch, context, model.dtype)
+        self._decoder = Decoder(model.config)
+        self._compiled: dict[Any, Any] = {}
+
+    def run(
+        self, plan: CachePlan, windows: Int[np.ndarray, "w c"], dense: vocabulary.Dense | None
+    ) -> tuple[vocabulary.TokenScores, vocabulary.Dense | None, Timing]:
+        """Scores at most `batch` windows, [w, context - 1] a field (position 0 is not scored).
+
+        Args:
+          dense: the dense run of the same windows; None where this is the dense run, which is then returned.
+        """
+        count = len(windows)
+        tokens = jnp.asarray(np.pad(windows, ((0, self.batch - count), (0, 0)), mode="edge"), jnp.int32)
+        hidden, timing = self._hidden(plan, tokens)
+        scored = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+        targets = tokens[:, 1:].reshape(-1)
+        params = self.model.params
+        head = params["embed"] if self.model.config.tied else params["head"]
+        if dense is None:
+            (scores, dense), more = self._call("dense", vocabulary.dense_run, scored, head, targets)
+        else:
+            full = jax.tree.map(lambda a: np.pad(a, _pad_rows(a, len(targets)), mode="edge"), dense)
+            scores, more = self._call("compare", vocabulary.compare, scored, head, targets, full)
+        rows = count * (windows.shape[1] - 1)
+        scores = jax.tree.map(lambda a: np.asarray(a, np.float64)[:rows].reshape(count, -1), scores)
+        return scores, jax.tree.map(lambda a: np.asarray(a)[:rows], dense), timing + more
+
+    def _hidden(self, plan: CachePlan, tokens: Int[Array, "B N"]) -> tuple[Float[Array, "B N D"], Timing]:
+        chunk = {"parallel": tokens.shape[1], "decode": 1, "streaming": plan.stream_chunk}[self.protocol]
+        read = "stored" if self.protocol == "parallel" else "exact"
+
+        def hidden(params, tokens):
+            return hidden_states(self._decoder, params, tokens, plan.init(self.shape), chunk, read)
+
+        return self._call(plan, hidden, self.model.params, tokens)
+
+    def _call(self, key: Any, function, *args) -> tuple[Any, Timing]:
+        start = time.perf_counter()
+        if key not in self._compiled:
+            self._compiled[key] = jax.jit(function).lower(*args).compile()
+        compiled = time.perf_counter()
+        out = jax.block_until_ready(self._compiled[key](*args))
+        return out, Timing(time.perf_counter() - compiled, compiled - start)
+
+    def forget(self, plan: CachePlan) -> None:
+        """Drops a plan's program, so that memory does not grow with the number of plans."""
+        self._compiled.pop(plan, None)
+
+
+def _pad_rows(a: np.ndarray, rows: int) -> list[tuple[int, int]]:
+    return [(0, rows - len(a))] + [(0, 0)] * (a.ndim - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A plan's figures on some windows.
+
+    Attributes:
+      nll: mean negative log-likelihood, nats a token. nll_se: its standard error over tokens.
+      ppl: exp(nll).
+      kld, kld_p99: mean and 99th percentile of KL(dense || plan) per token, nats.
+      top1: share of tokens whose argmax is the dense run's.
+      tokens: scored tokens.
+    """
+
+    nll: float
+    nll_se: float
+    ppl: float
+    kld: float
+    kld_p99: float
+    top1: float
+    tokens: int
+
+    @classmethod
+    def of(cls, scores: vocabulary.TokenScores) -> Score:
+        """Raises KvjaxError where the model's output is not finite."""
+        nll, kld, agree = (np.ravel(a) for a in (scores.nll, scores.kld, scores.agree))
+        if not (np.isfinite(nll).all() and np.isfinite(kld).all()):
+            raise KvjaxError("the logits are not finite: the weights or a cached value overflow this dtype")
+        mean = float(nll.mean())
+        error = float(nll.std(ddof=1) / math.sqrt(nll.size)) if nll.size > 1 else math.nan
+        kld_p99 = float(np.percentile(kld, 99))
+        return cls(mean, error, math.exp(mean), float(kld.mean()), kld_p99, float(agree.mean()), nll.size)
+
+
+def score(
+    model: Model,
+    text: str,
+    cache: str = "dense",
+    *,
+    protocol: str = "streaming",
+    context: int = 1024,
+    windows: int = 4,
+    offset: int = 0,
+) -> Score:
+    """Scores one cache plan on a text.
+
+    Args:
+      text: a local file, `demo`, `wikitext-2` or a hub data set, see `kvjax.evaluate.text.load_text`.
+      cache: a plan, see `kvjax.caches.plan`.
+      context, windows, offset: tokens a window, how many, tokens skipped first.
+
+    Raises:
+      KvjaxError: one line that says what was expected.
+    """
+    plan = CachePlan.parse(cache, model.config.layers)
+    scorer = Scorer(model, context, windows, protocol)
+    cut = cut_windows(model.tokenizer.encode(load_text(text)), context, windows, offset)
+    dense_plan = CachePlan.parse("dense", model.config.layers)
+    parts = []
+    for start in range(0, windows, scorer.batch):
+        batch = cut[start : start + scorer.batch]
+        scores, dense, _ = scorer.run(dense_plan, batch, None)
+        parts.append(scores if plan == dense_plan else scorer.run(plan, batch, dense)[0])
+    return Score.of(functools.reduce(concatenate, parts))
+
+
+def concatenate(a: vocabulary.TokenScores, b: vocabulary.TokenScores) -> vocabulary.TokenScores:
+    """Scores of two batches of windows as one."""
+    return jax.tree.map(lambda x, y: np.concatenate([x, y]), a, b)

@@ -1,0 +1,119 @@
+"""One pass over the vocabulary, tile by tile, for everything that scoring needs of the logits.
+
+Logits are linear in the final hidden state h, l = h·E (E the head's rows), so that with p, lse of the dense run and
+its expected row m = Σ_v p_v E_v
+
+    KL(dense || cache) = Σ_v p_v (l_v - lse - l'_v + lse') = (h - h')·m - lse + lse'.
+
+The dense run is thus kept as h, m, lse and the argmax: 2 D + 2 numbers a token instead of V logits, computed once and
+exact (docs/decisions.md). m is attention of h over the vocabulary with E as keys and values.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+ROWS = 1024  # tokens a pass
+TILE = 2048  # vocabulary rows at a time: the logits of a tile stay in cache
+
+
+@struct.dataclass
+class Dense:
+    """The dense run of N tokens: all that comparing another run with it takes."""
+
+    hidden: Float[Array, "N D"]
+    mean: Float[Array, "N D"]  # expected head row
+    lse: Float[Array, "N"]
+    top: Int[Array, "N"]  # argmax of the logits
+
+
+@struct.dataclass
+class TokenScores:
+    """Per token: negative log-likelihood of the target (nats), KL(dense || this), whether the argmaxes agree."""
+
+    nll: Float[Array, "N"]
+    kld: Float[Array, "N"]
+    agree: Float[Array, "N"]
+
+
+def dense_run(
+    hidden: Float[Array, "N D"], head: Float[Array, "V D"], targets: Int[Array, "N"]
+) -> tuple[TokenScores, Dense]:
+    """Scores of the dense run itself (KL 0, agreement 1), and what other runs are compared with."""
+
+    def rows(h, y):
+        state = _pass(h, head, y, y, keep=True)
+        lse = state["max"] + jnp.log(state["sum"])
+        dense = Dense(h, state["mean"] / state["sum"][:, None], lse, state["argmax"])
+        return TokenScores(lse - state["target"], jnp.zeros_like(lse), jnp.ones_like(lse)), dense
+
+    return _by_rows(rows, hidden, targets)
+
+
+def compare(
+    hidden: Float[Array, "N D"], head: Float[Array, "V D"], targets: Int[Array, "N"], dense: Dense
+) -> TokenScores:
+    """Scores of a run against the dense one."""
+
+    def rows(h, y, ref):
+        state = _pass(h, head, y, ref.top, keep=False)
+        lse = state["max"] + jnp.log(state["sum"])
+        wide = ref.mean.dtype
+        moved = ((ref.hidden.astype(wide) - h.astype(wide)) * ref.mean).sum(-1)
+        return TokenScores(lse - state["target"], moved - ref.lse + lse, (state["top"] >= state["max"]).astype(wide))
+
+    return _by_rows(rows, hidden, targets, dense)
+
+
+def _by_rows(f, *args):
+    """`f` over at most ROWS tokens at a time."""
+    count = args[0].shape[0]
+    size = min(count, ROWS)
+    groups = -(-count // size)
+    pad = lambda a: jnp.pad(a, ((0, groups * size - count),) + ((0, 0),) * (a.ndim - 1))  # noqa: E731
+    split = jax.tree.map(lambda a: pad(a).reshape(groups, size, *a.shape[1:]), args)
+    out = jax.lax.map(lambda x: f(*x), split)
+    return jax.tree.map(lambda a: a.reshape(groups * size, *a.shape[2:])[:count], out)
+
+
+def _pass(h: Array, head: Array, target: Array, top: Array, keep: bool) -> dict[str, Array]:
+    """Maximum, sum of exponentials (relative to it) and the logits of `target` and `top`; where `keep`, also the
+    argmax and the sum of head rows weighted by the exponentials. Online over tiles, as in attention."""
+    vocab, count = head.shape[0], h.shape[0]
+    tile = min(TILE, vocab)
+    dtype = jnp.promote_types(h.dtype, jnp.float32)
+
+    def step(i, state):
+        start = jnp.minimum(i * tile, vocab - tile)  # the last tile starts early where TILE does not divide V
+        rows = jax.lax.dynamic_slice_in_dim(head, start, tile)
+        logits = jnp.einsum("nd,vd->nv", h, rows, preferred_element_type=dtype)
+        if vocab % tile:
+            logits = jnp.where(start + jnp.arange(tile) >= i * tile, logits, -jnp.inf)
+        best = logits.max(-1)
+        maximum = jnp.maximum(state["max"], best)
+        p, shrink = jnp.exp(logits - maximum[:, None]), jnp.exp(state["max"] - maximum)
+
+        def pick(old, wanted):
+            at = wanted - start
+            found = jnp.take_along_axis(logits, jnp.clip(at, 0, tile - 1)[:, None], 1)[:, 0]
+            return jnp.where((at >= 0) & (at < tile) & (wanted >= i * tile), found, old)
+
+        new = {
+            "max": maximum,
+            "sum": state["sum"] * shrink + p.sum(-1),
+            "target": pick(state["target"], target),
+            "top": pick(state["top"], top),
+        }
+        if keep:
+            new["argmax"] = jnp.where(best > state["max"], start + logits.argmax(-1), state["argmax"])
+            new["mean"] = state["mean"] * shrink[:, None] + p @ rows.astype(dtype)
+        return new
+
+    zeros = jnp.zeros(count, dtype)
+    state = {"max": jnp.full(count, -jnp.inf, dtype), "sum": zeros, "target": zeros, "top": zeros}
+    if keep:
+        state |= {"argmax": jnp.zeros(count, jnp.int32), "mean": jnp.zeros(h.shape, dtype)}
+    return jax.lax.fori_loop(0, -(-vocab // tile), step, state)
