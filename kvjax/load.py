@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from hashlib import sha256 as sha256_of
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 
 from kvjax.checkpoints import orbax
 from kvjax.checkpoints.gguf import GGUFFile
+from kvjax.checkpoints.model import Model
 from kvjax.checkpoints.safetensors import load_hf, weight_files
 from kvjax.checkpoints.tokenizer import AnyTokenizer, ByteTokenizer, read_tokenizer
 from kvjax.errors import KvjaxError
@@ -21,18 +21,6 @@ from kvjax.models.config import ModelConfig
 from kvjax.models.params import Params, keep_layers
 
 DTYPES = ("float32", "bfloat16", "float64")
-
-
-@dataclasses.dataclass
-class Model:
-    """A decoder's weights with what is needed to use them."""
-
-    name: str  # as given; ends in (layers=N) where only the first N layers were kept
-    config: ModelConfig
-    params: Params
-    tokenizer: AnyTokenizer
-    dtype: jnp.dtype  # of the parameters
-    checksum: str  # sha256 of the source files, of the name where the weights are random
 
 
 def load(name: str, dtype: str | None = None, layers: int | None = None) -> Model:

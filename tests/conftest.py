@@ -12,7 +12,8 @@ import pytest
 
 from kvjax.caches.base import CacheShape
 from kvjax.caches.plan import CachePlan
-from kvjax.load import Model, load
+from kvjax.checkpoints.model import Model
+from kvjax.load import load
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.params import Params

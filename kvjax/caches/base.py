@@ -130,7 +130,7 @@ class CacheSpec(abc.ABC):
         """An empty cache. Raises KvjaxError where the settings do not fit the shape."""
 
     @abc.abstractmethod
-    def logical_axes(self, shape: CacheShape) -> LayerCache:
+    def logical_axes(self, shape: CacheShape) -> Any:
         """The tree of `init`, every leaf a PartitionSpec of logical axis names."""
 
     @property

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-from kvjax.caches.base import check_fields
 from kvjax.caches.kv import KV
+from kvjax.errors import KvjaxError
 from kvjax.ops.store import EXACT
 
 
@@ -22,7 +22,8 @@ class Dense(KV):
 
     @classmethod
     def parse(cls, name: str, mode: str | None, fields: dict[str, Any]) -> Dense:
-        check_fields(name if mode is None else f"{name}@{mode}", fields if mode is None else {"mode": mode}, {})
+        if mode or fields:
+            raise KvjaxError("dense has no mode and no fields; expected just dense")
         return cls()
 
     def __str__(self) -> str:

@@ -60,6 +60,10 @@ class KV(CacheSpec):
             value = getattr(self, field)
             if value is not None and value < (field == "group"):
                 raise KvjaxError(f"{self}: {field}={value} is too small")
+        if self.residual == self._default_residual:
+            object.__setattr__(self, "residual", None)  # one spec, one name
+        if self.block % 8:
+            raise KvjaxError(f"{self}: residual {self.block}; expected a multiple of 8")
         if self.mode == "kivi" and (self.block == 0 or self.block % self.token_group):
             raise KvjaxError(
                 f"{self}: residual {self.block}; expected a positive multiple of the token group {self.token_group}"
@@ -83,10 +87,12 @@ class KV(CacheSpec):
         return self.group or KIVI_GROUP
 
     @property
-    def block(self) -> int:
-        if self.residual is not None:
-            return self.residual
+    def _default_residual(self) -> int:
         return self.token_group if self.mode == "kivi" else 0
+
+    @property
+    def block(self) -> int:
+        return self._default_residual if self.residual is None else self.residual
 
     def _channel_group(self, head_dim: int) -> int:
         if self.group is None:
@@ -126,9 +132,9 @@ class KV(CacheSpec):
         r, sink = self.block, self.sink
         return KVCache(keys, values, exact(r), exact(r), exact(sink), exact(sink), self)
 
-    def logical_axes(self, shape: CacheShape) -> KVCache:
+    def logical_axes(self, shape: CacheShape) -> Any:
         cache = jax.eval_shape(lambda: self.init(shape))
-        exact = PartitionSpec("batch", None, "kv_heads", None)
+        exact: Any = PartitionSpec("batch", None, "kv_heads", None)
         keys, values = store.logical_axes(cache.keys), store.logical_axes(cache.values)
         return KVCache(keys, values, exact, exact, exact, exact, self)
 
@@ -161,10 +167,13 @@ class KVCache(LayerCache):
                 self._rope_table(chunk),
             )
         ]
-        k, v, positions = (cache if self._reads_stored(chunk) else self)._exact(chunk)
+        stored = self._reads_stored(chunk)
+        k, v, positions = (cache if stored else self)._exact(chunk)
         if k.shape[1]:
             k = self._rotated(k, positions, chunk)
-            parts.append(attention.attend_exact(chunk.q, chunk.positions, k, v, positions, chunk.window))
+            parts.append(
+                attention.attend_exact(chunk.q, chunk.positions, k, v, positions, chunk.window, own=not stored)
+            )
         return attention.merge(parts).astype(chunk.q.dtype), cache, carry
 
     def materialize(self, chunk: Chunk, carry: Any):
@@ -235,7 +244,8 @@ class KVCache(LayerCache):
         cache = self._store_sinks(k, v, chunk.positions, real)
         if self.spec.block == 0:
             start, lengths = chunk.positions[:, 0], chunk.lengths
-            return cache.replace(
+            return dataclasses.replace(
+                cache,
                 keys=store.write_tokens(self.keys, k, start, lengths),
                 values=store.write_tokens(self.values, v, start, lengths),
             )
@@ -251,7 +261,7 @@ class KVCache(LayerCache):
             old.at[batch, at].set(new.astype(old.dtype), mode="drop")
             for old, new in ((self.sink_k, k), (self.sink_v, v))
         ]
-        return self.replace(sink_k=put[0], sink_v=put[1])
+        return dataclasses.replace(self, sink_k=put[0], sink_v=put[1])
 
     def _store_blocks(self, k: Array, v: Array, chunk: Chunk) -> KVCache:
         """Appends to the residual and flushes complete blocks; under "stored" the last, partial one as well,
@@ -283,7 +293,8 @@ class KVCache(LayerCache):
 
         keep = ((end // r - before // r) * r)[:, None] + jnp.arange(r)
         residual_k, residual_v = (jnp.take_along_axis(a, keep[:, :, None, None], 1) for a in (pending_k, pending_v))
-        return self.replace(
+        return dataclasses.replace(
+            self,
             keys=flush(self.keys, pending_k),
             values=flush(self.values, pending_v),
             residual_k=residual_k,

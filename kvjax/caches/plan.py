@@ -28,6 +28,7 @@ from kvjax.errors import KvjaxError
 METHODS: tuple[type[CacheSpec], ...] = (Dense, KV)
 DEFAULT_STREAM = 32  # tokens per streaming chunk where no layer has a residual
 
+_FILE_FORMS = "expected {layer: {nbits_key, nbits_value}} for every layer, or {plan: text}"
 _METHOD = re.compile(r"(?P<name>\w+)(?:@(?P<mode>\w+))?(?:\((?P<fields>[^()]*)\))?")
 _FILE = re.compile(r"(?P<path>.+\.ya?ml)(?:@(?P<mode>\w+)(?:\((?P<fields>[^()]*)\))?)?")
 
@@ -61,13 +62,16 @@ def split_list(text: str) -> list[str]:
     return parts
 
 
-def _layers(text: str) -> list[int]:
+def _layers(text: str, layers: int) -> list[int]:
     out: list[int] = []
     for part in text.split("+"):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if not match or (match[2] and int(match[2]) < int(match[1])):
             raise KvjaxError(f"layers {text!r}: expected numbers and ranges joined by +, as in 0-2+29")
-        out += range(int(match[1]), int(match[2] or match[1]) + 1)
+        last = int(match[2] or match[1])
+        if last >= layers:
+            raise KvjaxError(f"layers {text!r} name layer {last}; the model has layers 0 to {layers - 1}")
+        out += range(int(match[1]), last + 1)
     return out
 
 
@@ -95,7 +99,7 @@ class CachePlan:
             if not colon:
                 raise KvjaxError(f"plan segment {segment.strip()!r}: expected layers:method, as in 0-2:k8v4")
             spec = parse_spec(method)
-            for layer in _layers(where):
+            for layer in _layers(where, layers):
                 if layer in specs:
                     raise KvjaxError(f"plan {text!r} names layer {layer} twice")
                 specs[layer] = spec
@@ -118,19 +122,21 @@ class CachePlan:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise KvjaxError(f"plan {path}: {' '.join(str(error).split())}") from None
-        if isinstance(data, dict) and isinstance(data.get("plan"), str):
-            if mode:
-                raise KvjaxError(f"plan {path} names its modes itself; expected no @{mode}")
-            return cls.parse(data["plan"], layers)
+        if not isinstance(data, dict) or not data:
+            raise KvjaxError(f"plan {path}: {_FILE_FORMS}")
+        if "plan" in data:
+            inner = data["plan"]
+            if mode or not isinstance(inner, str) or _FILE.fullmatch(inner.strip()):
+                raise KvjaxError(f"plan {path}: expected plan to be a text that names its modes, and no @mode")
+            return cls.parse(inner, layers)
         mode = mode or ("token" if "pertoken" in path.name else "kivi")
-        try:
-            specs = {
-                int(layer): KV.parse(f"k{int(bits['nbits_key'])}v{int(bits['nbits_value'])}", mode, _fields(fields))
-                for layer, bits in data.items()
-            }
-        except (AttributeError, KeyError, TypeError) as error:
-            expected = "expected {layer: {nbits_key, nbits_value}} or {plan: text}"
-            raise KvjaxError(f"plan {path}: {expected} ({type(error).__name__})") from None
+        specs: dict[int, CacheSpec] = {}
+        for layer, bits in data.items():
+            if type(layer) is not int or not isinstance(bits, dict) or set(bits) != {"nbits_key", "nbits_value"}:
+                raise KvjaxError(f"plan {path}, layer {layer}: {_FILE_FORMS}")
+            if any(type(width) is not int or width < 0 for width in bits.values()):
+                raise KvjaxError(f"plan {path}, layer {layer}: expected whole numbers of bits")
+            specs[layer] = KV.parse(f"k{bits['nbits_key']}v{bits['nbits_value']}", mode, _fields(fields))
         return cls._complete(specs, layers, str(path))
 
     def preset(self) -> str:
@@ -141,7 +147,7 @@ class CachePlan:
         """
         rows: dict[int, dict[str, int]] = {}
         for i, spec in enumerate(self.specs):
-            if not isinstance(spec, KV):
+            if type(spec) is not KV:
                 raise KvjaxError(f"layer {i} is {spec}; KVTuner's presets hold k{{bits}}v{{bits}} only")
             rows[i] = {"nbits_key": spec.key_bits, "nbits_value": spec.value_bits}
         return yaml.safe_dump(rows, sort_keys=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +12,12 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
+from kvjax.checkpoints.model import Model
 from kvjax.checkpoints.tokenizer import AnyTokenizer, ByteTokenizer, Tokenizer, read_tokenizer
 from kvjax.errors import KvjaxError
 from kvjax.files import brief, read_json, write_json
 from kvjax.models.config import ModelConfig, RopeConfig
 from kvjax.models.params import Params, check_tensors, keep_layers, param_shapes
-
-if TYPE_CHECKING:
-    from kvjax.load import Model
 
 METADATA = "kvjax.json"
 

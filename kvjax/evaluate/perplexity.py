@@ -1,8 +1,8 @@
 """Perplexity, KL divergence and top-1 agreement of a cache plan, against the dense run of the same windows.
 
-Three protocols say what a scored token reads (DESIGN): `streaming`, chunks of the plan's residual from position 0,
-which is what token-by-token decoding sees; `decode`, step by step, the slow check of it; `parallel`, one pass in which
-every token is read as stored, its own included, as in XQuant's tables.
+Three protocols say what a scored token reads: `streaming`, chunks of the plan's residual from position 0, which is
+what token-by-token decoding sees; `decode`, step by step, the slow check of it; `parallel`, one pass in which every
+token is read as stored, its own included, as in XQuant's perplexity tables.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.caches.base import Cache, CacheShape
 from kvjax.caches.plan import CachePlan
+from kvjax.checkpoints.model import Model
 from kvjax.errors import KvjaxError
 from kvjax.evaluate import vocabulary
 from kvjax.evaluate.text import load_text
-from kvjax.load import Model
 from kvjax.models.decoder import Decoder
 
 PROTOCOLS = ("streaming", "decode", "parallel")
@@ -70,8 +70,8 @@ def hidden_states(
     def step(cache: Cache, x: tuple[Array, Array]):
         piece, start = x
         lengths = jnp.full((batch,), jnp.minimum(chunk, count - start), jnp.int32)
-        hidden, cache = decoder.apply({"params": params}, piece, cache, lengths, read)
-        return cache, hidden
+        hidden, stored = decoder.apply({"params": params}, piece, cache, lengths, read)
+        return stored, hidden
 
     pieces = padded.reshape(batch, steps, chunk).swapaxes(0, 1)
     starts = jnp.arange(steps) * chunk

@@ -108,7 +108,9 @@ def _pass(h: Array, head: Array, target: Array, top: Array, keep: bool) -> dict[
             "top": pick(state["top"], top),
         }
         if keep:
-            new["argmax"] = jnp.where(best > state["max"], start + logits.argmax(-1), state["argmax"])
+            new["argmax"] = jnp.where(
+                best > state["max"], start + jnp.argmax(logits, -1).astype(jnp.int32), state["argmax"]
+            )
             new["mean"] = state["mean"] * shrink[:, None] + p @ rows.astype(dtype)
         return new
 

@@ -11,6 +11,8 @@ V vocabulary, D model_dim, H heads, K kv_heads, d head_dim, F mlp_dim, B batch, 
 
 from __future__ import annotations
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -62,11 +64,13 @@ class Layer(nn.Module):
         weights = KVWeights(k=self._param("k", kv_dim, dim), v=self._param("v", kv_dim, dim), norm_eps=c.norm_eps)
         if c.qkv_bias:
             q = q + self._param("q_bias", q_dim)
-            weights = weights.replace(k_bias=self._param("k_bias", kv_dim), v_bias=self._param("v_bias", kv_dim))
+            weights = dataclasses.replace(
+                weights, k_bias=self._param("k_bias", kv_dim), v_bias=self._param("v_bias", kv_dim)
+            )
         q = q.reshape(batch, tokens, c.heads, c.head_dim)
         if c.qk_norm:
             q = rms_norm(q, self._param("q_norm", c.head_dim), c.norm_eps)
-            weights = weights.replace(k_norm=self._param("k_norm", c.head_dim))
+            weights = dataclasses.replace(weights, k_norm=self._param("k_norm", c.head_dim))
         k, v = project_kv(x, weights, c.kv_heads)
         chunk = Chunk(
             h=h,
@@ -99,7 +103,7 @@ def project_kv(
     """Keys (after bias and qk-norm, before RoPE) and values of normalised layer inputs."""
     batch, tokens, _ = x.shape
     k, v = linear(x, weights.k), linear(x, weights.v)
-    if weights.k_bias is not None:
+    if weights.k_bias is not None and weights.v_bias is not None:
         k, v = k + weights.k_bias, v + weights.v_bias
     k, v = (a.reshape(batch, tokens, kv_heads, -1) for a in (k, v))
     if weights.k_norm is not None:
@@ -154,7 +158,9 @@ class Decoder(nn.Module):
         for layer, factor, layer_cache in zip(self.layer, factors, cache.layers, strict=True):
             h, layer_cache, carry = layer(h, positions, lengths, rope, factor, layer_cache, carry, read)
             stored.append(layer_cache)
-        return rms_norm(h, self.norm, c.norm_eps), cache.replace(layers=tuple(stored), length=cache.length + lengths)
+        return rms_norm(h, self.norm, c.norm_eps), dataclasses.replace(
+            cache, layers=tuple(stored), length=cache.length + lengths
+        )
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits of final hidden states, accumulated in float32 or wider."""

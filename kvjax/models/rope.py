@@ -17,12 +17,12 @@ from kvjax.ops.rotate import rotate
 class Rope:
     """Inverse frequencies of one model; `apply` rotates queries or keys to their positions."""
 
-    inv_freq: Float[Array, "half"]
+    inv_freq: Float[np.ndarray, "half"]
 
     def table(self, positions: Int[Array, "..."], dtype) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
         """cos and sin of position * inv_freq, once for each half of D; angles in float32 or wider."""
         dtype = jnp.promote_types(dtype, jnp.float32)
-        angle = positions[..., None].astype(dtype) * jnp.tile(self.inv_freq.astype(dtype), 2)
+        angle = positions[..., None].astype(dtype) * jnp.tile(jnp.asarray(self.inv_freq, dtype), 2)
         return jnp.cos(angle), jnp.sin(angle)
 
     def apply(self, x: Float[Array, "B T H D"], positions: Int[Array, "B T"]) -> Float[Array, "B T H D"]:
@@ -32,14 +32,13 @@ class Rope:
 
 
 def make_rope(config: RopeConfig, head_dim: int) -> Rope:
-    """The rope of a config. Frequencies are rounded to float32 in every dtype, as in the checkpoints' code."""
-    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    inv_freq = np.float32(1.0) / np.power(np.float32(config.theta), exponent, dtype=np.float32)
+    """The rope of a config, its frequencies in float64: they are rounded where they are used."""
+    inv_freq = config.theta ** (-np.arange(0, head_dim, 2) / head_dim)
     if config.scaling == "linear":
-        inv_freq = inv_freq / np.float32(config.factor)
+        inv_freq = inv_freq / config.factor
     elif config.scaling == "llama3":
         inv_freq = _llama3(inv_freq, config)
-    return Rope(inv_freq.astype(np.float32))
+    return Rope(inv_freq)
 
 
 def _llama3(inv_freq: np.ndarray, config: RopeConfig) -> np.ndarray:

@@ -93,10 +93,12 @@ def attend_exact(
     v: Float[Array, "B N K D"],
     k_positions: Int[Array, "B N"],
     window: int | None,
+    own: bool = True,
 ) -> Partial:
-    """Attention of q over exact keys (both after RoPE), of which the last T are the queries' own tokens.
+    """Attention of q over exact keys (both after RoPE).
 
     k_positions: -1 where there is no key.
+    own: whether the last T keys are the queries' own tokens, so that early queries need not visit late keys.
     """
     count, tokens, kv_heads, head_dim = k.shape[1], q.shape[1], k.shape[2], k.shape[3]
     size = _block_size(count, kv_heads * head_dim, tokens, exact=True)
@@ -110,6 +112,8 @@ def attend_exact(
         return k_block, v_block, jax.lax.dynamic_slice_in_dim(k_positions, i * size, size, 1)
 
     def span(first_query, last_query):
+        if not own:
+            return 0, k.shape[2] // size
         before = count - tokens  # keys before the chunk are older than all of it
         lo = 0 if window is None else first_query - window + 1
         lo = jnp.where(jnp.asarray(lo) > 0, before + lo, 0)

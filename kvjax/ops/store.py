@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,8 +65,8 @@ class Packed:
     """The history: byte planes (or the exact values), scales and zero points."""
 
     planes: tuple[Array, ...]
-    scale: Array | None
-    zero: Array | None
+    scale: Any  # Array, None where exact; zero likewise
+    zero: Any
     format: Format = struct.field(pytree_node=False)
 
     @property
@@ -107,7 +108,7 @@ def write_tokens(
     step = jnp.arange(tokens)
     at = jnp.where(step < lengths[:, None], start[:, None] + step, packed.tokens)  # out of range: dropped
     if format.bits == EXACT:
-        return packed.replace(planes=(_put(packed.planes[0], x, at),))
+        return dataclasses.replace(packed, planes=(_put(packed.planes[0], x, at),))
     q = affine.quantize(x, format.bits, -1, format.group)
     # Codes aligned to packing blocks, and the bits of the blocks that they replace.
     count = (tokens + format.pack - 2) // format.pack + 1
@@ -124,7 +125,9 @@ def write_tokens(
             packed.planes, _pack_blocks(codes, format), _pack_blocks(full, format), strict=True
         )
     )
-    return packed.replace(planes=planes, scale=_put(packed.scale, q.scale, at), zero=_put(packed.zero, q.zero, at))
+    return dataclasses.replace(
+        packed, planes=planes, scale=_put(packed.scale, q.scale, at), zero=_put(packed.zero, q.zero, at)
+    )
 
 
 def _pack_blocks(codes: Array, format: Format) -> tuple[Array, ...]:
@@ -144,7 +147,7 @@ def write_blocks(
     format = packed.format
     blocks = x.swapaxes(2, 3)  # [B, N, K, R, D]
     if format.bits == EXACT:
-        return packed.replace(planes=(_put_rows(packed.planes[0], blocks, index),))
+        return dataclasses.replace(packed, planes=(_put_rows(packed.planes[0], blocks, index),))
 
     def encode():
         q = affine.quantize(blocks, format.bits, format.group_axis, format.group, mask[:, :, None, :, None])
@@ -154,7 +157,8 @@ def write_blocks(
     # a conditional returns, and would copy the history.
     nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(encode))
     planes, scale, zero = jax.lax.cond((index * format.block < packed.tokens).any(), encode, lambda: nothing)
-    return packed.replace(
+    return dataclasses.replace(
+        packed,
         planes=tuple(_put_rows(old, new, index) for old, new in zip(packed.planes, planes, strict=True)),
         scale=_put_rows(packed.scale, scale, index),
         zero=_put_rows(packed.zero, zero, index),
@@ -191,8 +195,8 @@ class Block:
     """n tokens as stored: x = codes * scale + zero in groups of `group` along `axis`; no scale where exact."""
 
     codes: Float[Array, "B K n D"]
-    scale: Array | None = None
-    zero: Array | None = None
+    scale: Any = None
+    zero: Any = None
     axis: int = struct.field(pytree_node=False, default=-1)
     group: int = struct.field(pytree_node=False, default=1)
 
@@ -202,7 +206,7 @@ class Block:
         return self.scale is not None and self.axis == -1 and self.group == self.codes.shape[-1]
 
     def dequantize(self) -> Float[Array, "B K n D"]:
-        if self.scale is None or self.zero is None:
+        if self.scale is None:
             return self.codes
         q = affine.Quantized(self.codes, self.scale, self.zero)
         return affine.dequantize(q, self.axis, self.group, self.codes.dtype)

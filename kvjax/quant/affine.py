@@ -31,6 +31,12 @@ def _split(x: Array, axis: int, group: int) -> Array:
     return x.reshape(*x.shape[:at], -1, group, *x.shape[at + 1 :])
 
 
+def _divide(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The true quotient. XLA turns division by a broadcast value into a product with its reciprocal, which rounds
+    twice; the barrier hides the broadcast from it."""
+    return x / jax.lax.optimization_barrier(jnp.broadcast_to(y, x.shape))
+
+
 def quantize(
     x: Float[Array, "..."], bits: int, axis: int, group: int, mask: Bool[Array, "..."] | None = None
 ) -> Quantized:
@@ -58,13 +64,13 @@ def quantize(
         empty = ~valid.any(axis, keepdims=True)
         low, high = jnp.where(empty, 0.0, low), jnp.where(empty, 0.0, high)
     levels = 2**bits - 1
-    scale, zero = ((high - low) / levels).astype(jnp.float16), low.astype(jnp.float16)
+    scale, zero = _divide(high - low, jnp.float32(levels)).astype(jnp.float16), low.astype(jnp.float16)
     finite = jnp.isfinite(scale) & jnp.isfinite(zero)
     if not isinstance(x, jax.core.Tracer) and not bool(finite.all()):
         raise KvjaxError("cannot quantise values that are not finite or do not fit float16")
     scale, zero = jnp.where(finite, scale, jnp.nan), jnp.where(finite, zero, jnp.nan)
     s, z = scale.astype(jnp.float32), zero.astype(jnp.float32)
-    codes = jnp.round((grouped - z) / jnp.where(s == 0, 1.0, s))
+    codes = jnp.round(_divide(grouped - z, jnp.where(s == 0, 1.0, s)))
     codes = jnp.where(s == 0, 0.0, jnp.clip(codes, 0, levels)).astype(jnp.uint8)
     return Quantized(codes.reshape(x.shape), scale.squeeze(axis), zero.squeeze(axis))
 

@@ -29,12 +29,12 @@ def pack(codes: UInt8[Array, "... n D"], bits: int) -> tuple[UInt8[Array, "... _
 
 def unpack(planes: tuple[UInt8[Array, "... _ D"], ...], bits: int) -> UInt8[Array, "... n D"]:
     """The codes of `pack`."""
-    codes, low = None, 0
+    codes, low = jnp.zeros((), jnp.uint8), 0
     for width, word in zip(PLANES[bits], planes, strict=True):
         # A broadcast shift, not a concatenation: XLA's CPU backend vectorises it (7 times faster).
         shifts = jnp.arange(0, 8, width, dtype=jnp.uint8)[:, None, None]
         part = (word[..., None, :, :] >> shifts) & ((1 << width) - 1)
         part = part.reshape(*word.shape[:-2], -1, word.shape[-1])
-        codes = part if codes is None else codes | (part << low)
+        codes = codes | (part << low)
         low += width
     return codes

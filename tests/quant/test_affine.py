@@ -65,12 +65,12 @@ def check(x, bits, axis, group, mask=None, run=quantize):
 
 def values(seed, shape, exponent, offset, grid):
     x = np.random.default_rng(seed).standard_normal(shape) * 2.0**exponent + offset
-    return (np.round(x / grid) * grid if grid else x).astype(np.float32)
+    return (np.round(x / grid) * grid + 0.0 if grid else x).astype(np.float32)  # no -0.0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("bits", BITS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     exponent=st.integers(-26, 12),  # scales from below float16's smallest to nearly its largest
@@ -126,8 +126,7 @@ def test_constant_group(bits, value):
 @pytest.mark.parametrize("bits", BITS)
 def test_range_below_float16(bits):
     """A range whose scale rounds to 0 in float16 reads back as its zero point."""
-    x = np.linspace(1, 1 + 2e-8 * (2**bits - 1), 8, dtype=np.float64).astype(np.float32)[None]
-    x = np.concatenate([x, x - 1])
+    x = np.linspace(0, 2e-8 * (2**bits - 1), 8, dtype=np.float32)[None]
     check(x, bits, -1, 8)
     q = affine.quantize(jnp.asarray(x), bits, -1, 8)
     assert not np.asarray(q.scale).any() and not np.asarray(q.codes).any()

@@ -1,0 +1,44 @@
+"""The picture of a sweep: what a cache costs in bits against what it costs in quality."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLORS = {"token": "tab:orange", "kivi": "tab:blue"}
+FLOOR = 1e-4  # what a logarithmic axis shows of nothing
+
+
+def draw(rows: list[dict[str, Any]], file: Path) -> None:
+    """Two panels, nll increase and KL divergence, over bits per cached element; one labelled point a plan."""
+    dense = next((row for row in rows if row["cache"] == "dense" and "error" not in row), None)
+    points = [row for row in rows if row["cache"] != "dense" and "error" not in row]
+    panels: list[tuple[str, Any]] = [("KL divergence from the dense run (nats per token)", lambda row: row["kld"])]
+    if dense:
+        panels.insert(0, ("increase in nll over dense (nats per token)", lambda row: row["nll"] - dense["nll"]))
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.2 * len(panels), 4.8), squeeze=False, layout="constrained")
+    for axis, (label, value) in zip(axes[0], panels, strict=True):
+        for row in points:
+            mode = next((m for m in COLORS if all(f"@{m}" in part for part in row["cache"].split(";"))), None)
+            x, y = row["bits_asymptotic"], max(value(row), FLOOR)
+            axis.plot(x, y, "o", color=COLORS.get(mode or "", "tab:green"))
+            name = row["cache"] if len(row["cache"]) <= 32 else row["cache"][:31] + "…"
+            axis.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axis.set(yscale="log", xlabel="bits per cached element, scales included (dense: 16)", ylabel=label)
+        axis.margins(x=0.18, y=0.12)
+        axis.grid(alpha=0.3, which="both")
+    for mode, color in COLORS.items():
+        axes[0][0].plot([], [], "o", color=color, label=f"@{mode}")
+    axes[0][0].legend(loc="upper right")
+    if rows:
+        title = "{model}, {text}, {windows} windows of {context} tokens, {protocol}; lower left is better"
+        figure.suptitle(title.format(**rows[0]), fontsize=10)
+    part = file.with_name(f".{file.stem}.part.png")
+    figure.savefig(part, dpi=130)
+    plt.close(figure)
+    part.replace(file)

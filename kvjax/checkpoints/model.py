@@ -1,0 +1,23 @@
+"""A model as it is loaded, used and saved."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from kvjax.checkpoints.tokenizer import AnyTokenizer
+from kvjax.models.config import ModelConfig
+from kvjax.models.params import Params
+
+
+@dataclasses.dataclass
+class Model:
+    """A decoder's weights with what is needed to use them."""
+
+    name: str  # as given; ends in (layers=N) where only the first N layers were kept
+    config: ModelConfig
+    params: Params
+    tokenizer: AnyTokenizer
+    dtype: jnp.dtype  # of the parameters
+    checksum: str  # sha256 of the source files, of the name where the weights are random

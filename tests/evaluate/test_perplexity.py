@@ -1,0 +1,141 @@
+"""Scores of the tiny golden models and of the real one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvjax.caches.base import CacheShape
+from kvjax.caches.plan import CachePlan
+from kvjax.checkpoints.model import Model
+from kvjax.errors import KvjaxError
+from kvjax.evaluate.perplexity import Score, Scorer, cut_windows, hidden_states
+from kvjax.evaluate.text import load_text
+from kvjax.evaluate.vocabulary import TokenScores
+from kvjax.load import load
+from kvjax.models.decoder import Decoder
+
+PLANS = ["dense", "k8v8@token", "k4v4@kivi(sink=4)", "0:k4v2@token;1-2:k3v3@kivi(group=8,residual=16)"]
+
+
+@pytest.fixture(scope="module")
+def tiny(goldens: Path) -> Model:
+    return load(str(goldens / "qwen3"), "float32")
+
+
+def test_windows() -> None:
+    ids = np.arange(100)
+    np.testing.assert_array_equal(cut_windows(ids, 10, 3, 5), np.arange(5, 35).reshape(3, 10))
+    with pytest.raises(KvjaxError, match="the text has 100 tokens; expected at least 105"):
+        cut_windows(ids, 20, 5, 5)
+    for bad in ((1, 3, 0), (10, 0, 0), (10, 3, -1)):
+        with pytest.raises(KvjaxError, match="expected at least"):
+            cut_windows(ids, *bad)
+
+
+def test_dense_scores_are_those_of_the_logits(tiny: Model, dense_logits) -> None:
+    tokens = np.random.default_rng(0).integers(0, tiny.config.vocab_size, (1, 40))
+    logits = dense_logits(tiny.config, tiny.params, tokens)[0, :-1].astype(np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for protocol in ("streaming", "decode", "parallel"):
+        scorer = Scorer(tiny, 40, 1, protocol)
+        scores, dense, _ = scorer.run(CachePlan.parse("dense", tiny.config.layers), tokens, None)
+        np.testing.assert_allclose(scores.nll[0], -log_p[np.arange(39), tokens[0, 1:]], atol=2e-5)
+        np.testing.assert_array_equal(dense.top, logits.argmax(-1))
+
+
+def test_batches_and_their_padding_change_nothing(tiny: Model) -> None:
+    tokens = np.random.default_rng(1).integers(0, tiny.config.vocab_size, (5, 37))
+    plan = CachePlan.parse("k8v8@kivi", tiny.config.layers)
+    scorer, one = Scorer(tiny, 37, 5), Scorer(tiny, 37, 1)
+    assert (scorer.batch, one.batch) == (4, 1)
+    together = [scorer.run(plan, part, None)[0].nll for part in (tokens[:4], tokens[4:])]
+    single = [one.run(plan, tokens[i : i + 1], None)[0].nll for i in range(5)]
+    np.testing.assert_allclose(np.concatenate(together), np.concatenate(single), atol=2e-4)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_streaming_is_decode(tiny: Model, name: str) -> None:
+    """Per token, in float64, a ragged batch on top (lengths 75 and 50)."""
+    with jax.enable_x64(True):
+        config, decoder = tiny.config, Decoder(tiny.config)
+        params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), tiny.params)
+        tokens = jnp.asarray(np.random.default_rng(2).integers(0, config.vocab_size, (2, 75)), jnp.int32)
+        plan = CachePlan.parse(name, config.layers)
+        shape = CacheShape.of(config, 2, 75, jnp.float64)
+        streaming, decode = (
+            jax.jit(lambda p, t, chunk=chunk: hidden_states(decoder, p, t, plan.init(shape), chunk, "exact"))(
+                params, tokens
+            )
+            for chunk in (plan.stream_chunk, 1)
+        )
+        np.testing.assert_allclose(streaming, decode, atol=1e-9)
+        if name != "dense":
+            dense = CachePlan.parse("dense", config.layers).init(shape)
+            exact = jax.jit(lambda p, t: hidden_states(decoder, p, t, dense, 75, "exact"))(params, tokens)
+            assert float(jnp.abs(exact - decode).max()) > 1e-4  # what is compared is not the dense cache twice
+
+
+def test_not_finite_is_said() -> None:
+    bad = np.full((1, 4), np.nan)
+    with pytest.raises(KvjaxError, match="not finite"):
+        Score.of(TokenScores(bad, bad, bad))
+
+
+def test_unknown_protocol_and_context(tiny: Model) -> None:
+    with pytest.raises(KvjaxError, match="streaming, decode, parallel"):
+        Scorer(tiny, 16, 1, "serial")
+    with pytest.raises(KvjaxError, match=str(tiny.config.max_positions)):
+        Scorer(tiny, tiny.config.max_positions + 1, 1)
+
+
+def test_real_model_in_float32(smollm2: Model) -> None:
+    """One window of the demo text: dense, then the order that the papers and the reference values give."""
+    ids = smollm2.tokenizer.encode(load_text("demo"))
+    windows = cut_windows(ids, 512, 1)
+    scorer = Scorer(smollm2, 512, 1, "parallel")
+    layers = smollm2.config.layers
+    scores, dense, _ = scorer.run(CachePlan.parse("dense", layers), windows, None)
+    assert 2.5 < scores.nll.mean() < 3.6  # English prose through a model that works
+    kld = {}
+    for name in ("k8v8@token", "k4v4@kivi", "k4v4@token"):
+        kld[name] = Score.of(scorer.run(CachePlan.parse(name, layers), windows, dense)[0]).kld
+    assert 0 < kld["k8v8@token"] < 1e-3 < kld["k4v4@kivi"] < 0.04 < kld["k4v4@token"] < 0.3
+
+
+REAL_FLOAT64 = """
+import jax
+jax.config.update("jax_enable_x64", True)
+import jax.numpy as jnp, numpy as np
+from kvjax.load import load
+from kvjax.caches.base import CacheShape
+from kvjax.caches.plan import CachePlan
+from kvjax.evaluate.perplexity import hidden_states
+from kvjax.evaluate.text import load_text
+from kvjax.models.decoder import Decoder
+model = load("smollm2-135m", "float64")
+tokens = jnp.asarray(model.tokenizer.encode(load_text("demo"))[:192].reshape(2, 96), jnp.int32)
+decoder, config = Decoder(model.config), model.config
+shape = CacheShape.of(config, 2, 96, jnp.float64)
+plan = CachePlan.parse("0-9:k4v4@kivi(sink=4);10-19:k4v2@token;20-29:k2v3@kivi(rope=pre)", config.layers)
+nll = []
+for chunk in (plan.stream_chunk, 1):
+    run = jax.jit(lambda p, t: hidden_states(decoder, p, t, plan.init(shape), chunk, "exact"))
+    hidden = run(model.params, tokens)[:, :-1]
+    logits = decoder.apply({"params": model.params}, hidden, method="logits")
+    picked = jnp.take_along_axis(logits, tokens[:, 1:, None], 2)[..., 0]
+    nll.append(np.asarray(jax.nn.logsumexp(logits, -1) - picked))
+print(np.abs(nll[0] - nll[1]).max())
+assert np.abs(nll[0] - nll[1]).max() < 1e-6
+"""
+
+
+def test_real_model_streaming_is_decode_in_float64() -> None:
+    done = subprocess.run([sys.executable, "-c", REAL_FLOAT64], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,99 @@
+"""The sweep as a user runs it, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def sweep(workdir: Path, *fields: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.perplexity",
+        "--config=configs/perplexity.py",
+        f"--workdir={workdir}",
+    ]
+    return subprocess.run(
+        [*command, *(f"--config.{field}" for field in fields)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    return file
+
+
+@pytest.fixture(scope="module")
+def fields(text: Path) -> list[str]:
+    model = ROOT / "tests/goldens/qwen3"
+    return [
+        f"model={model}",
+        f"text={text}",
+        "caches=dense,0:k8v8@token;1-2:k2v2@kivi(group=8),k4v4",
+        "context=48",
+        "windows=5",
+    ]
+
+
+def test_rows_table_picture_and_resume(tmp_path: Path, fields: list[str]) -> None:
+    first = sweep(tmp_path, *fields)
+    assert first.returncode == 0, first.stderr
+    results = tmp_path / "results.jsonl"
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    names = ["dense", "0:k8v8@token;1-2:k2v2@kivi(group=8)", "k4v4@kivi"]
+    assert [row["cache"] for row in rows] == names
+    assert all(name[:20] in first.stdout for name in names)
+    assert (tmp_path / "pareto.png").stat().st_size > 10_000
+    dense, mixed, uniform = rows
+    assert dense["kld"] == 0 and dense["top1"] == 1 and dense["compression"] == 1 and dense["bits_real"] == 16
+    assert dense["tokens"] == 5 * 47 and 0 < uniform["kld"] < mixed["kld"]
+    assert mixed["bits_nominal"] == pytest.approx((8 + 2 + 2) / 3)
+    assert {"device", "versions", "git", "seconds", "compile_seconds", "nll_se", "kld_p99"} <= set(mixed)
+
+    before = results.read_bytes()
+    again = sweep(tmp_path, *fields)
+    assert again.returncode == 0 and results.read_bytes() == before
+
+    # A row lost with its run is made again from the windows on disk, to the last digit; nothing is doubled.
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    assert sweep(tmp_path, *fields).returncode == 0
+    remade = [json.loads(line) for line in results.read_text().splitlines()]
+    assert remade[:2] == rows[:2] and remade[2]["nll"] == uniform["nll"] and len(remade) == 3
+    assert remade[2]["seconds"] == uniform["seconds"]  # of the run that computed it
+
+
+@pytest.mark.parametrize(
+    "field,said",
+    [
+        ("foo=1", "foo"),
+        ("windows=many", "many"),
+        ("caches=k9v4", "expected one of 1, 2, 3, 4, 5, 6, 8, 16"),
+        ("caches=0:k4v4", "no cache for layer 1"),
+        ("caches=dense,,k4v4", "single commas"),
+        ("protocol=serial", "streaming, decode, parallel"),
+        ("context=4000", "tokens"),
+        ("model=nowhere", "nowhere"),
+        ("dtype=float8", "float32"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, fields: list[str], field: str, said: str) -> None:
+    done = sweep(tmp_path, *fields, field)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert lines[-1].startswith("error: ") and said in lines[-1] and "Traceback" not in done.stderr
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_torn_results_are_refused(tmp_path: Path, fields: list[str]) -> None:
+    (tmp_path / "results.jsonl").write_text('{"experiment": "perplexity"}\n{"exper')
+    done = sweep(tmp_path, *fields)
+    assert done.returncode == 2 and "line 2" in done.stderr

@@ -1,0 +1,288 @@
+"""Blockwise attention equals float64 softmax attention over the dequantised keys and values."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvjax.models.config import RopeConfig
+from kvjax.models.rope import make_rope
+from kvjax.ops import attention, store
+from kvjax.ops.store import Format
+
+B, K, D, S = 2, 3, 64, 736  # S is several blocks of the XLA implementation, and no multiple of them
+KIVI = (Format(4, "channel", 32, 32), Format(2, "token", 32, 32))
+TOKEN = (Format(8, "token", D, 0), Format(4, "token", D, 0))
+ODD = (Format(3, "token", 16, 0), Format(16, "token", D, 0))
+EXACT_KEYS = (Format(16, "channel", 32, 32), Format(2, "token", 32, 32))
+EXACT = (Format(16, "token", D, 0), Format(16, "token", D, 0))
+FORMATS = {"kivi": KIVI, "token": TOKEN, "odd": ODD, "exact-keys": EXACT_KEYS, "exact": EXACT}
+
+attend_packed = jax.jit(attention.attend_packed, static_argnums=(4, 6))
+attend_exact = jax.jit(attention.attend_exact, static_argnums=5)
+
+
+def random(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def reference(q, q_positions, k, v, k_positions, window):
+    """Softmax attention in float64: output, and log-sum-exp; q [B, T, H, D], k and v [B, N, K, D]."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    k, v = (np.repeat(a, q.shape[2] // a.shape[2], 2) for a in (k, v))
+    scores = np.einsum("bthd,bnhd->bthn", q, k) / np.sqrt(q.shape[-1])
+    at, seen = q_positions[:, :, None, None], k_positions[:, None, None, :]
+    visible = (seen >= 0) & (seen <= at)
+    if window is not None:
+        visible &= seen > at - window
+    with np.errstate(all="ignore"):
+        scores = np.where(visible, scores, -np.inf)
+        top = np.maximum(scores.max(-1), -1e9)
+        lse = top + np.log(np.exp(scores - top[..., None]).sum(-1))
+        return np.einsum("bthn,bnhd->bthd", np.exp(scores - lse[..., None]), v), lse
+
+
+@functools.cache
+def history(name, tokens=S):
+    """A full store of keys and one of values."""
+    stores = []
+    for seed, format in enumerate(FORMATS[name]):
+        x = random(seed, B, tokens, K, D) + random(seed + 7, 1, 1, K, D)
+        empty = store.init(format, B, K, tokens, D, jnp.float32)
+        if format.block:
+            blocks = x.reshape(B, -1, format.block, K, D)
+            index = np.broadcast_to(np.arange(blocks.shape[1]), blocks.shape[:2])
+            stores.append(jax.jit(store.write_blocks)(empty, blocks, np.ones(blocks.shape[:3], bool), index))
+        else:
+            zero = np.zeros(B, np.int32)
+            stores.append(jax.jit(store.write_tokens)(empty, x, zero, zero + tokens))
+    return stores
+
+
+@functools.cache
+def dequantized(name, tokens=S):
+    read = jax.jit(lambda a: store.read_block(a, 0, a.tokens, jnp.float32).dequantize().swapaxes(1, 2))
+    return [np.asarray(read(a)) for a in history(name, tokens)]
+
+
+def check(part, expected, atol=3e-5):
+    """Rows that see no key mean nothing, but are finite."""
+    output, lse = expected
+    some = np.isfinite(lse)
+    np.testing.assert_allclose(np.asarray(part.output)[some], output[some], atol=atol)
+    np.testing.assert_allclose(np.asarray(part.lse)[some], lse[some], atol=atol)
+    assert np.isfinite(part.output).all() and np.isfinite(part.lse).all()
+    assert (np.asarray(part.lse)[~some] < -1e20).all()  # no weight in any merge
+
+
+CASES = [  # formats, queries, heads per kv head, start of the queries, stop, first, window
+    ("kivi", 1, 3, [700, 93], [672, 64], 0, None),
+    ("kivi", 3, 1, [735, 0], [736, 0], 5, 100),
+    ("kivi", 40, 4, [600, 33], [576, 32], 0, 300),
+    ("kivi", 300, 2, [352, 64], [352, 64], 4, None),
+    ("token", 1, 8, [700, 93], [701, 94], 0, 150),
+    ("token", 3, 5, [700, 0], [703, 2], 0, None),
+    ("token", 40, 7, [690, 93], [730, 93], 3, None),
+    ("token", 300, 1, [400, 0], [700, 250], 0, 200),
+    ("odd", 1, 6, [736, 1], [736, 1], 0, None),
+    ("odd", 40, 3, [600, 20], [640, 31], 9, 64),
+    ("exact-keys", 1, 3, [700, 93], [672, 64], 2, 500),
+    ("exact-keys", 300, 3, [400, 93], [384, 64], 0, 500),
+    ("exact", 1, 4, [700, 0], [701, 1], 0, 90),
+    ("exact", 3, 3, [700, 93], [703, 96], 4, None),
+    ("exact", 300, 3, [400, 2], [700, 260], 0, 90),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attend_packed(case):
+    name, tokens, per_head, start, stop, first, window = case
+    start, stop = np.array(start, np.int32), np.array(stop, np.int32)
+    q = random(3, B, tokens, K * per_head, D)
+    positions = start[:, None] + np.arange(tokens, dtype=np.int32)
+    keys, values = history(name)
+    part = attend_packed(q, positions, keys, values, first, stop, window)
+    index = np.broadcast_to(np.arange(S), (B, S))
+    seen = np.where((index >= first) & (index < stop[:, None]), index, -1)
+    check(part, reference(q, positions, *dequantized(name), seen, window))
+    assert part.output.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("name", ["token", "kivi", "exact"])
+def test_keys_before_rope(name, tokens):
+    rope = make_rope(RopeConfig(), D)
+    start, stop = np.array([640, 50], np.int32), np.array([640, 32], np.int32)
+    positions = start[:, None] + np.arange(tokens, dtype=np.int32)
+    q = random(3, B, tokens, 2 * K, D)
+    table = rope.table(jnp.arange(S), jnp.float32)
+    part = attend_packed(q, positions, *history(name), 0, stop, None, table)
+    k, v = dequantized(name)
+    angle = np.arange(S)[:, None] * np.asarray(rope.inv_freq, np.float64)
+    cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+    a, b = k[..., : D // 2], k[..., D // 2 :]
+    rotated = np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+    index = np.broadcast_to(np.arange(S), (B, S))
+    seen = np.where(index < stop[:, None], index, -1)
+    check(part, reference(q, positions, rotated, v, seen, None), 2e-4)  # angles of float32
+
+
+@pytest.mark.parametrize("name", ["token", "kivi", "exact"])
+def test_float64(name):
+    start, stop = np.array([700, 93], np.int32), np.array([672, 64], np.int32)
+    with jax.enable_x64(True):
+        for tokens in (1, 40):
+            positions = start[:, None] + np.arange(tokens, dtype=np.int32)
+            q = random(3, B, tokens, 4 * K, D).astype(np.float64)
+            part = attend_packed(q, positions, *history(name), 0, stop, None)
+            read = [store.read_block(a, 0, S, jnp.float64).dequantize().swapaxes(1, 2) for a in history(name)]
+            index = np.broadcast_to(np.arange(S), (B, S))
+            seen = np.where(index < stop[:, None], index, -1)
+            check(part, reference(q, positions, *read, seen, None), 1e-12)
+
+
+EXACT_CASES = [  # keys before the chunk, queries, heads per kv head, window
+    (0, 1, 3, None),
+    (700, 1, 2, 100),
+    (36, 40, 4, None),
+    (36, 40, 1, 17),
+    (0, 300, 3, None),
+    (36, 300, 2, 20),
+    (300, 300, 1, 290),
+    (5, 600, 1, 64),
+]
+
+
+@pytest.mark.parametrize("case", EXACT_CASES, ids=str)
+def test_attend_exact(case):
+    before, tokens, per_head, window = case
+    rng = np.random.default_rng(0)
+    positions = np.array([[before], [before + 9]]) + np.arange(tokens)
+    old = positions[:, :1] - before + np.arange(before)
+    old = np.where(rng.random(old.shape) < 0.7, old, -1)  # holes: a residual that is not full
+    own = np.where(np.arange(tokens) < np.array([[tokens], [tokens // 2]]), positions, -1)
+    seen = np.concatenate([old, own], 1).astype(np.int32)
+    q, (k, v) = random(0, B, tokens, K * per_head, D), random(1, 2, B, before + tokens, K, D)
+    part = attend_exact(q, positions, k, v, seen, window)
+    check(part, reference(q, positions, k, v, seen, window))
+
+
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_bfloat16(tokens):
+    """Scores and sums are float32 or wider."""
+    q, k, v = (jnp.asarray(random(i, B, tokens, K, D)).astype(jnp.bfloat16) for i in range(3))
+    positions = np.broadcast_to(np.arange(tokens), (B, tokens))
+    part = attend_exact(q, positions, k, v, positions, None)
+    assert part.output.dtype == part.lse.dtype == jnp.float32
+    q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
+    check(part, reference(q, positions, k, v, positions, None))
+
+
+@pytest.mark.parametrize("name", ["token", "kivi"])
+def test_large_scores(name):
+    """The running maximum keeps exponentials finite, in whatever order large scores come."""
+    q = 300 * random(3, B, 3, K, D)
+    positions = np.full((B, 3), 735) + np.arange(3) - 2
+    keys, values = history(name)
+    part = attend_packed(q, positions, keys, values, 0, np.array([736, 736]), None)
+    seen = np.broadcast_to(np.arange(S), (B, S))
+    output, _ = reference(q, positions, *dequantized(name), seen, None)
+    assert np.isfinite(part.output).all()
+    np.testing.assert_allclose(part.output, output, atol=3e-3)  # float32 scores of a few thousands
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_merge_of_splits_is_the_whole(tokens):
+    start = np.array([700, 300], np.int32)
+    positions = start[:, None] + np.arange(tokens, dtype=np.int32)
+    q = random(3, B, tokens, 2 * K, D)
+    keys, values = history("kivi")
+    stop = np.array([672, 288], np.int32)
+    whole = attend_packed(q, positions, keys, values, 0, stop, None)
+    cuts = [0, 4, 320, 600]
+    parts = [
+        attend_packed(q, positions, keys, values, a, np.minimum(b, stop), None)
+        for a, b in zip(cuts, [*cuts[1:], S], strict=True)
+    ]
+    np.testing.assert_allclose(attention.merge(parts), whole.output, atol=1e-5)
+    np.testing.assert_allclose(attention.merge(parts[::-1]), whole.output, atol=1e-5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 1000), parts=st.integers(1, 4), scale=st.sampled_from([0.1, 1, 30]))
+def test_merge_of_any_partition(seed, parts, scale):
+    rng = np.random.default_rng(seed)
+    q, (k, v) = scale * rng.standard_normal((1, 2, 2, 8)), rng.standard_normal((2, 1, 50, 1, 8))
+    positions, index = np.full((1, 2), 99), np.arange(50)[None]
+    owner = rng.integers(0, parts, 50)
+    pieces = []
+    for i in range(parts + 1):  # one of them is empty
+        output, lse = reference(q, positions, k, v, np.where(owner == i, index, -1), None)
+        empty = ~np.isfinite(lse)
+        pieces.append(attention.Partial(np.where(empty[..., None], 0, output), np.where(empty, -1e30, lse)))
+    whole, _ = reference(q, positions, k, v, index, None)
+    merged = attention.merge([jax.tree.map(jnp.float32, piece) for piece in pieces])
+    np.testing.assert_allclose(merged, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("kivi", 1), ("kivi", 300), ("token", 40), ("exact", 1)])
+def test_rows_that_see_nothing(name, tokens):
+    """One sequence has no history at all: finite, and without weight in a merge; the other is not touched."""
+    positions = np.array([[0], [400]], np.int32) + np.arange(tokens, dtype=np.int32)
+    q = random(3, B, tokens, K, D)
+    keys, values = history(name)
+    stop = np.array([0, 400 // 32 * 32], np.int32)
+    nothing = attend_packed(q, positions, keys, values, 0, stop, None)
+    index = np.broadcast_to(np.arange(S), (B, S))
+    seen = np.where(index < stop[:, None], index, -1)
+    check(nothing, reference(q, positions, *dequantized(name), seen, None))
+    k, v = random(8, B, tokens, K, D), random(9, B, tokens, K, D)
+    own = attend_exact(q, positions, k, v, positions, None)
+    np.testing.assert_allclose(attention.merge([nothing, own])[0], own.output[0], atol=1e-6)
+
+
+FAR = 1024  # tokens: no block is larger
+
+
+@pytest.mark.parametrize(("window", "tokens"), [(None, 1), (None, 40), (100, 1), (100, 300)])
+@pytest.mark.parametrize("name", ["kivi", "token"])
+def test_far_blocks_are_never_read(name, window, tokens):
+    """Scales far beyond what queries see are NaN, and nobody notices: whole blocks are skipped."""
+    total, start = 4096, np.array([2000, 2050], np.int32)
+    keys, values = history(name, total)
+    positions = start[:, None] + np.arange(tokens, dtype=np.int32)
+    stop = start // 32 * 32
+    q = random(3, B, tokens, K, D)
+    clean = attend_packed(q, positions, keys, values, 0, stop, window)
+
+    def poison(packed):
+        rows = packed.scale.shape[2]
+        position = np.arange(rows) * (total // rows)
+        far = position > start.max() + FAR
+        if window is not None:
+            far |= position < start.min() - window - FAR
+        assert far.any()
+        return packed.replace(scale=jnp.where(far[:, None], jnp.nan, packed.scale))
+
+    dirty = attend_packed(q, positions, poison(keys), poison(values), 0, stop, window)
+    np.testing.assert_array_equal(dirty.output, clean.output)
+    assert np.isfinite(dirty.output).all()
+
+
+@pytest.mark.parametrize("before", [0, 36])
+def test_far_blocks_of_a_chunk_are_never_read(before):
+    tokens, window = 2048, 50
+    seen = np.broadcast_to(np.arange(before + tokens), (B, before + tokens))
+    q, k, v = (random(i, B, n, 1, D) for i, n in enumerate((tokens, before + tokens, before + tokens)))
+    clean = attend_exact(q, seen[:, before:], k, v, seen, window).output
+    k[:, :400], v[:, :400] = np.nan, np.nan
+    early = attend_exact(q, seen[:, before:], k, v, seen, window).output
+    assert np.isnan(early[:, : 400 - before]).all()
+    np.testing.assert_array_equal(early[:, 400 + FAR :], clean[:, 400 + FAR :])
+    k[:, :400], v[:, :400], k[:, -400:], v[:, -400:] = 0, 0, np.nan, np.nan
+    late = attend_exact(q, seen[:, before:], k, v, seen, None).output
+    assert np.isfinite(late[:, : tokens - 400 - 512]).all()  # the causal half
