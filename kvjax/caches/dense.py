@@ -23,7 +23,7 @@ class Dense(KV):
     @classmethod
     def parse(cls, name: str, mode: str | None, fields: dict[str, Any]) -> Dense:
         if mode or fields:
-            raise KvjaxError("dense has no mode and no fields; expected just dense")
+            raise KvjaxError(f"dense takes no {' and no '.join([f'@{mode}'] * bool(mode) + list(fields))}")
         return cls()
 
     def __str__(self) -> str:

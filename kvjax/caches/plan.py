@@ -70,7 +70,7 @@ def _layers(text: str, layers: int) -> list[int]:
             raise KvjaxError(f"layers {text!r}: expected numbers and ranges joined by +, as in 0-2+29")
         last = int(match[2] or match[1])
         if last >= layers:
-            raise KvjaxError(f"layers {text!r} name layer {last}; the model has layers 0 to {layers - 1}")
+            raise KvjaxError(f"{text!r} names layer {last}; the model has {layers} layers")
         out += range(int(match[1]), last + 1)
     return out
 

@@ -133,8 +133,8 @@ def by_position(rows):
 
 def rotated(x, positions):
     d = x.shape[-1]
-    inv_freq = np.float32(1) / np.power(np.float32(ROPE.theta), np.arange(0, d, 2, dtype=np.float32) / np.float32(d))
-    angle = (positions[:, None] * inv_freq.astype(float))[:, None]
+    inv_freq = ROPE.theta ** (-np.arange(0, d, 2) / d)
+    angle = (positions[:, None] * inv_freq)[:, None]
     a, b = x[..., : d // 2], x[..., d // 2 :]
     return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
 

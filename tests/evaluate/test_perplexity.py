@@ -21,7 +21,7 @@ from kvjax.evaluate.vocabulary import TokenScores
 from kvjax.load import load
 from kvjax.models.decoder import Decoder
 
-PLANS = ["dense", "k8v8@token", "k4v4@kivi(sink=4)", "0:k4v2@token;1-2:k3v3@kivi(group=8,residual=16)"]
+PLANS = ["dense", "k8v8@token", "k4v4@kivi(sink=4)", "0:k4v2@token;1:k3v3@kivi(group=8,residual=16)"]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,18 @@
+"""Scoring speed against HF transformers' float32 forward on the same machine.
+
+    python -m experiments.forward --config=configs/forward.py --workdir=runs/forward
+
+times both in turn on four windows of 1024 tokens: about four minutes on two CPU cores; needs torch and transformers.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+    return config_dict.create(
+        text="demo",
+        caches="dense,k4v4@token,k4v4@kivi",
+        context=1024,
+        windows=4,
+        repeats=3,
+    )
