@@ -57,9 +57,8 @@ class CacheShape:
 
 
 class Rotates(Protocol):
-    """A rope: `apply` rotates x [B, T, heads, head_dim] to its positions [B, T], `table` gives cos and sin."""
+    """A rope: gives cos and sin [..., head_dim] of any positions."""
 
-    def apply(self, x: Array, positions: Array) -> Array: ...
     def table(self, positions: Array, dtype: Any) -> tuple[Array, Array]: ...
 
 
@@ -90,6 +89,7 @@ class Chunk:
     weights: KVWeights
     factors: Any
     rope: Rotates
+    rotation: tuple[Float[Array, "B T d"], Float[Array, "B T d"]]  # its cos and sin at `positions`
     window: int | None = struct.field(pytree_node=False)
     read: str = struct.field(pytree_node=False)  # "exact" or "stored"
 

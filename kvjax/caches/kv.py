@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.caches.base import CacheShape, CacheSpec, Chunk, LayerCache, check_fields
 from kvjax.errors import KvjaxError
 from kvjax.ops import attention, store
+from kvjax.ops.rotate import rotate_heads
 from kvjax.quant.affine import BITS
 
 WIDTHS = (*BITS, store.EXACT)
@@ -215,11 +216,13 @@ class KVCache(LayerCache):
         return chunk.rope.table(jnp.arange(self.keys.tokens), chunk.q.dtype)  # the same in every layer: built once
 
     def _rotated(self, k: Array, positions: Int[Array, "B N"], chunk: Chunk) -> Array:
-        return chunk.rope.apply(k, positions) if self.spec.rope == "pre" else k
+        if self.spec.rope == "post":
+            return k
+        return rotate_heads(k, chunk.rope.table(positions, chunk.q.dtype))
 
     def _chunk_k(self, chunk: Chunk) -> Float[Array, "B T K d"]:
         """The chunk's keys in the form that is stored."""
-        return chunk.k if self.spec.rope == "pre" else chunk.rope.apply(chunk.k, chunk.positions)
+        return chunk.k if self.spec.rope == "pre" else rotate_heads(chunk.k, chunk.rotation)
 
     def _exact(self, chunk: Chunk) -> tuple[Array, Array, Int[Array, "B N"]]:
         """Keys (as stored) and values that are read unquantised, with positions, -1 where absent."""

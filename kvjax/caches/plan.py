@@ -127,7 +127,7 @@ class CachePlan:
         if "plan" in data:
             inner = data["plan"]
             if mode or not isinstance(inner, str) or _FILE.fullmatch(inner.strip()):
-                raise KvjaxError(f"plan {path}: expected plan to be a text that names its modes, and no @mode")
+                raise KvjaxError(f"plan {path}: expected a text that names its modes itself, and no @mode")
             return cls.parse(inner, layers)
         mode = mode or ("token" if "pertoken" in path.name else "kivi")
         specs: dict[int, CacheSpec] = {}

@@ -17,7 +17,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 ROWS = 1024  # tokens a pass
-TILE = 2048  # vocabulary rows at a time: the logits of a tile stay in cache
+TILE = 1024  # vocabulary rows at a time: the logits of a tile stay in cache
 
 
 @struct.dataclass

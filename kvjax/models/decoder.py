@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.caches.base import Cache, Chunk, KVWeights, LayerCache
 from kvjax.models.config import ModelConfig
 from kvjax.models.rope import Rope, make_rope
+from kvjax.ops.rotate import rotate_heads
 
 
 def rms_norm(x: Float[Array, "... n"], weight: Float[Array, "n"], eps: float) -> Float[Array, "... n"]:
@@ -50,6 +51,7 @@ class Layer(nn.Module):
         positions: Int[Array, "B T"],
         lengths: Int[Array, "B"],
         rope: Rope,
+        rotation: tuple[Array, Array],
         factors,
         cache: LayerCache,
         carry,
@@ -76,7 +78,7 @@ class Layer(nn.Module):
             h=h,
             x=x,
             norm=norm,
-            q=rope.apply(q, positions),
+            q=rotate_heads(q, rotation),
             k=k,
             v=v,
             positions=positions,
@@ -84,6 +86,7 @@ class Layer(nn.Module):
             weights=weights,
             factors=factors,
             rope=rope,
+            rotation=rotation,
             window=self.window,
             read=read,
         )
@@ -152,11 +155,12 @@ class Decoder(nn.Module):
         positions = cache.length[:, None] + jnp.arange(count, dtype=jnp.int32)
         rope = make_rope(c.rope, c.head_dim)
         h = self.embed[tokens]
+        rotation = rope.table(positions, h.dtype)
         carry = cache.plan.init_carry(cache.shape)
         factors = ((),) * c.layers if factors is None else factors
         stored = []
         for layer, factor, layer_cache in zip(self.layer, factors, cache.layers, strict=True):
-            h, layer_cache, carry = layer(h, positions, lengths, rope, factor, layer_cache, carry, read)
+            h, layer_cache, carry = layer(h, positions, lengths, rope, rotation, factor, layer_cache, carry, read)
             stored.append(layer_cache)
         return rms_norm(h, self.norm, c.norm_eps), dataclasses.replace(
             cache, layers=tuple(stored), length=cache.length + lengths

@@ -10,12 +10,11 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from kvjax.models.config import RopeConfig
-from kvjax.ops.rotate import rotate
 
 
 @struct.dataclass
 class Rope:
-    """Inverse frequencies of one model; `apply` rotates queries or keys to their positions."""
+    """Inverse frequencies of one model."""
 
     inv_freq: Float[np.ndarray, "half"]
 
@@ -24,11 +23,6 @@ class Rope:
         dtype = jnp.promote_types(dtype, jnp.float32)
         angle = positions[..., None].astype(dtype) * jnp.tile(jnp.asarray(self.inv_freq, dtype), 2)
         return jnp.cos(angle), jnp.sin(angle)
-
-    def apply(self, x: Float[Array, "B T H D"], positions: Int[Array, "B T"]) -> Float[Array, "B T H D"]:
-        """Rotates x to its positions."""
-        cos, sin = self.table(positions, x.dtype)
-        return rotate(x, cos[:, :, None], sin[:, :, None])
 
 
 def make_rope(config: RopeConfig, head_dim: int) -> Rope:

@@ -69,6 +69,7 @@ def make_chunk(head_dim, at, lengths, width, window=None, read="exact"):
         weights=KVWeights(k=nothing[0], v=nothing[0]),
         factors=(),
         rope=make_rope(ROPE, head_dim),
+        rotation=make_rope(ROPE, head_dim).table(jnp.asarray(positions), q.dtype),
         window=window,
         read=read,
     )
