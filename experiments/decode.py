@@ -81,7 +81,7 @@ def _prepare(model: Model, ids: np.ndarray, name: str, kv_dtype: str, max_len: i
 
     def feed(params, tokens, cache, lengths):
         hidden, cache = decoder.apply({"params": params}, tokens, cache, lengths)
-        logits = decoder.apply({"params": params}, hidden[:, -1:], method="logits")
+        logits = jnp.asarray(decoder.apply({"params": params}, hidden[:, -1:], method="logits"))
         return logits.argmax(-1).astype(jnp.int32), cache
 
     cache = plan.init(CacheShape.of(model.config, 1, max_len, jnp.dtype(kv_dtype)))

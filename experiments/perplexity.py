@@ -67,6 +67,9 @@ def _identity(config: config_dict.ConfigDict, model: Model, windows: np.ndarray)
     """What two runs must share for their windows to be the same."""
     tokens = hashlib.sha256(windows.astype(np.int32).tobytes()).hexdigest()
     values = {**config.to_dict(), "model_sha256": model.checksum, "tokens_sha256": tokens}
+    for key in ("model", "text"):  # where a file lies says nothing to others; its checksum does
+        if Path(values[key]).exists():
+            values[key] = Path(values[key]).name
     return {key: values[key] for key in SAME_RUN}
 
 

@@ -60,17 +60,24 @@ class Timing:
 
 
 def hidden_states(
-    decoder: Decoder, params: Any, tokens: Int[Array, "B N"], cache: Cache, chunk: int, read: str
+    decoder: Decoder,
+    params: Any,
+    tokens: Int[Array, "B N"],
+    cache: Cache,
+    chunk: int,
+    read: str,
+    lengths: Int[Array, "B"] | None = None,
 ) -> Float[Array, "B N D"]:
-    """Final hidden states of all tokens, fed `chunk` at a time."""
+    """Final hidden states of all tokens, fed `chunk` at a time; of sequence b the first `lengths[b]` are real."""
     batch, count = tokens.shape
+    total = jnp.full((batch,), count) if lengths is None else lengths
     steps = -(-count // chunk)
     padded = jnp.pad(tokens, ((0, 0), (0, steps * chunk - count)))
 
     def step(cache: Cache, x: tuple[Array, Array]):
         piece, start = x
-        lengths = jnp.full((batch,), jnp.minimum(chunk, count - start), jnp.int32)
-        hidden, stored = decoder.apply({"params": params}, piece, cache, lengths, read)
+        real = jnp.clip(total - start, 0, chunk).astype(jnp.int32)
+        hidden, stored = decoder.apply({"params": params}, piece, cache, real, read)
         return stored, hidden
 
     pieces = padded.reshape(batch, steps, chunk).swapaxes(0, 1)

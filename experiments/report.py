@@ -1,0 +1,106 @@
+"""Writes the tables of README.md from the committed result files: python -m experiments.report (or make readme).
+
+Each table stands between `<!-- NAME -->` and `<!-- end -->`; the pictures in docs/ are drawn from the same rows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import pareto
+from experiments.program import read_rows, write_atomically
+
+ROOT = Path(__file__).parent.parent
+Row = dict[str, Any]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, numbers to the right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def sweep(rows: list[Row]) -> str:
+    header = ("cache", "bits", "with scales", "real", "× smaller", "nll", "ppl", "KL", "KL p99", "top-1")
+    return f"{_source(rows)}\n\n" + table(
+        header,
+        [
+            [
+                f"`{row['cache']}`",
+                *(f"{row[key]:.2f}" for key in ("bits_nominal", "bits_asymptotic", "bits_real", "compression")),
+                f"{row['nll']:.4f} ± {row['nll_se']:.4f}",
+                *(f"{row['ppl']:.2f}", f"{row['kld']:.4f}", f"{row['kld_p99']:.3f}", f"{row['top1']:.3f}"),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def reference(rows: list[Row]) -> str:
+    single, double = ([row for row in rows if row["dtype"] == dtype] for dtype in ("float32", "float64"))
+    in_float32 = {row["cache"]: row for row in single}
+    header = ("cache", "nll float64", "KL float64", "top-1", "nll float32", "KL float32")
+    lines = []
+    for row in double:
+        other = in_float32[row["cache"]]
+        values = f"{row['nll']:.4f}", f"{row['kld']:.5f}", f"{row['top1']:.3f}"
+        lines.append([f"`{row['cache']}`", *values, f"{other['nll']:.4f}", f"{other['kld']:.5f}"])
+    return f"{_source(double)}\n\n" + table(header, lines)
+
+
+def decode(rows: list[Row]) -> str:
+    header = ("cache", "KV dtype", "ms a step", "× dense", "cache MB", "temporary MB")
+    return f"{_source(rows)}\n\n" + table(
+        header,
+        [
+            [
+                f"`{row['cache']}`",
+                row["kv_dtype"],
+                *(f"{row['step_ms']:.1f}", f"{row['ratio']:.2f}"),
+                *(f"{row['cache_bytes'] / 1e6:.1f}", f"{row['temp_bytes'] / 1e6:.2f}"),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def forward(rows: list[Row]) -> str:
+    header = ("what", "protocol", "tokens/s", "× HF")
+    lines = [
+        [f"`{row['cache']}`", row["protocol"], f"{row['tokens_per_second']:.0f}", f"{row['x_hf']:.2f}"]
+        for row in rows
+    ]
+    return f"{_source(rows)}\n\n" + table(header, lines)
+
+
+def _source(rows: list[Row]) -> str:
+    row = rows[0]
+    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items() if name != "kvjax")
+    return f"Device: {row['device']}; {versions}; commit {row['git']}."
+
+
+TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
+    "sweep": ("demo-streaming.jsonl", sweep),
+    "reference": ("wikitext2-parallel.jsonl", reference),
+    "decode": ("decode.jsonl", decode),
+    "forward": ("forward.jsonl", forward),
+}
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for name, (file, render) in TABLES.items():
+        body = render(read_rows(ROOT / "results" / file))
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        text, count = pattern.subn(lambda m, body=body: m[1] + body + m[2], text)
+        assert count == 1, f"README.md has {count} tables named {name}; expected 1"
+    write_atomically(readme, text.encode())
+    pareto.draw(read_rows(ROOT / "results/demo-streaming.jsonl"), ROOT / "docs/pareto.png")
+
+
+if __name__ == "__main__":
+    main()
