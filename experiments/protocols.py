@@ -33,7 +33,10 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         model = load(config.model, dtype)
         ids = model.tokenizer.encode(load_text(config.text))
         tokens = jnp.asarray(cut_windows(ids, int(lengths.max()), len(lengths)), jnp.int32)
-        decoder, shape = Decoder(model.config), CacheShape.of(model.config, *tokens.shape, jnp.dtype(dtype))
+        decoder, shape = (
+            Decoder(model.config),
+            CacheShape.of(model.config, len(lengths), int(lengths.max()), jnp.dtype(dtype)),
+        )
         for name in split_list(config.caches):
             plan = CachePlan.parse(name, model.config.layers)
 

@@ -96,8 +96,9 @@ def main() -> None:
     for name, (file, render) in TABLES.items():
         body = render(read_rows(ROOT / "results" / file))
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        text, count = pattern.subn(lambda m, body=body: m[1] + body + m[2], text)
-        assert count == 1, f"README.md has {count} tables named {name}; expected 1"
+        found = pattern.search(text)
+        assert found, f"README.md has no table named {name}"
+        text = text[: found.end(1)] + body + text[found.start(2) :]
     write_atomically(readme, text.encode())
     pareto.draw(read_rows(ROOT / "results/demo-streaming.jsonl"), ROOT / "docs/pareto.png")
 
