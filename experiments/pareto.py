@@ -30,7 +30,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
             name = row["cache"] if len(row["cache"]) <= 32 else row["cache"][:31] + "…"
             axis.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
         axis.set(yscale="log", xlabel="bits per cached element, scales included (dense: 16)", ylabel=label)
-        axis.margins(x=0.18, y=0.12)
+        axis.margins(x=0.24, y=0.12)
         axis.grid(alpha=0.3, which="both")
     for mode, color in COLORS.items():
         axes[0][0].plot([], [], "o", color=color, label=f"@{mode}")

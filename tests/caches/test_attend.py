@@ -233,8 +233,10 @@ def test_many_sinks_of_wide_heads():
     rng = np.random.default_rng(0)
     q, k, v = rng.standard_normal((3, 1, count, heads, 128)).astype(np.float32)
     one = np.full(1, count)
+    rope, positions = make_rope(ROPE, 128), np.arange(count)[None]
     chunk = make_chunk(16, one, one, 1).replace(
-        q=q, k=k, v=v, positions=np.arange(count)[None], lengths=one, rope=make_rope(ROPE, 128)
+        **{"q": q, "k": k, "v": v, "positions": positions, "lengths": one},
+        **{"rope": rope, "rotation": rope.table(jnp.asarray(positions), jnp.float32)},
     )
     attend = jax.jit(lambda cache, chunk: cache.attend(chunk, ())[0])
     output = attend(parse_spec(f"k8v8@token(sink={sink})").init(shape), chunk)
