@@ -37,8 +37,7 @@ def load_text(source: str) -> str:
 
 def _read(file: Path) -> str:
     try:
-        # Bytes decoded as they are: text mode would turn \r\n into \n.
-        text = file.read_bytes().decode("utf-8")
+        text = file.read_text(encoding="utf-8")  # any line ending reads as \n: WikiText's raw file has \r\n
     except UnicodeDecodeError as error:
         raise KvjaxError(f"{file} is not UTF-8: byte {error.start} does not decode") from None
     except OSError as error:

@@ -59,3 +59,10 @@ def test_wikitext_without_a_network(monkeypatch):
         KvjaxError, match=r"no way to Salesforce/wikitext wikitext-2-raw-v1 test\); without a network"
     ):
         load_text("wikitext-2")
+
+
+def test_line_endings_read_as_newlines(tmp_path):
+    """WikiText's raw file has CRLF; scores are of the text, not of how it was stored."""
+    file = tmp_path / "text.txt"
+    file.write_bytes(b" = A = \r\n b \n")
+    assert load_text(str(file)) == " = A = \n b \n"
