@@ -41,14 +41,14 @@ def sweep(rows: list[Row]) -> str:
 
 def reference(rows: list[Row]) -> str:
     single, double = ([row for row in rows if row["dtype"] == dtype] for dtype in ("float32", "float64"))
-    in_float32 = {row["cache"]: row for row in single}
-    header = ("cache", "nll float64", "KL float64", "top-1", "nll float32", "KL float32")
+    in_float64 = {row["cache"]: row for row in double}
+    header = ("cache", "nll float64", "KL float64", "nll float32", "KL float32", "top-1 float32")
     lines = []
-    for row in double:
-        other = in_float32[row["cache"]]
-        values = f"{row['nll']:.4f}", f"{row['kld']:.5f}", f"{row['top1']:.3f}"
-        lines.append([f"`{row['cache']}`", *values, f"{other['nll']:.4f}", f"{other['kld']:.5f}"])
-    return f"{_source(double)}\n\n" + table(header, lines)
+    for row in single:
+        wide = in_float64.get(row["cache"])
+        exact = (f"{wide['nll']:.4f}", f"{wide['kld']:.5f}") if wide else ("not committed",) * 2
+        lines.append([f"`{row['cache']}`", *exact, f"{row['nll']:.4f}", f"{row['kld']:.5f}", f"{row['top1']:.3f}"])
+    return f"{_source(single)}\n\n" + table(header, lines)
 
 
 def decode(rows: list[Row]) -> str:
