@@ -95,10 +95,10 @@ def main() -> None:
     text = readme.read_text(encoding="utf-8")
     for name, (file, render) in TABLES.items():
         body = render(read_rows(ROOT / "results" / file))
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         found = pattern.search(text)
         assert found, f"README.md has no table named {name}"
-        text = text[: found.end(1)] + body + text[found.start(2) :]
+        text = text[: found.end(1)] + body + "\n" + text[found.start(2) :]
     write_atomically(readme, text.encode())
     pareto.draw(read_rows(ROOT / "results/demo-streaming.jsonl"), ROOT / "docs/pareto.png")
 
