@@ -45,9 +45,9 @@ def reference(rows: list[Row]) -> str:
     header = ("cache", "nll float64", "KL float64", "nll float32", "KL float32", "top-1 float32")
     lines = []
     for row in single:
-        wide = in_float64.get(row["cache"])
-        exact = (f"{wide['nll']:.4f}", f"{wide['kld']:.5f}") if wide else ("not committed",) * 2
-        lines.append([f"`{row['cache']}`", *exact, f"{row['nll']:.4f}", f"{row['kld']:.5f}", f"{row['top1']:.3f}"])
+        wide = in_float64[row["cache"]]
+        figures = [f"{each['nll']:.4f} {each['kld']:.5f}".split() for each in (wide, row)]
+        lines.append([f"`{row['cache']}`", *figures[0], *figures[1], f"{row['top1']:.3f}"])
     return f"{_source(single)}\n\n" + table(header, lines)
 
 
