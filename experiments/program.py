@@ -20,26 +20,41 @@ from ml_collections import config_dict, config_flags
 
 from kvjax.errors import KvjaxError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results and partial work.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results and partial work.")
 
 
 def run(main: Callable[[config_dict.ConfigDict, Path], None], config_file: str) -> None:
-    """Parses --config and --workdir and runs `main(config, workdir)`.
+    """Parses --config and --workdir and runs `main(config, workdir)`, which appends to result files in workdir.
 
     Bad input (an unknown flag, field or value, or a KvjaxError) prints one line and exits with 2.
     """
+
+    def needs_folder(config: config_dict.ConfigDict, workdir: Path | None) -> None:
+        if workdir is None:
+            raise KvjaxError("no --workdir; expected a folder for results")
+        main(config, workdir)
+
+    run_anywhere(needs_folder, config_file)
+
+
+def run_anywhere(main: Callable[[config_dict.ConfigDict, Path | None], None], config_file: str) -> None:
+    """`run` for a program that may go without a workdir."""
     config = config_flags.DEFINE_config_file("config", config_file, "The study's config.", lock_config=True)
 
     def guarded(_: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
-        workdir = Path(_WORKDIR.value)
+        workdir = Path(_WORKDIR.value) if _WORKDIR.value else None
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
+            if workdir is not None:
+                workdir.mkdir(parents=True, exist_ok=True)
             main(config.value, workdir)
         except KvjaxError as error:
             _fail(str(error))
         except OSError as error:
             _fail(f"{error.filename or workdir}: {error.strerror}")
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
 
     app.run(guarded, flags_parser=_parse)
 
@@ -85,11 +100,14 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            raise KvjaxError(f"{file}, line {number}: expected a JSON row; mend the file or name another") from None
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise KvjaxError(f"{file}, line {number}: expected a JSON row; mend the file or name another")
+        rows.append(row)
     return rows
 
 
@@ -115,3 +133,18 @@ def _commit() -> str | None:
         return git("rev-parse", "--short", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+class CompileSeconds:
+    """Seconds of tracing, lowering and compiling from here on."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+
+    def _hear(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            self._seconds += duration_secs
+
+    def total(self) -> float:
+        return self._seconds

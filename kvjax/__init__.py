@@ -1,12 +1,29 @@
 """kvjax: a JAX laboratory for compressed KV caches.
 
 model = kvjax.load("smollm2-135m")
-kvjax.score(model, "demo", cache="k4v2@kivi")
+print(kvjax.generate(model, "What is a cache?", cache="k4v2@kivi").text)
+print(kvjax.score(model, "demo", cache="k4v2@kivi"))
 """
 
 from kvjax.checkpoints.model import Model
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score, score
+from kvjax.generate import Generation, State, generate, plan, prefill, stream
 from kvjax.load import load
+from kvjax.resume import restore_state, save_state
 
-__all__ = ["KvjaxError", "Model", "Score", "load", "score"]
+__all__ = [
+    "Generation",
+    "KvjaxError",
+    "Model",
+    "Score",
+    "State",
+    "generate",
+    "load",
+    "plan",
+    "prefill",
+    "restore_state",
+    "save_state",
+    "score",
+    "stream",
+]

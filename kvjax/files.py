@@ -21,7 +21,7 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise KvjaxError(f"{file} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise KvjaxError(f"{file} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise KvjaxError(f"{file} holds a {type(value).__name__}; expected a JSON object")
@@ -30,6 +30,23 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The sha256 of every file under a folder, by its path there."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): sha256([file]) for file in files}
+
+
+def check_digests(folder: Path, expected: Any) -> None:
+    """Raises KvjaxError for a file under the folder that is missing, new or damaged by what `digests` said."""
+    if not isinstance(expected, dict):
+        raise KvjaxError(f"the checksums of {folder} are missing")
+    found = digests(folder)
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            state = "damaged" if name in found and name in expected else "new" if name in found else "missing"
+            raise KvjaxError(f"{folder / name} is {state}; expected the file whose sha256 was noted at saving")
 
 
 def sha256(files: Iterable[Path]) -> str:
@@ -42,6 +59,6 @@ def sha256(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def brief(error: Exception) -> str:
+def brief(error: BaseException) -> str:
     """The first line of what a library says, cut to fit into a line of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

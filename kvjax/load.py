@@ -38,7 +38,14 @@ def load(name: str, dtype: str | None = None, layers: int | None = None) -> Mode
     name, layers = _split_layers(name, layers)
     resolved = _resolve_dtype(dtype)
     suffix = "" if layers is None else f"(layers={layers})"
-    return Model(name + suffix, *_load(name, resolved, layers))
+    try:
+        return Model(name + suffix, *_load(name, resolved, layers))
+    except KvjaxError as error:
+        if name in str(error):
+            raise
+        raise KvjaxError(f"{name}: {error}") from None  # checks of values and shapes know no file
+    except OSError as error:
+        raise KvjaxError(f"{error.filename or name} cannot be read: {error.strerror}") from None
 
 
 def _load(
@@ -53,14 +60,16 @@ def _load(
         pinned = zoo.FILES[name]
         file = GGUFFile(zoo.fetch(pinned))
         config, params = file.load(dtype, layers)
+        checksum = pinned.sha256
         if name.endswith("-mha"):
             config, params = zoo.expand_kv_heads(config, params)
-        return config, params, file.tokenizer(), dtype, pinned.sha256
+            checksum = sha256_of(f"{checksum}, kv heads repeated".encode()).hexdigest()
+        return config, params, file.tokenizer(), dtype, checksum
     if path.is_file() and path.suffix == ".gguf":
         file = GGUFFile(path)
         return *file.load(dtype, layers), file.tokenizer(), dtype, sha256([path])
     if (path / orbax.METADATA).is_file():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
+        files = sorted(file for file in path.iterdir() if file.is_file())  # METADATA has the sums of the arrays
         return *orbax.load(path, dtype, layers), dtype, sha256(files)
     if not path.is_dir():
         path = _snapshot(name)

@@ -12,6 +12,8 @@ LAYERS = [
     "experiments",
     "configs",
     "kvjax",  # the package's own front door
+    "kvjax.resume",
+    "kvjax.generate",
     "kvjax.evaluate",
     "kvjax.load",
     "kvjax.checkpoints",

@@ -166,6 +166,9 @@ class Cache:
     plan: Any = struct.field(pytree_node=False)  # CachePlan
     shape: CacheShape = struct.field(pytree_node=False)
 
+    def __str__(self) -> str:
+        return self.plan.describe(self.shape, self.length)
+
 
 def check_fields(name: str, fields: dict[str, Any], known: dict[str, type]) -> None:
     """Raises KvjaxError for a field that the method does not have or a value of the wrong kind."""

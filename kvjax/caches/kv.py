@@ -46,7 +46,7 @@ class KV(CacheSpec):
     sink: int = 0
     rope: str = "post"
 
-    pattern: ClassVar[str] = r"k(\d+)v(\d+)"
+    pattern: ClassVar[str] = r"k(\d{1,9})v(\d{1,9})"
     modes: ClassVar[tuple[str, ...]] = ("kivi", "token")
 
     def __post_init__(self) -> None:

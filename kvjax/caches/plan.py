@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import yaml
+from jaxtyping import Array, Int
 
 from kvjax.caches.base import REAL_DTYPE, Cache, CacheShape, CacheSpec
 from kvjax.caches.dense import Dense
@@ -50,7 +51,7 @@ def _fields(text: str | None) -> dict[str, Any]:
         key, equals, value = (part.strip() for part in item.partition("="))
         if not (key and equals and value) or key in fields:
             raise KvjaxError(f"cache field {item.strip()!r}; expected field=value, each field once")
-        fields[key] = int(value) if re.fullmatch(r"-?\d+", value) else value
+        fields[key] = int(value) if re.fullmatch(r"-?\d{1,9}", value) else value
     return fields
 
 
@@ -65,7 +66,7 @@ def split_list(text: str) -> list[str]:
 def _layers(text: str, layers: int) -> list[int]:
     out: list[int] = []
     for part in text.split("+"):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
         if not match or (match[2] and int(match[2]) < int(match[1])):
             raise KvjaxError(f"layers {text!r}: expected numbers and ranges joined by +, as in 0-2+29")
         last = int(match[2] or match[1])
@@ -73,6 +74,13 @@ def _layers(text: str, layers: int) -> list[int]:
             raise KvjaxError(f"{text!r} names layer {last}; the model has {layers} layers")
         out += range(int(match[1]), last + 1)
     return out
+
+
+class _Loader(yaml.SafeLoader):
+    """Without merge keys (<<): a few of them, nested, make a value of any size."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +98,11 @@ class CachePlan:
         """
         text = text.strip()
         if match := _FILE.fullmatch(text):
-            return cls._read(Path(match["path"]), match["mode"], match["fields"], layers)
+            path = Path(match["path"])
+            try:
+                return cls._read(path, match["mode"], match["fields"], layers)
+            except KvjaxError as error:
+                raise KvjaxError(f"plan {path}: {error}") from None
         if ":" not in text and ";" not in text:
             return cls((parse_spec(text),) * layers)
         specs: dict[int, CacheSpec] = {}
@@ -103,41 +115,43 @@ class CachePlan:
                 if layer in specs:
                     raise KvjaxError(f"plan {text!r} names layer {layer} twice")
                 specs[layer] = spec
-        return cls._complete(specs, layers, repr(text))
+        return cls._complete(specs, layers, f"plan {text!r}")
 
     @classmethod
     def _complete(cls, specs: Mapping[int, CacheSpec], layers: int, where: str) -> CachePlan:
         missing = sorted(set(range(layers)) - set(specs))
         beyond = sorted(set(specs) - set(range(layers)))
         if missing:
-            raise KvjaxError(f"plan {where} has no cache for layer {missing[0]} of the model's {layers} layers")
+            raise KvjaxError(f"{where} has no cache for layer {missing[0]} of the model's {layers} layers")
         if beyond:
-            raise KvjaxError(f"plan {where} names layer {beyond[0]}; the model has {layers} layers")
+            raise KvjaxError(f"{where} names layer {beyond[0]}; the model has {layers} layers")
         return cls(tuple(specs[i] for i in range(layers)))
 
     @classmethod
     def _read(cls, path: Path, mode: str | None, fields: str | None, layers: int) -> CachePlan:
         """A KVTuner preset, {layer: {nbits_key, nbits_value}}, or a file of ours, {plan: text}."""
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise KvjaxError(f"plan {path}: {' '.join(str(error).split())}") from None
+            data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        except Exception as error:  # the library's constructors raise many kinds
+            raise KvjaxError(" ".join(str(error).split())) from None
         if not isinstance(data, dict) or not data:
-            raise KvjaxError(f"plan {path}: {_FILE_FORMS}")
+            raise KvjaxError(_FILE_FORMS)
         if "plan" in data:
             inner = data["plan"]
             if mode or not isinstance(inner, str) or _FILE.fullmatch(inner.strip()):
-                raise KvjaxError(f"plan {path}: expected a text that names its modes itself, and no @mode")
+                raise KvjaxError("expected a text that names its modes itself, and no @mode")
             return cls.parse(inner, layers)
         mode = mode or ("token" if "pertoken" in path.name else "kivi")
         specs: dict[int, CacheSpec] = {}
         for layer, bits in data.items():
-            if type(layer) is not int or not isinstance(bits, dict) or set(bits) != {"nbits_key", "nbits_value"}:
-                raise KvjaxError(f"plan {path}, layer {layer}: {_FILE_FORMS}")
-            if any(type(width) is not int or width < 0 for width in bits.values()):
-                raise KvjaxError(f"plan {path}, layer {layer}: expected whole numbers of bits")
+            if type(layer) is not int or not 0 <= layer < 10**6:
+                raise KvjaxError(f"one of its layers is no number of a layer; {_FILE_FORMS}")
+            if not isinstance(bits, dict) or set(bits) != {"nbits_key", "nbits_value"}:
+                raise KvjaxError(f"layer {layer}: {_FILE_FORMS}")
+            if any(type(width) is not int or not 0 <= width < 100 for width in bits.values()):
+                raise KvjaxError(f"layer {layer}: expected whole numbers of bits")
             specs[layer] = KV.parse(f"k{bits['nbits_key']}v{bits['nbits_value']}", mode, _fields(fields))
-        return cls._complete(specs, layers, str(path))
+        return cls._complete(specs, layers, "the file")
 
     def preset(self) -> str:
         """KVTuner's YAML of this plan: bits per layer, without mode and fields.
@@ -154,12 +168,27 @@ class CachePlan:
 
     def __str__(self) -> str:
         """Canonical form: names every mode, and parses back."""
-        where: dict[CacheSpec, list[int]] = {}
-        for i, spec in enumerate(self.specs):
-            where.setdefault(spec, []).append(i)
+        where = self._where()
         if len(where) == 1:
             return str(self.specs[0])
         return ";".join(f"{_ranges(layers)}:{spec}" for spec, layers in where.items())
+
+    def describe(self, shape: CacheShape, length: Int[Array, "B"]) -> str:
+        """A table: method, bits, allocated bytes and fill of each run of layers."""
+        stored = [int(n) for n in length]
+        fill = sum(stored) / (shape.batch * shape.max_len)
+        rows = [("layers", "cache", "bits", "with scales", "bytes a layer", "fill")]
+        for spec, layers in self._where().items():
+            figures = f"{spec.bits_nominal:.2f}", f"{spec.bits_asymptotic(shape):.2f}", f"{spec.nbytes(shape):,}"
+            rows.append((_ranges(layers), str(spec), *figures, f"{fill:.0%}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        aligned = (
+            [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+            for row in rows
+        )
+        total = f"{self.nbytes(shape):,} bytes in {shape.dtype}, {self.bits_real(shape):.2f} real bits per element"
+        holds = f"{' + '.join(map(str, stored))} of {shape.batch} x {shape.max_len} tokens"
+        return "\n".join([f"{holds}, {total}", *("  ".join(row).rstrip() for row in aligned)])
 
     def init(self, shape: CacheShape) -> Cache:
         """An empty cache for every layer."""
@@ -194,8 +223,15 @@ class CachePlan:
         """Tokens per streaming chunk: the gcd of the residuals that are not 0."""
         return math.gcd(*(spec.block for spec in self.specs)) or DEFAULT_STREAM
 
+    def _where(self) -> dict[CacheSpec, list[int]]:
+        """The layers of each spec, in order of appearance."""
+        where: dict[CacheSpec, list[int]] = {}
+        for i, spec in enumerate(self.specs):
+            where.setdefault(spec, []).append(i)
+        return where
+
     def _counts(self) -> dict[CacheSpec, int]:
-        return {spec: self.specs.count(spec) for spec in dict.fromkeys(self.specs)}
+        return {spec: len(layers) for spec, layers in self._where().items()}
 
     def _mean(self, figure: Callable[[CacheSpec], float]) -> float:
         return sum(count * figure(spec) for spec, count in self._counts().items()) / len(self.specs)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,7 @@ from jax.typing import DTypeLike
 from kvjax.checkpoints.model import Model
 from kvjax.checkpoints.tokenizer import AnyTokenizer, ByteTokenizer, Tokenizer, read_tokenizer
 from kvjax.errors import KvjaxError
-from kvjax.files import brief, read_json, write_json
+from kvjax.files import brief, check_digests, digests, read_json, write_json
 from kvjax.models.config import ModelConfig, RopeConfig
 from kvjax.models.params import Params, check_tensors, keep_layers, param_shapes
 
@@ -28,9 +31,6 @@ def save(folder: Path, model: Model) -> None:
     Raises:
       KvjaxError: something is there already, or it cannot be written.
     """
-    folder = folder.absolute()
-    if folder.exists():
-        raise KvjaxError(f"{folder} exists already; expected a new folder")
     metadata = {
         "name": model.name,
         "checksum": model.checksum,
@@ -38,19 +38,41 @@ def save(folder: Path, model: Model) -> None:
         "tokenizer": "bytes" if isinstance(model.tokenizer, ByteTokenizer) else "tokenizer.json",
         "config": dataclasses.asdict(model.config),
     }
+    with new_folder(folder) as part:
+        write_arrays(part / "params", model.params)
+        write_json(part / METADATA, metadata | {"params": digests(part / "params")})
+        if isinstance(model.tokenizer, Tokenizer):
+            model.tokenizer.save(part)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which then appears as `folder`, whole or not at all.
+
+    Raises:
+      KvjaxError: something is there already, or it cannot be written.
+    """
+    folder = folder.absolute()
+    if folder.exists():
+        raise KvjaxError(f"{folder} exists already; expected a new folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            part = Path(temporary) / "model"
+            part = Path(temporary) / "part"
             part.mkdir()
-            write_json(part / METADATA, metadata)
-            if isinstance(model.tokenizer, Tokenizer):
-                model.tokenizer.save(part)
-            with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(part / "params", model.params)
+            yield part
             part.rename(folder)
     except OSError as error:
         raise KvjaxError(f"{folder} cannot be written: {error}") from None
+
+
+def write_arrays(folder: Path, tree: Any) -> None:
+    """Raises OSError where the arrays cannot be written."""
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder, tree)
+    except Exception as error:  # Orbax and its storage raise many kinds
+        raise OSError(brief(error)) from None
 
 
 def load(folder: Path, dtype: DTypeLike, layers: int | None = None) -> tuple[ModelConfig, Params, AnyTokenizer]:
@@ -62,12 +84,13 @@ def load(folder: Path, dtype: DTypeLike, layers: int | None = None) -> tuple[Mod
     folder = folder.absolute()
     metadata = read_json(folder / METADATA)
     try:
-        fields = metadata["config"]
+        fields, sums = metadata["config"], metadata["params"]
         saved = ModelConfig(**{**fields, "rope": RopeConfig(**fields["rope"])})
         tokenizer = ByteTokenizer() if metadata["tokenizer"] == "bytes" else read_tokenizer(folder)
     except (KeyError, TypeError) as error:
         raise KvjaxError(f"{folder / METADATA} is not one that kvjax wrote: {brief(error)}") from None
     config = keep_layers(saved, layers)
+    check_digests(folder / "params", sums)  # Orbax itself answers some damage with pages on stderr
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             return config, _restore(checkpointer, folder / "params", saved, config, dtype), tokenizer

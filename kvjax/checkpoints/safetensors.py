@@ -35,6 +35,7 @@ NAMES = Names(
     },
 )
 INDEX = "model.safetensors.index.json"
+KINDS = ("F32", "BF16", "F16", "F64")
 PICKLES = (".bin", ".pt", ".pth")
 
 
@@ -46,9 +47,10 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if (folder / INDEX).is_file():
         shards = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(shards, dict):
-            raise KvjaxError(f"{folder / INDEX} has no weight_map")
-        files = [folder / name for name in sorted(set(shards.values()))]
+        names = shards.values() if isinstance(shards, dict) else [None]
+        if not all(isinstance(name, str) and name == Path(name).name and name.isprintable() for name in names):
+            raise KvjaxError(f"{folder / INDEX}: expected a weight_map from tensors to files of that folder")
+        files = [folder / name for name in sorted(set(names))]
     elif (folder / "model.safetensors").is_file():
         files = [folder / "model.safetensors"]
     elif pickles := sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES):
@@ -75,7 +77,14 @@ def load_hf(folder: Path, dtype: DTypeLike, layers: int | None = None) -> tuple[
                 handle = stack.enter_context(safe_open(file, "np"))
             except SafetensorError as error:
                 raise KvjaxError(f"{file} is not a whole safetensors file: {brief(error)}") from None
-            where |= {name: handle for name in handle.keys() if not _unused(name, config)}  # noqa: SIM118
+            for name in handle.keys():  # noqa: SIM118
+                if _unused(name, config):
+                    continue
+                if name in where:
+                    raise KvjaxError(f"{file} has tensor {name}, which another file has too")
+                if (kind := handle.get_slice(name).get_dtype()) not in KINDS:
+                    raise KvjaxError(f"tensor {name} of {file} is {kind}; expected one of {', '.join(KINDS)}")
+                where[name] = handle
         present = {name: tuple(handle.get_slice(name).get_shape()) for name, handle in where.items()}
         return build_params(config, NAMES, present, lambda _, name: where[name].get_tensor(name), dtype, layers)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import datetime
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import jinja2.sandbox
 import numpy as np
 import tokenizers
 from jaxtyping import Int
@@ -17,20 +20,46 @@ from kvjax.files import brief, read_json, write_json
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A model's tokenizer. No special tokens are added; those written in the text become their ids."""
+    """A model's tokenizer. Special tokens that are written in a text become their ids."""
 
     backend: tokenizers.Tokenizer
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     chat_template: str | None = None  # Jinja
 
-    def encode(self, text: str) -> Int[np.ndarray, "n"]:
-        """Token ids, int32."""
-        return np.array(self.backend.encode(text, add_special_tokens=False).ids, np.int32)
+    def __post_init__(self) -> None:
+        """Raises KvjaxError for ids that are none and a template that is no text."""
+        ids = self.eos_ids if self.bos_id is None else (self.bos_id, *self.eos_ids)
+        if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+            raise KvjaxError(f"the ids of bos and eos are {self.bos_id!r} and {self.eos_ids!r}; expected token ids")
+        if not isinstance(self.chat_template, str | None):
+            raise KvjaxError(f"the chat template is of type {type(self.chat_template).__name__}; expected a text")
+
+    def encode(self, text: str, special: bool = False) -> Int[np.ndarray, "n"]:
+        """Token ids, int32. special: adds what the tokenizer puts around a text, a first bos for example."""
+        return np.array(self.backend.encode(text, add_special_tokens=special).ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids, special tokens included; bytes that are not UTF-8 become U+FFFD."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The text of a conversation, up to where the assistant answers, by the model's chat template.
+
+        messages: {"role": "system" | "user" | "assistant", "content": text} each.
+
+        Raises:
+          KvjaxError: the model has no template, or the template refuses the messages.
+        """
+        if self.chat_template is None:
+            raise KvjaxError("the model has no chat template; give the text itself, with chat=False")
+        names = {} if self.bos_id is None else {"bos_token": self.backend.id_to_token(self.bos_id)}
+        names |= {"eos_token": self.backend.id_to_token(self.eos_ids[0])} if self.eos_ids else {}
+        try:
+            template = _JINJA.from_string(self.chat_template)
+            return template.render(messages=messages, add_generation_prompt=True, **names)
+        except jinja2.TemplateError as error:
+            raise KvjaxError(f"the chat template cannot be applied: {brief(error)}") from None
 
     def save(self, folder: Path) -> None:
         """Writes the JSON files that `read_tokenizer` reads."""
@@ -48,16 +77,34 @@ class ByteTokenizer:
     eos_ids: tuple[int, ...] = ()
     chat_template: str | None = None
 
-    def encode(self, text: str) -> Int[np.ndarray, "n"]:
-        """The bytes of the text, int32."""
+    def encode(self, text: str, special: bool = False) -> Int[np.ndarray, "n"]:
+        """The bytes of the text, int32; there is nothing special to add."""
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the bytes; ids above 255 and bytes that are not UTF-8 become U+FFFD."""
         return b"".join(bytes([i]) if i < 256 else b"\xff" for i in map(int, ids)).decode(errors="replace")
 
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Raises KvjaxError: there is no chat template."""
+        raise KvjaxError("the model has no chat template; give the text itself, with chat=False")
+
 
 AnyTokenizer = Tokenizer | ByteTokenizer
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+# A template comes with the checkpoint: it sees its arguments and nothing else.
+_JINJA = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+)
+_JINJA.globals |= {
+    "raise_exception": _refuse,
+    "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+}
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -83,9 +130,15 @@ def read_backend(file: Path) -> tokenizers.Tokenizer:
     if not file.is_file():
         raise KvjaxError(f"{file} is missing; put the model's tokenizer.json there")
     try:
-        return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing narrower
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except BaseException as error:  # the library raises nothing narrower, and a panic of its Rust is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise KvjaxError(f"{file} is not a tokenizer: {brief(error)}") from None
+    # What a file says of these is for batches of training texts: it would cut a text, or add to it.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _optional_json(file: Path) -> dict[str, Any]:
@@ -95,7 +148,10 @@ def _optional_json(file: Path) -> dict[str, Any]:
 def _ids(value: int | list[int] | None, word: str | Mapping[str, Any] | None, backend) -> tuple[int, ...]:
     """Token ids from a *_token_id, or else from a *_token of tokenizer_config.json."""
     if value is None and word is not None:
-        value = backend.token_to_id(word if isinstance(word, str) else word["content"])
+        content = word.get("content") if isinstance(word, Mapping) else word
+        if not isinstance(content, str):
+            raise KvjaxError(f"bos or eos of tokenizer_config.json is {word!r}; expected a token")
+        value = backend.token_to_id(content.encode(errors="replace").decode())  # JSON may hold half a character
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list) else (value,)
@@ -104,8 +160,12 @@ def _ids(value: int | list[int] | None, word: str | Mapping[str, Any] | None, ba
 def _chat_template(folder: Path, words: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise KvjaxError(f"{file} is not UTF-8: byte {error.start} does not decode") from None
     template = words.get("chat_template")
     if isinstance(template, list):  # several named ones
-        return {each["name"]: each["template"] for each in template}.get("default")
+        named = (each for each in template if isinstance(each, Mapping) and each.get("name") == "default")
+        return next((each.get("template") for each in named), None)
     return template

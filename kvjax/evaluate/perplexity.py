@@ -25,6 +25,7 @@ from kvjax.errors import KvjaxError
 from kvjax.evaluate import vocabulary
 from kvjax.evaluate.text import load_text
 from kvjax.models.decoder import Decoder
+from kvjax.models.faults import first_fault
 
 PROTOCOLS = ("streaming", "decode", "parallel")
 
@@ -115,6 +116,9 @@ class Scorer:
 
         Args:
           dense: the dense run of the same windows; None where this is the dense run, which is then returned.
+
+        Raises:
+          KvjaxError: the logits are not finite; it names the first token and layer.
         """
         count = len(windows)
         tokens = jnp.asarray(np.pad(windows, ((0, self.batch - count), (0, 0)), mode="edge"), jnp.int32)
@@ -130,11 +134,26 @@ class Scorer:
             scores, more = self._call("compare", vocabulary.compare, scored, head, targets, full)
         rows = count * (windows.shape[1] - 1)
         scores = jax.tree.map(lambda a: np.asarray(a, np.float64)[:rows].reshape(count, -1), scores)
+        if not np.isfinite([scores.nll, scores.kld]).all():
+            raise KvjaxError(f"{plan}: the logits are not finite: {self._fault(plan, tokens)}")
         return scores, jax.tree.map(lambda a: np.asarray(a)[:rows], dense), timing + more
 
+    def _protocol(self, plan: CachePlan, count: int) -> tuple[int, str]:
+        """Tokens a step, and what their queries read."""
+        chunk = {"parallel": count, "decode": 1, "streaming": plan.stream_chunk}[self.protocol]
+        return chunk, "stored" if self.protocol == "parallel" else "exact"
+
+    def _fault(self, plan: CachePlan, tokens: Int[Array, "B N"]) -> str:
+        """The windows again, with every layer looked at."""
+        batch, count = tokens.shape
+        chunk, read = self._protocol(plan, count)
+        pieces = (tokens[:, i : i + chunk] for i in range(0, count, chunk))
+        chunks = ((piece, jnp.full((batch,), piece.shape[1], jnp.int32)) for piece in pieces)
+        fault = first_fault(self._decoder, self.model.params, plan.init(self.shape), chunks, read)
+        return str(fault) if fault else "every layer is finite, the head is not"
+
     def _hidden(self, plan: CachePlan, tokens: Int[Array, "B N"]) -> tuple[Float[Array, "B N D"], Timing]:
-        chunk = {"parallel": tokens.shape[1], "decode": 1, "streaming": plan.stream_chunk}[self.protocol]
-        read = "stored" if self.protocol == "parallel" else "exact"
+        chunk, read = self._protocol(plan, tokens.shape[1])
 
         def hidden(params, tokens):
             return hidden_states(self._decoder, params, tokens, plan.init(self.shape), chunk, read)
@@ -180,10 +199,7 @@ class Score:
 
     @classmethod
     def of(cls, scores: vocabulary.TokenScores) -> Score:
-        """Raises KvjaxError where the model's output is not finite."""
         nll, kld, agree = (np.ravel(a) for a in (scores.nll, scores.kld, scores.agree))
-        if not (np.isfinite(nll).all() and np.isfinite(kld).all()):
-            raise KvjaxError("the logits are not finite: the weights or a cached value overflow this dtype")
         mean = float(nll.mean())
         error = float(nll.std(ddof=1) / math.sqrt(nll.size)) if nll.size > 1 else math.nan
         kld_p99 = float(np.percentile(kld, 99))

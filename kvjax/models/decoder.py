@@ -159,9 +159,11 @@ class Decoder(nn.Module):
         carry = cache.plan.init_carry(cache.shape)
         factors = ((),) * c.layers if factors is None else factors
         stored = []
+        self.sow("hidden", "h", h)  # kept only where the caller asks for it, see models/faults.py
         for layer, factor, layer_cache in zip(self.layer, factors, cache.layers, strict=True):
             h, layer_cache, carry = layer(h, positions, lengths, rope, rotation, factor, layer_cache, carry, read)
             stored.append(layer_cache)
+            self.sow("hidden", "h", h)
         return rms_norm(h, self.norm, c.norm_eps), dataclasses.replace(
             cache, layers=tuple(stored), length=cache.length + lengths
         )

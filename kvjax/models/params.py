@@ -61,6 +61,8 @@ class Names:
 
 def check_tensors(config: ModelConfig, name_of: Callable[[ParamPath], str], present: Mapping[str, Shape]) -> None:
     """Raises KvjaxError for a tensor that is missing, has another shape, or that the decoder would ignore."""
+    if config.layers > len(present):  # asked before anything of so many layers is made
+        raise KvjaxError(f"the config has {config.layers} layers, but there are {len(present)} tensors in all")
     names = {name_of(path): shape for path, shape in param_shapes(config).items()}
     for name, shape in names.items():
         if name not in present:

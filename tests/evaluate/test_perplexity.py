@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,6 @@ from kvjax.checkpoints.model import Model
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score, Scorer, cut_windows, hidden_states
 from kvjax.evaluate.text import load_text
-from kvjax.evaluate.vocabulary import TokenScores
 from kvjax.load import load
 from kvjax.models.decoder import Decoder
 
@@ -82,10 +82,12 @@ def test_streaming_is_decode(tiny: Model, name: str) -> None:
             assert float(jnp.abs(exact - decode).max()) > 1e-4  # what is compared is not the dense cache twice
 
 
-def test_not_finite_is_said() -> None:
-    bad = np.full((1, 4), np.nan)
-    with pytest.raises(KvjaxError, match="not finite"):
-        Score.of(TokenScores(bad, bad, bad))
+def test_not_finite_is_traced_to_layer_and_token(tiny: Model) -> None:
+    params = dict(tiny.params)
+    params["layer_1"] = params["layer_1"] | {"up": params["layer_1"]["up"].at[3].set(jnp.nan)}
+    scorer = Scorer(dataclasses.replace(tiny, params=params), 16, 2, "streaming")
+    with pytest.raises(KvjaxError, match="not finite: first in layer 1, at token 0 of sequence 0"):
+        scorer.run(CachePlan.parse("dense", tiny.config.layers), np.ones((2, 16), np.int32), None)
 
 
 def test_unknown_protocol_and_context(tiny: Model) -> None:

@@ -4,17 +4,20 @@ Needs torch, transformers, accelerate and gguf (not installed with kvjax). From 
 
     python tests/goldens/make_goldens.py
     python tests/goldens/make_goldens.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --text demo.txt
+    python tests/goldens/make_goldens.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --generate
 
 The first writes one HF folder per tiny model (config.json, safetensors, a tokenizer.json of single
 characters) with logits.npz: tokens [1, T] and the float32 eager logits [1, T, V]. The second writes
 smollm2-135m.npz, for the GGUF of the zoo's smollm2-135m and the demo text: the text's first 256 tokens,
 logits at 16 positions on 512 fixed vocabulary columns, the largest |logit| at these positions, the argmax at
-all 256, and the ids of a tricky text.
+all 256, and the ids of a tricky text. The third writes smollm2-135m-generation.json: what HF's greedy
+generation makes of twenty prompts, half of them in the model's chat template.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +75,31 @@ TRICKY = (
     "def f(x_1: int = 42) -> str:\n    return f'{x_1:08b}'  # don't I'LL\n"
     "<|im_start|>user\nhi<|im_end|> <reponame>"
 )
+NEW_TOKENS = 64
+CHATS = (
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "How many legs do three cats and a bird have?",
+    "Translate to German: good morning.",
+    "List the planets of the solar system.",
+    "Write a Python function that reverses a string.",
+    "Why is the sky blue?",
+    "Give me a recipe for pancakes.",
+    "Who wrote Hamlet, and when?",
+    "Summarise: The committee met on 14 March 2021, agreed on nothing, and left at 17:30.",
+)
+TEXTS = (
+    "The quick brown fox",
+    "Once upon a time there was a king who had three daughters. The eldest",
+    "def fibonacci(n):\n    ",
+    "1, 2, 3, 4, 5,",
+    "In 1969, the first men",
+    "Water boils at",
+    "<html>\n<head>\n<title>",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "The three laws of thermodynamics are",
+    "Q: What is the largest ocean?\nA:",
+)
 SHARDED = "qwen3"
 STORED = {"llama-linear": torch.float16, "mistral-window": torch.bfloat16}  # the others in float32
 
@@ -121,15 +149,45 @@ def make_tiny(name: str) -> None:
     np.savez_compressed(folder / "logits.npz", tokens=tokens.numpy().astype(np.int32), logits=logits.numpy())
 
 
-def make_smollm2(gguf: Path, text: Path) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).backend_tokenizer
+def load_tokenizer(gguf: Path) -> transformers.PreTrainedTokenizerFast:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # transformers' GGUF conversion forgets that this model splits digits.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
+    return tokenizer
+
+
+def make_generation(gguf: Path) -> None:
+    tokenizer = load_tokenizer(gguf)
+    model = load_hf(gguf.parent, gguf_file=gguf.name)
+    stop = tokenizer.eos_token_id
+    prompts = [(text, [{"role": "user", "content": text}]) for text in CHATS] + [(text, None) for text in TEXTS]
+    rows = []
+    for text, messages in prompts:
+        whole = (
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) if messages else text
+        )
+        ids = tokenizer.backend_tokenizer.encode(whole, add_special_tokens=False).ids
+        with torch.no_grad():
+            out = model.generate(
+                torch.tensor([ids]),
+                attention_mask=torch.ones((1, len(ids)), dtype=torch.int64),
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                eos_token_id=stop,
+                pad_token_id=stop,
+            )
+        rows.append({"prompt": text, "chat": messages is not None, "ids": ids, "new": out[0, len(ids) :].tolist()})
+    lines = ",\n".join(map(json.dumps, rows))
+    (HERE / "smollm2-135m-generation.json").write_text(f"[\n{lines}\n]\n")
+
+
+def make_smollm2(gguf: Path, text: Path) -> None:
+    tokenizer = load_tokenizer(gguf).backend_tokenizer
 
     def encode(words: str) -> list[int]:
         return tokenizer.encode(words, add_special_tokens=False).ids
@@ -157,8 +215,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--text", type=Path, help="the demo text as one file")
+    parser.add_argument("--generate", action="store_true", help="the golden of generation, with --gguf")
     args = parser.parse_args()
-    if args.gguf:
+    if args.generate:
+        make_generation(args.gguf)
+    elif args.gguf:
         make_smollm2(args.gguf, args.text)
     else:
         for name in MODELS:

@@ -1,0 +1,77 @@
+"""A state saved in one process and gone on from in another."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kvjax
+from kvjax.checkpoints.model import Model
+
+OTHER = """
+import sys, kvjax
+model = kvjax.load(sys.argv[1], "float32")
+state = kvjax.restore_state(sys.argv[2], model)
+made = kvjax.generate(model, ["", ""], state, max_new_tokens=25, temperature=0.7, seed=4)
+print(made.tokens)
+"""
+PROMPTS = ["the first of two prompts, rather long: more than a block", "second"]
+PLAN = "0:k4v2@kivi(sink=3);1:k3v8@token"
+
+
+@pytest.fixture(scope="module")
+def tiny(goldens: Path) -> Model:
+    return kvjax.load(str(goldens / "llama-linear"), "float32")
+
+
+@pytest.fixture(scope="module")
+def saved(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("state") / "saved"
+    made = kvjax.generate(tiny, PROMPTS, PLAN, max_new_tokens=9, max_len=128, temperature=0.7, seed=4)
+    kvjax.save_state(folder, tiny, made.state)
+    return folder
+
+
+def test_another_process_goes_on_as_if_never_stopped(tiny: Model, saved: Path, goldens: Path) -> None:
+    whole = kvjax.generate(tiny, PROMPTS, PLAN, max_new_tokens=34, max_len=128, temperature=0.7, seed=4)
+    command = [sys.executable, "-c", OTHER, str(goldens / "llama-linear"), str(saved)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout) == [tokens[9:] for tokens in whole.tokens]
+
+
+def test_a_mismatch_is_refused(tiny: Model, saved: Path, goldens: Path, tmp_path: Path) -> None:
+    other = kvjax.load(str(goldens / "llama-llama3"), "float32")
+    half = kvjax.load(str(goldens / "llama-linear"), "bfloat16")
+    for model, cache, said in (
+        (other, None, "was made with model"),
+        (half, None, "dtype float32; this model has bfloat16"),
+        (tiny, "k4v4", "holds a cache of 0:k4v2@kivi"),
+    ):
+        with pytest.raises(kvjax.KvjaxError, match=said):
+            kvjax.restore_state(saved, model, cache)
+    assert kvjax.restore_state(saved, tiny, PLAN).cache.plan == kvjax.plan(tiny, PLAN)
+    with pytest.raises(kvjax.KvjaxError, match="exists already"):
+        kvjax.save_state(saved, tiny, kvjax.restore_state(saved, tiny))
+    with pytest.raises(kvjax.KvjaxError, match="cannot be read"):
+        kvjax.restore_state(tmp_path / "nowhere", tiny)
+
+
+def test_damage_is_noticed(tiny: Model, saved: Path, tmp_path: Path) -> None:
+    """Every file in turn: a flipped byte, a byte less, gone."""
+    for i, name in enumerate(file.relative_to(saved) for file in saved.rglob("*") if file.is_file()):
+        data = (saved / name).read_bytes()
+        middle = len(data) // 2
+        for j, bad in enumerate((data[:middle] + bytes([data[middle] ^ 0xFF]) + data[middle + 1 :], data[:-1], None)):
+            copy = tmp_path / f"{i}-{j}"
+            shutil.copytree(saved, copy)
+            (copy / name).unlink() if bad is None else (copy / name).write_bytes(bad)
+            if name.name == "state.json" and bad is not None:
+                continue  # its last byte is a newline; flips in it are for the fuzzer
+            with pytest.raises(kvjax.KvjaxError, match=str(copy)):
+                kvjax.restore_state(copy, tiny)
