@@ -20,6 +20,7 @@ from kvjax.caches.base import Cache, CacheShape
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.model import Model
 from kvjax.errors import KvjaxError
+from kvjax.factors import factors
 from kvjax.models.decoder import Decoder
 from kvjax.models.faults import first_fault
 from kvjax.models.params import Params
@@ -108,7 +109,7 @@ def plan(model: Model, cache: str) -> CachePlan:
     Raises:
       KvjaxError: what `cache` says is no plan for this model, see `kvjax.caches.plan`.
     """
-    return CachePlan.parse(cache, model.config.layers)
+    return CachePlan.parse(cache, model.config)
 
 
 def prefill(
@@ -223,7 +224,7 @@ def _read(
     if before is None:
         if empty := [i for i, each in enumerate(ids) if not len(each)]:
             raise KvjaxError(f"prompt {empty[0]} is empty; expected text")
-        of = CachePlan.parse(cache, model.config.layers) if isinstance(cache, str) else cache
+        of = CachePlan.parse(cache, model.config) if isinstance(cache, str) else cache
         assert isinstance(of, CachePlan)
         state = empty_state(model, of, len(ids), _room(model, max(map(len, ids)), new, max_len))
     else:
@@ -282,7 +283,7 @@ def empty_state(model: Model, plan: CachePlan, batch: int, max_len: int) -> Stat
 
 def feed(model: Model, state: State, ids: Sequence[Int[np.ndarray, "n"]]) -> State:
     """Reads ids[b] into sequence b in one step. Donates `state`: its buffers are written into."""
-    return _feed(Decoder(model.config), model.params, state, *_padded(ids))
+    return _feed(Decoder(model.config), model.params, factors(model, state.cache.plan), state, *_padded(ids))
 
 
 def _padded(ids: Sequence[np.ndarray]) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
@@ -295,10 +296,15 @@ def _padded(ids: Sequence[np.ndarray]) -> tuple[Int[Array, "B T"], Int[Array, "B
 
 @functools.partial(jax.jit, static_argnames="decoder", donate_argnames="state")
 def _feed(
-    decoder: Decoder, params: Params, state: State, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
+    decoder: Decoder,
+    params: Params,
+    factors: Any,
+    state: State,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
 ) -> State:
     apply: Any = decoder.apply
-    hidden, cache = apply({"params": params}, tokens, state.cache, lengths)
+    hidden, cache = apply({"params": params}, tokens, state.cache, lengths, factors=factors)
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], 1)[:, 0]
     return State(cache, jnp.where(lengths[:, None] > 0, last, state.hidden))
 
@@ -313,12 +319,12 @@ def _decode(
 ) -> Iterator[Generation]:
     """Runs the loop `piece` tokens at a time, the first alone; at least one Generation comes."""
     stop = [int(i) for i in (model.tokenizer.eos_ids if stop_tokens is None else stop_tokens)]
-    decoder = Decoder(model.config)
+    decoder, bases = Decoder(model.config), factors(model, begun.state.cache.plan)
     run = start(begun.state, bucket(new) if new else 0)
     while True:
         made = np.asarray(run.count)
         steps = min(piece, new - int(made.max())) if made.max() or piece >= new else 1
-        run = advance(decoder, model.params, run, sampling, jnp.array(stop, jnp.int32), steps, new)
+        run = advance(decoder, model.params, bases, run, sampling, jnp.array(stop, jnp.int32), steps, new)
         if not np.asarray(run.finite).all():
             raise KvjaxError(f"the logits are not finite: {_fault(model, begun, run)}")
         yield _generation(model, run, stop)
@@ -337,6 +343,7 @@ def start(state: State, room: int) -> Run:
 def advance(
     decoder: Decoder,
     params: Params,
+    factors: Any,
     run: Run,
     sampling: Sampling,
     stop: Int[Array, "s"],
@@ -355,7 +362,7 @@ def advance(
         rows = jnp.arange(token.shape[0])
         tokens = run.tokens.at[rows, jnp.where(active, run.count, run.tokens.shape[1])].set(token, mode="drop")
         count = run.count + active
-        hidden, cache = apply(token[:, None], run.state.cache, active.astype(jnp.int32))
+        hidden, cache = apply(token[:, None], run.state.cache, active.astype(jnp.int32), factors=factors)
         state = State(cache, jnp.where(active[:, None], hidden[:, 0], run.state.hidden))
         done = run.done | ~finite | (token[:, None] == stop).any(-1) | (count >= limit)
         return i + 1, Run(state, tokens, count, done, finite)
@@ -412,5 +419,6 @@ def _fault(model: Model, begun: _Begun, run: Run) -> str:
             lengths = jnp.array([len(each) for each in column], jnp.int32)
             yield jnp.array([[int(each[0]) if len(each) else 0] for each in column], jnp.int32), lengths
 
-    fault = first_fault(Decoder(model.config), model.params, before.cache, chunks())
+    bases = factors(model, before.cache.plan)
+    fault = first_fault(Decoder(model.config), model.params, before.cache, chunks(), factors=bases)
     return str(fault) if fault else "every layer is finite, the head is not"

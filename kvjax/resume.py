@@ -49,12 +49,12 @@ def restore_state(folder: str | Path, model: Model, cache: str | None = None) ->
         if metadata.get(key) != own:
             raise KvjaxError(f"{folder} was made with {key} {metadata.get(key)}; this model has {own}")
     try:
-        plan = CachePlan.parse(metadata["cache"], model.config.layers)
+        plan = CachePlan.parse(metadata["cache"], model.config)
         expected = jax.eval_shape(lambda: empty_state(model, plan, metadata["batch"], metadata["max_len"]))
         sums = metadata["arrays"]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise KvjaxError(f"{folder / METADATA} is not one that kvjax wrote: {brief(error)}") from None
-    if cache is not None and CachePlan.parse(cache, model.config.layers) != plan:
+    if cache is not None and CachePlan.parse(cache, model.config) != plan:
         raise KvjaxError(f"{folder} holds a cache of {plan}; expected {cache}")
     check_digests(folder / "arrays", sums)
     arrays = _read(folder / "arrays", _named(expected))

@@ -170,7 +170,7 @@ def test_the_loop_writes_into_one_cache(cache: str) -> None:
     plan = kvjax.plan(model, cache)
     run = jax.eval_shape(lambda: start(empty_state(model, plan, 1, 8192), 32))
     sampling = Sampling.of(0.7, 40, 0.9, 0, 1, 64)
-    program = advance.lower(Decoder(config), params, run, sampling, jnp.array([2]), 32, 32).compile()
+    program = advance.lower(Decoder(config), params, ((),) * 2, run, sampling, jnp.array([2]), 32, 32).compile()
     memory = program.memory_analysis()
     cache_bytes = plan.nbytes(run.state.cache.shape)
     assert memory.alias_size_in_bytes >= cache_bytes

@@ -16,6 +16,7 @@ LAYERS = [
     "kvjax.generate",
     "kvjax.evaluate",
     "kvjax.load",
+    "kvjax.factors",
     "kvjax.checkpoints",
     "kvjax.models",
     "kvjax.caches",

@@ -22,7 +22,9 @@ from kvjax.errors import KvjaxError
 REAL_DTYPE = jnp.bfloat16  # what an unquantised element counts as in every figure of bits
 
 
-class _Shapes(Protocol):
+class LayerShapes(Protocol):
+    """The sizes of a layer that caches depend on."""
+
     @property
     def heads(self) -> int: ...
     @property
@@ -31,6 +33,13 @@ class _Shapes(Protocol):
     def head_dim(self) -> int: ...
     @property
     def model_dim(self) -> int: ...
+
+
+class ModelShapes(LayerShapes, Protocol):
+    """What a model config says of them."""
+
+    @property
+    def layers(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +55,7 @@ class CacheShape:
     dtype: Any = jnp.float32
 
     @classmethod
-    def of(cls, config: _Shapes, batch: int, max_len: int, dtype: Any) -> CacheShape:
+    def of(cls, config: LayerShapes, batch: int, max_len: int, dtype: Any) -> CacheShape:
         """The shape for a model config (anything with heads, kv_heads, head_dim, model_dim)."""
         return cls(batch, max_len, config.heads, config.kv_heads, config.head_dim, config.model_dim, dtype)
 
@@ -72,6 +81,16 @@ class KVWeights:
     v_bias: Float[Array, "Kd"] | None = None
     k_norm: Float[Array, "d"] | None = None
     norm_eps: float = struct.field(pytree_node=False, default=1e-6)
+    head_dim: int = struct.field(pytree_node=False, default=0)
+
+    def normalize(self, x: Float[Array, "... n"]) -> Float[Array, "... n"]:
+        """x / rms(x), the mean of squares in float32 or wider."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.norm_eps)).astype(x.dtype)
+
+    def normalize_keys(self, k: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        """qk-norm, where the model has it."""
+        return k if self.k_norm is None else self.normalize(k) * self.k_norm
 
 
 @struct.dataclass
@@ -121,6 +140,17 @@ class CacheSpec(abc.ABC):
     def parse(cls, name: str, mode: str | None, fields: dict[str, Any]) -> CacheSpec:
         """The spec of a name that matches `pattern`."""
 
+    def settle(self, model: LayerShapes) -> CacheSpec:
+        """This spec with the defaults that follow the model filled in. Raises KvjaxError where it does not fit."""
+        return self
+
+    def placed(self, below: CacheSpec | None) -> CacheSpec:
+        """This spec on top of the layer below, for methods whose layers depend on one another."""
+        return self
+
+    def check_below(self, above: CacheSpec | None) -> None:  # noqa: B027, most methods need no look above
+        """Raises KvjaxError where the method cannot end under the layer above (None: the last layer)."""
+
     @abc.abstractmethod
     def __str__(self) -> str:
         """Canonical name: parses back to this spec."""
@@ -147,8 +177,18 @@ class CacheSpec(abc.ABC):
     def block(self) -> int:
         """The residual R in tokens, 0 where every token is stored as it comes."""
 
-    def factors(self, weights: KVWeights) -> Any:
-        """What is computed once per model; an argument of the program, never a constant of it."""
+    @property
+    def factors_key(self) -> str:
+        """A name for what `factors` computes, the same for specs that share it; "" where there is nothing."""
+        return ""
+
+    def factors(self, weights: KVWeights, norm: Array) -> Any:
+        """What is computed once per model, from a layer's K/V weights and the weight of the norm before them:
+        nested lists of numpy arrays in float64."""
+        return []
+
+    def init_carry(self, shape: CacheShape) -> Any:
+        """What runs across the layers within one step; () where the method threads nothing."""
         return ()
 
     def nbytes(self, shape: CacheShape) -> int:
@@ -168,6 +208,13 @@ class Cache:
 
     def __str__(self) -> str:
         return self.plan.describe(self.shape, self.length)
+
+
+def visible(chunk: Chunk, positions: Int[Array, "B N"]) -> Bool[Array, "B T N"]:
+    """Which keys, at `positions` (-1 where absent), each query of the chunk sees."""
+    at, seen = chunk.positions[:, :, None], positions[:, None, :]
+    mask = (seen >= 0) & (seen <= at)
+    return mask if chunk.window is None else mask & (seen > at - chunk.window)
 
 
 def check_fields(name: str, fields: dict[str, Any], known: dict[str, type]) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ import jax.numpy as jnp
 import yaml
 from jaxtyping import Array, Int
 
-from kvjax.caches.base import REAL_DTYPE, Cache, CacheShape, CacheSpec
+from kvjax.caches.base import REAL_DTYPE, Cache, CacheShape, CacheSpec, ModelShapes
 from kvjax.caches.dense import Dense
 from kvjax.caches.kv import KV
+from kvjax.caches.x import X
+from kvjax.caches.xcl import XCL
 from kvjax.errors import KvjaxError
 
-METHODS: tuple[type[CacheSpec], ...] = (Dense, KV)
+METHODS: tuple[type[CacheSpec], ...] = (Dense, KV, X, XCL)
 DEFAULT_STREAM = 32  # tokens per streaming chunk where no layer has a residual
 
 _FILE_FORMS = "expected {layer: {nbits_key, nbits_value}} for every layer, or {plan: text}"
@@ -41,7 +43,7 @@ def parse_spec(text: str) -> CacheSpec:
         for method in METHODS:
             if re.fullmatch(method.pattern, match["name"]):
                 return method.parse(match["name"], match["mode"], _fields(match["fields"]))
-    known = "dense, k{bits}v{bits}"
+    known = "dense, k{bits}v{bits}, x{bits}, xcl{bits}"
     raise KvjaxError(f"cache {text.strip()!r} is not known; expected {known} with @mode and (field=value,...)")
 
 
@@ -90,8 +92,8 @@ class CachePlan:
     specs: tuple[CacheSpec, ...]
 
     @classmethod
-    def parse(cls, text: str, layers: int) -> CachePlan:
-        """The plan of a text of the grammar above, for a model of `layers` layers.
+    def parse(cls, text: str, model: ModelShapes) -> CachePlan:
+        """The plan of a text of the grammar above, for a model (its config, or anything that tells the same sizes).
 
         Raises:
           KvjaxError: an unknown method, mode, field or width; gaps, overlaps or layers beyond the model.
@@ -100,35 +102,46 @@ class CachePlan:
         if match := _FILE.fullmatch(text):
             path = Path(match["path"])
             try:
-                return cls._read(path, match["mode"], match["fields"], layers)
+                return cls._read(path, match["mode"], match["fields"], model)
             except KvjaxError as error:
                 raise KvjaxError(f"plan {path}: {error}") from None
         if ":" not in text and ";" not in text:
-            return cls((parse_spec(text),) * layers)
+            return cls.of((parse_spec(text),) * model.layers, model)
         specs: dict[int, CacheSpec] = {}
         for segment in text.split(";"):
             where, colon, method = segment.partition(":")
             if not colon:
                 raise KvjaxError(f"plan segment {segment.strip()!r}: expected layers:method, as in 0-2:k8v4")
             spec = parse_spec(method)
-            for layer in _layers(where, layers):
+            for layer in _layers(where, model.layers):
                 if layer in specs:
                     raise KvjaxError(f"plan {text!r} names layer {layer} twice")
                 specs[layer] = spec
-        return cls._complete(specs, layers, f"plan {text!r}")
+        return cls._complete(specs, model, f"plan {text!r}")
 
     @classmethod
-    def _complete(cls, specs: Mapping[int, CacheSpec], layers: int, where: str) -> CachePlan:
+    def of(cls, specs: Sequence[CacheSpec], model: ModelShapes) -> CachePlan:
+        """The plan of one spec per layer, settled for the model and in place."""
+        placed: list[CacheSpec] = []
+        for spec in specs:
+            placed.append(spec.settle(model).placed(placed[-1] if placed else None))
+        for spec, above in zip(placed, [*placed[1:], None], strict=True):
+            spec.check_below(above)
+        return cls(tuple(placed))
+
+    @classmethod
+    def _complete(cls, specs: Mapping[int, CacheSpec], model: ModelShapes, where: str) -> CachePlan:
+        layers = model.layers
         missing = sorted(set(range(layers)) - set(specs))
         beyond = sorted(set(specs) - set(range(layers)))
         if missing:
             raise KvjaxError(f"{where} has no cache for layer {missing[0]} of the model's {layers} layers")
         if beyond:
             raise KvjaxError(f"{where} names layer {beyond[0]}; the model has {layers} layers")
-        return cls(tuple(specs[i] for i in range(layers)))
+        return cls.of([specs[i] for i in range(layers)], model)
 
     @classmethod
-    def _read(cls, path: Path, mode: str | None, fields: str | None, layers: int) -> CachePlan:
+    def _read(cls, path: Path, mode: str | None, fields: str | None, model: ModelShapes) -> CachePlan:
         """A KVTuner preset, {layer: {nbits_key, nbits_value}}, or a file of ours, {plan: text}."""
         try:
             data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
@@ -140,7 +153,7 @@ class CachePlan:
             inner = data["plan"]
             if mode or not isinstance(inner, str) or _FILE.fullmatch(inner.strip()):
                 raise KvjaxError("expected a text that names its modes itself, and no @mode")
-            return cls.parse(inner, layers)
+            return cls.parse(inner, model)
         mode = mode or ("token" if "pertoken" in path.name else "kivi")
         specs: dict[int, CacheSpec] = {}
         for layer, bits in data.items():
@@ -151,7 +164,7 @@ class CachePlan:
             if any(type(width) is not int or not 0 <= width < 100 for width in bits.values()):
                 raise KvjaxError(f"layer {layer}: expected whole numbers of bits")
             specs[layer] = KV.parse(f"k{bits['nbits_key']}v{bits['nbits_value']}", mode, _fields(fields))
-        return cls._complete(specs, layers, "the file")
+        return cls._complete(specs, model, "the file")
 
     def preset(self) -> str:
         """KVTuner's YAML of this plan: bits per layer, without mode and fields.
@@ -168,7 +181,9 @@ class CachePlan:
 
     def __str__(self) -> str:
         """Canonical form: names every mode, and parses back."""
-        where = self._where()
+        where: dict[str, list[int]] = {}
+        for i, spec in enumerate(self.specs):
+            where.setdefault(str(spec), []).append(i)
         if len(where) == 1:
             return str(self.specs[0])
         return ";".join(f"{_ranges(layers)}:{spec}" for spec, layers in where.items())
@@ -196,8 +211,9 @@ class CachePlan:
         return Cache(layers, jnp.zeros((shape.batch,), jnp.int32), self, shape)
 
     def init_carry(self, shape: CacheShape) -> Any:
-        """What runs across the layers within one step; () as no method here threads anything."""
-        return ()
+        """What runs across the layers within one step, the same tree at every layer; () where nothing does."""
+        carries = (spec.init_carry(shape) for spec in self.specs)
+        return next((carry for carry in carries if carry), ())
 
     def nbytes(self, shape: CacheShape) -> int:
         """Allocated bytes of all layers."""

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import re
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,13 +61,27 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise KvjaxError(f"{folder} exists already; expected a new folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            part = Path(temporary) / "part"
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            part = temporary / "part"  # with the user's permissions, which `temporary` has not
             part.mkdir()
             yield part
             part.rename(folder)
+            temporary.rmdir()
+        except BaseException:
+            _remove(temporary)
+            raise
     except OSError as error:
-        raise KvjaxError(f"{folder} cannot be written: {error}") from None
+        raise KvjaxError(f"{folder} cannot be written: {error.strerror or error}") from None
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder into which threads of Orbax's storage go on writing for a while after they failed."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.25)
+        if not folder.exists():
+            return
 
 
 def write_arrays(folder: Path, tree: Any) -> None:
@@ -72,7 +90,8 @@ def write_arrays(folder: Path, tree: Any) -> None:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder, tree)
     except Exception as error:  # Orbax and its storage raise many kinds
-        raise OSError(brief(error)) from None
+        code = re.search(r"os_error_code='(\d+)'", str(error))  # the storage's way to say what the system said
+        raise OSError(os.strerror(int(code[1])) if code else brief(error)) from None
 
 
 def load(folder: Path, dtype: DTypeLike, layers: int | None = None) -> tuple[ModelConfig, Params, AnyTokenizer]:

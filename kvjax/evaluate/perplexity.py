@@ -24,6 +24,7 @@ from kvjax.checkpoints.model import Model
 from kvjax.errors import KvjaxError
 from kvjax.evaluate import vocabulary
 from kvjax.evaluate.text import load_text
+from kvjax.factors import factors
 from kvjax.models.decoder import Decoder
 from kvjax.models.faults import first_fault
 
@@ -68,6 +69,7 @@ def hidden_states(
     chunk: int,
     read: str,
     lengths: Int[Array, "B"] | None = None,
+    factors: Any = None,
 ) -> Float[Array, "B N D"]:
     """Final hidden states of all tokens, fed `chunk` at a time; of sequence b the first `lengths[b]` are real."""
     batch, count = tokens.shape
@@ -78,7 +80,7 @@ def hidden_states(
     def step(cache: Cache, x: tuple[Array, Array]):
         piece, start = x
         real = jnp.clip(total - start, 0, chunk).astype(jnp.int32)
-        hidden, stored = decoder.apply({"params": params}, piece, cache, real, read)
+        hidden, stored = decoder.apply({"params": params}, piece, cache, real, read, factors)
         return stored, hidden
 
     pieces = padded.reshape(batch, steps, chunk).swapaxes(0, 1)
@@ -149,16 +151,18 @@ class Scorer:
         chunk, read = self._protocol(plan, count)
         pieces = (tokens[:, i : i + chunk] for i in range(0, count, chunk))
         chunks = ((piece, jnp.full((batch,), piece.shape[1], jnp.int32)) for piece in pieces)
-        fault = first_fault(self._decoder, self.model.params, plan.init(self.shape), chunks, read)
+        bases = factors(self.model, plan)
+        fault = first_fault(self._decoder, self.model.params, plan.init(self.shape), chunks, read, bases)
         return str(fault) if fault else "every layer is finite, the head is not"
 
     def _hidden(self, plan: CachePlan, tokens: Int[Array, "B N"]) -> tuple[Float[Array, "B N D"], Timing]:
         chunk, read = self._protocol(plan, tokens.shape[1])
 
-        def hidden(params, tokens):
-            return hidden_states(self._decoder, params, tokens, plan.init(self.shape), chunk, read)
+        def hidden(params, tokens, factors):
+            cache = plan.init(self.shape)
+            return hidden_states(self._decoder, params, tokens, cache, chunk, read, factors=factors)
 
-        return self._call(plan, hidden, self.model.params, tokens)
+        return self._call(plan, hidden, self.model.params, tokens, factors(self.model, plan))
 
     def _call(self, key: Any, function, *args) -> tuple[Any, Timing]:
         start = time.perf_counter()
@@ -226,10 +230,10 @@ def score(
     Raises:
       KvjaxError: one line that says what was expected.
     """
-    plan = CachePlan.parse(cache, model.config.layers)
+    plan = CachePlan.parse(cache, model.config)
     scorer = Scorer(model, context, windows, protocol)
     cut = cut_windows(model.tokenizer.encode(load_text(text)), context, windows, offset)
-    dense_plan = CachePlan.parse("dense", model.config.layers)
+    dense_plan = CachePlan.parse("dense", model.config)
     parts = []
     for start in range(0, windows, scorer.batch):
         batch = cut[start : start + scorer.batch]

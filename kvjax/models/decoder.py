@@ -63,7 +63,9 @@ class Layer(nn.Module):
         norm = self._param("attention_norm", dim)
         x = rms_norm(h, norm, c.norm_eps)
         q = linear(x, self._param("q", q_dim, dim))
-        weights = KVWeights(k=self._param("k", kv_dim, dim), v=self._param("v", kv_dim, dim), norm_eps=c.norm_eps)
+        weights = KVWeights(
+            k=self._param("k", kv_dim, dim), v=self._param("v", kv_dim, dim), norm_eps=c.norm_eps, head_dim=c.head_dim
+        )
         if c.qkv_bias:
             q = q + self._param("q_bias", q_dim)
             weights = dataclasses.replace(

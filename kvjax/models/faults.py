@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ def first_fault(
     cache: Cache,
     chunks: Iterable[tuple[Int[Array, "B T"], Int[Array, "B"]]],
     read: str = "exact",
+    factors: Any = None,
 ) -> Fault | None:
     """Feeds chunks (tokens and how many of them are real) to a copy of `cache` until a layer's output is not finite.
 
@@ -42,7 +43,7 @@ def first_fault(
     """
     for tokens, lengths in chunks:
         at = np.asarray(cache.length)
-        finite, cache = _feed(decoder, params, cache, tokens, lengths, read)
+        finite, cache = _feed(decoder, params, cache, tokens, lengths, read, factors)
         bad = ~np.asarray(finite) & (np.arange(tokens.shape[1]) < np.asarray(lengths)[:, None])
         if bad.any():
             # The layer first: from there a NaN reaches earlier tokens too, as 0 * NaN of what they do not see.
@@ -54,7 +55,7 @@ def first_fault(
 
 @functools.partial(jax.jit, static_argnames=("decoder", "read"))
 def _feed(
-    decoder: Decoder, params: Params, cache: Cache, tokens: Array, lengths: Array, read: str
+    decoder: Decoder, params: Params, cache: Cache, tokens: Array, lengths: Array, read: str, factors: Any
 ) -> tuple[Bool[Array, "L+1 B T"], Cache]:
-    (_, cache), kept = decoder.apply({"params": params}, tokens, cache, lengths, read, mutable=["hidden"])
+    (_, cache), kept = decoder.apply({"params": params}, tokens, cache, lengths, read, factors, mutable=["hidden"])
     return jnp.stack([jnp.isfinite(h).all(-1) for h in kept["hidden"]["h"]]), cache

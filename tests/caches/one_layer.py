@@ -11,7 +11,7 @@ import numpy as np
 
 from kvjax.caches.base import CacheShape, Chunk, KVWeights, LayerCache
 from kvjax.caches.plan import parse_spec
-from kvjax.models.config import RopeConfig
+from kvjax.models.config import ModelConfig, RopeConfig
 from kvjax.models.rope import make_rope
 
 BATCH, HEADS, KV_HEADS, TOKENS = 4, 4, 2, 75
@@ -35,6 +35,11 @@ class Meaning:
     @property
     def shape(self) -> CacheShape:
         return CacheShape(BATCH, TOKENS, HEADS, KV_HEADS, self.head_dim, HEADS * self.head_dim, dtype=jnp.float64)
+
+
+def model(layers: int) -> ModelConfig:
+    """What plans are parsed for."""
+    return ModelConfig("llama", 64, 512, 64, layers, 4, 2, 128, 4096)
 
 
 # ---- feeding a layer

@@ -76,12 +76,12 @@ def test_chunkings_leave_the_same_cache(meaning):
     (_, steps), (_, chunks) = run(meaning, 1), run(meaning, 7)
     _, one_shot = run(meaning, TOKENS, 20)
     for other in (chunks, one_shot):
-        for part in ("keys", "values", "sink_k", "sink_v"):
-            same_bits(getattr(steps, part), getattr(other, part), 1e-12)
+        for part in ("packed", "sinks"):
+            same_bits(getattr(steps.history, part), getattr(other.history, part), 1e-12)
         for b, end in enumerate(ENDS):
             left = end % r if r else 0
-            for part in ("residual_k", "residual_v"):
-                same_bits(getattr(steps, part)[b, :left], getattr(other, part)[b, :left], 1e-12)
+            for mine, its in zip(steps.history.residual, other.history.residual, strict=True):
+                same_bits(mine[b, :left], its[b, :left], 1e-12)
 
 
 @pytest.mark.parametrize("meaning", **few("k4v2@token", "k3v5@token(rope=pre)", "k4v16@token(sink=5)"))
@@ -120,7 +120,7 @@ def test_read_may_change_on_the_way():
                 np.testing.assert_allclose(output[b, :length], wanted, atol=1e-9)
     for b, end in enumerate(ENDS):
         whole = end // 8 * 8
-        for a, other in ((cache.keys, exact.keys), (cache.values, exact.values)):
+        for a, other in zip(cache.history.packed, exact.history.packed, strict=True):
             np.testing.assert_array_equal(a.scale[b, :, :whole], other.scale[b, :, :whole])
 
 
@@ -182,7 +182,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from kvjax.caches.plan import CachePlan, shardings
-from one_layer import make_chunk, same_bits
+from one_layer import make_chunk, model, same_bits
 from test_attend import MATRIX
 
 jax.config.update("jax_enable_x64", True)
@@ -190,7 +190,7 @@ mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"
 rules = {"batch": "data", "kv_heads": "model"}
 step = lambda cache, chunk: cache.attend(chunk, ())[:2]
 for meaning in (m for m in MATRIX if m.text in sys.argv[1:]):
-    plan = CachePlan.parse(meaning.text, 2)
+    plan = CachePlan.parse(meaning.text, model(2))
     layout = shardings(plan, meaning.shape, mesh, rules)[1]
     plain = plan.init(meaning.shape).layers[1]
     sharded = jax.device_put(plain, layout)

@@ -20,7 +20,7 @@ def decode_step(text, layers, max_len=MAX_LEN):
     """The memory of one compiled step of one token (3 kv heads, head_dim 64, float32), and the cache's bytes."""
     config = ModelConfig("llama", 64, 64, 64, layers, 9, 3, 64, max_len)
     shape = CacheShape.of(config, batch=1, max_len=max_len, dtype=jnp.float32)
-    plan, decoder = CachePlan.parse(text, layers), Decoder(config)
+    plan, decoder = CachePlan.parse(text, config), Decoder(config)
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     cache = jax.eval_shape(lambda: plan.init(shape))
     params = jax.eval_shape(decoder.init, jax.random.key(0), token, cache)

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from one_layer import model
 
 from kvjax.caches.base import CacheShape
 from kvjax.caches.dense import Dense
@@ -20,7 +21,7 @@ SHAPE = CacheShape(batch=2, max_len=256, heads=4, kv_heads=2, head_dim=128, mode
 
 
 def parse(text, layers=30):
-    return CachePlan.parse(text, layers)
+    return CachePlan.parse(text, model(layers))
 
 
 # ---- grammar
@@ -91,7 +92,7 @@ specs = st.one_of(
 def test_canonical_form_parses_back(runs):
     plan = CachePlan(tuple(spec for spec, count in runs for _ in range(count)))
     text, layers = str(plan), len(plan.specs)
-    again = CachePlan.parse(text, layers)
+    again = parse(text, layers)
     assert again == plan and str(again) == text
     for part in re.split(r";|^", text):
         assert "dense" in part or "@" in part or not part
@@ -101,8 +102,24 @@ def test_canonical_form_parses_back(runs):
 ERRORS = [
     ("", "not known"),
     ("k4", "not known"),
-    ("x4", "not known"),
-    ("xcl3", "not known"),
+    ("y4", "not known"),
+    ("x7", "7 bits"),
+    ("x4@kivi", "input, latent, head"),
+    ("x4@input(outlier=1)", "for latents only"),
+    ("x4@latent(group=24)", "group 24 does not divide"),
+    ("x4@latent(residual=0)", "residual 0"),
+    ("x4@latent(residual=72)", "residual 72"),
+    ("x4@latent(group=8,residual=20)", "residual 20"),
+    ("xcl3@head", "input, latent"),
+    ("xcl3(base_bits=7)", "7 bits"),
+    ("xcl3(per=head)", "token or channel"),
+    ("xcl3@latent(norm=pre)", "expected @input"),
+    ("xcl3(group=7)", "expected at least 8"),
+    ("xcl3@input(group=24)", "group 24 does not divide"),
+    ("xcl3(per=channel,residual=8)", "residual 8"),
+    ("0-1:xcl3;2-29:k4v4", "a run of 2 layers has no base layer 2"),
+    ("0:xcl3(base=4);1-29:xcl3(base=3)", "a run of 1 layers has no base layer 4"),
+    ("0-27:k4v4;28-29:xcl3", "a run of 2 layers"),
     ("K4V4", "not known"),
     ("k4v4@", "not known"),
     ("k4v4@kivi(", "not known"),
@@ -189,7 +206,7 @@ def test_default_groups_shrink(text, head_dim, channels):
     keys = 4 + 32 / (spec.token_group if spec.mode == "kivi" else channels)
     assert spec.bits_asymptotic(shape) == pytest.approx((keys + 4 + 32 / channels) / 2)
     cache = spec.init(shape)
-    assert sum(a.size for a in (cache.values.scale, cache.values.zero)) == (
+    assert sum(a.size for a in (cache.history.packed[1].scale, cache.history.packed[1].zero)) == (
         2 * shape.batch * shape.kv_heads * 256 * head_dim // channels
     )
 
@@ -278,7 +295,7 @@ MALFORMED = [
     "{0: {nbits_key: 4, nbits_value: 4}, 1: {nbits_key: 4, nbits_value: 4}}",
     "{0: {nbits_key: 4, nbits_value: 4}, '0': {nbits_key: 8, nbits_value: 8}}",
     "{plan: 4}",
-    "{plan: x4}",
+    "{plan: y4}",
     "{plan: bad.yaml}",
     "a: b: c",
     "\x00",
@@ -337,7 +354,7 @@ def test_published_presets(tmp_path, layers, bits, groups):
                 rows[layer] = row
     rows = {i: rows.get(i, rest) for i in range(layers)}
     (tmp_path / "preset.yaml").write_text(yaml.safe_dump(rows))
-    plan = CachePlan.parse(f"{tmp_path}/preset.yaml", layers)
+    plan = parse(f"{tmp_path}/preset.yaml", layers)
     assert plan.bits_nominal == pytest.approx(bits, abs=1e-9)
     assert yaml.safe_load(plan.preset()) == rows
 
@@ -362,7 +379,7 @@ def test_published_presets(tmp_path, layers, bits, groups):
     ],
 )
 def test_bits(text, nominal, asymptotic):
-    plan = CachePlan.parse(text, 4)
+    plan = parse(text, 4)
     assert plan.bits_nominal == nominal
     assert plan.bits_asymptotic(SHAPE) == asymptotic
     long = dataclasses.replace(SHAPE, max_len=2**20)
@@ -378,8 +395,8 @@ def test_bits_real_counts_everything():
     shape = CacheShape(batch=1, max_len=40, heads=1, kv_heads=1, head_dim=32, model_dim=32)
     codes_and_scales = 64 * 5  # 40 tokens are two blocks of 32
     exact = (32 + 4) * 16
-    assert CachePlan.parse("k4v4@kivi(sink=4)", 3).bits_real(shape) == (codes_and_scales + exact) / 40
-    assert CachePlan.parse("dense", 3).bits_real(shape) == 16
+    assert parse("k4v4@kivi(sink=4)", 3).bits_real(shape) == (codes_and_scales + exact) / 40
+    assert parse("dense", 3).bits_real(shape) == 16
 
 
 BYTES = [
@@ -398,7 +415,7 @@ BYTES = [
 def test_nbytes(text, head_dim, dtype, per_head):
     """The formula's bytes, the leaves' bytes and the bytes of a compiled program's argument."""
     shape = dataclasses.replace(SHAPE, head_dim=head_dim, dtype=dtype)
-    plan = CachePlan.parse(text, 2)
+    plan = parse(text, 2)
     bytes_of_a_layer = per_head * shape.batch * shape.kv_heads
     assert plan.specs[0].nbytes(shape) == bytes_of_a_layer
     assert plan.nbytes(shape) == 2 * bytes_of_a_layer

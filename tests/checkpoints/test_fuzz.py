@@ -20,6 +20,7 @@ from kvjax.checkpoints import orbax
 from kvjax.checkpoints.gguf_reader import read_gguf
 from kvjax.errors import LONGEST, KvjaxError
 from kvjax.load import load
+from kvjax.models import zoo
 
 TRIES = 80
 
@@ -245,10 +246,10 @@ def test_orbax_folders(goldens, tmp_path):
 def test_plan_files(tmp_path, text):
     file = tmp_path / "plan.yaml"
     file.write_text(text)
-    assert attempt(lambda path: CachePlan.parse(str(path), 1), file) == "refused"
+    assert attempt(lambda path: CachePlan.parse(str(path), zoo.RANDOM["random:llama-2-7b"]), file) == "refused"
 
 
 @pytest.mark.parametrize("text", ["k{}v4", "{}:k4v4", "0-{}:k4v4", "k4v4(sink={})", "a\x00{}.yaml"])
 def test_plans_with_long_numbers(text):
     with pytest.raises(KvjaxError):
-        CachePlan.parse(text.format("9" * 5000), 1)
+        CachePlan.parse(text.format("9" * 5000), zoo.RANDOM["random:llama-2-7b"])

@@ -45,14 +45,14 @@ def test_dense_scores_are_those_of_the_logits(tiny: Model, dense_logits) -> None
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     for protocol in ("streaming", "decode", "parallel"):
         scorer = Scorer(tiny, 40, 1, protocol)
-        scores, dense, _ = scorer.run(CachePlan.parse("dense", tiny.config.layers), tokens, None)
+        scores, dense, _ = scorer.run(CachePlan.parse("dense", tiny.config), tokens, None)
         np.testing.assert_allclose(scores.nll[0], -log_p[np.arange(39), tokens[0, 1:]], atol=2e-5)
         np.testing.assert_array_equal(dense.top, logits.argmax(-1))
 
 
 def test_batches_and_their_padding_change_nothing(tiny: Model) -> None:
     tokens = np.random.default_rng(1).integers(0, tiny.config.vocab_size, (5, 37))
-    plan = CachePlan.parse("k8v8@kivi", tiny.config.layers)
+    plan = CachePlan.parse("k8v8@kivi", tiny.config)
     scorer, one = Scorer(tiny, 37, 5), Scorer(tiny, 37, 1)
     assert (scorer.batch, one.batch) == (4, 1)
     together = [scorer.run(plan, part, None)[0].nll for part in (tokens[:4], tokens[4:])]
@@ -67,7 +67,7 @@ def test_streaming_is_decode(tiny: Model, name: str) -> None:
         config, decoder = tiny.config, Decoder(tiny.config)
         params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), tiny.params)
         tokens = jnp.asarray(np.random.default_rng(2).integers(0, config.vocab_size, (2, 75)), jnp.int32)
-        plan = CachePlan.parse(name, config.layers)
+        plan = CachePlan.parse(name, config)
         shape = CacheShape.of(config, 2, 75, jnp.float64)
         streaming, decode = (
             jax.jit(lambda p, t, chunk=chunk: hidden_states(decoder, p, t, plan.init(shape), chunk, "exact"))(
@@ -77,7 +77,7 @@ def test_streaming_is_decode(tiny: Model, name: str) -> None:
         )
         np.testing.assert_allclose(streaming, decode, atol=1e-9)
         if name != "dense":
-            dense = CachePlan.parse("dense", config.layers).init(shape)
+            dense = CachePlan.parse("dense", config).init(shape)
             exact = jax.jit(lambda p, t: hidden_states(decoder, p, t, dense, 75, "exact"))(params, tokens)
             assert float(jnp.abs(exact - decode).max()) > 1e-4  # what is compared is not the dense cache twice
 
@@ -87,7 +87,7 @@ def test_not_finite_is_traced_to_layer_and_token(tiny: Model) -> None:
     params["layer_1"] = params["layer_1"] | {"up": params["layer_1"]["up"].at[3].set(jnp.nan)}
     scorer = Scorer(dataclasses.replace(tiny, params=params), 16, 2, "streaming")
     with pytest.raises(KvjaxError, match="not finite: first in layer 1, at token 0 of sequence 0"):
-        scorer.run(CachePlan.parse("dense", tiny.config.layers), np.ones((2, 16), np.int32), None)
+        scorer.run(CachePlan.parse("dense", tiny.config), np.ones((2, 16), np.int32), None)
 
 
 def test_unknown_protocol_and_context(tiny: Model) -> None:
@@ -102,12 +102,11 @@ def test_real_model_in_float32(smollm2: Model) -> None:
     ids = smollm2.tokenizer.encode(load_text("demo"))
     windows = cut_windows(ids, 512, 1)
     scorer = Scorer(smollm2, 512, 1, "parallel")
-    layers = smollm2.config.layers
-    scores, dense, _ = scorer.run(CachePlan.parse("dense", layers), windows, None)
+    scores, dense, _ = scorer.run(CachePlan.parse("dense", smollm2.config), windows, None)
     assert 2.5 < scores.nll.mean() < 3.6  # English prose through a model that works
     kld = {}
     for name in ("k8v8@token", "k4v4@kivi", "k4v4@token"):
-        kld[name] = Score.of(scorer.run(CachePlan.parse(name, layers), windows, dense)[0]).kld
+        kld[name] = Score.of(scorer.run(CachePlan.parse(name, smollm2.config), windows, dense)[0]).kld
     assert 0 < kld["k8v8@token"] < 1e-3 < kld["k4v4@kivi"] < 0.04 < kld["k4v4@token"] < 0.3
 
 
@@ -125,7 +124,7 @@ model = load("smollm2-135m", "float64")
 tokens = jnp.asarray(model.tokenizer.encode(load_text("demo"))[:192].reshape(2, 96), jnp.int32)
 decoder, config = Decoder(model.config), model.config
 shape = CacheShape.of(config, 2, 96, jnp.float64)
-plan = CachePlan.parse("0-9:k4v4@kivi(sink=4);10-19:k4v2@token;20-29:k2v3@kivi(rope=pre)", config.layers)
+plan = CachePlan.parse("0-9:k4v4@kivi(sink=4);10-19:k4v2@token;20-29:k2v3@kivi(rope=pre)", config)
 nll = []
 for chunk in (plan.stream_chunk, 1):
     run = jax.jit(lambda p, t: hidden_states(decoder, p, t, plan.init(shape), chunk, "exact"))

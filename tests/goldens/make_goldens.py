@@ -2,9 +2,9 @@
 
 Needs torch, transformers, accelerate and gguf (not installed with kvjax). From the root of the repository:
 
-    python tests/goldens/make_goldens.py
-    python tests/goldens/make_goldens.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --text demo.txt
-    python tests/goldens/make_goldens.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --generate
+    python -m tests.goldens.make_goldens
+    python -m tests.goldens.make_goldens --gguf SmolLM2-135M-Instruct.Q4_1.gguf --text demo.txt
+    python -m tests.goldens.make_goldens --gguf SmolLM2-135M-Instruct.Q4_1.gguf --generate
 
 The first writes one HF folder per tiny model (config.json, safetensors, a tokenizer.json of single
 characters) with logits.npz: tokens [1, T] and the float32 eager logits [1, T, V]. The second writes
@@ -24,6 +24,8 @@ import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from configs.agreement import CHATS, TEXTS
 
 HERE = Path(__file__).parent
 TOKENS = 48
@@ -76,30 +78,6 @@ TRICKY = (
     "<|im_start|>user\nhi<|im_end|> <reponame>"
 )
 NEW_TOKENS = 64
-CHATS = (
-    "What is the capital of France?",
-    "Write one sentence about the sea.",
-    "How many legs do three cats and a bird have?",
-    "Translate to German: good morning.",
-    "List the planets of the solar system.",
-    "Write a Python function that reverses a string.",
-    "Why is the sky blue?",
-    "Give me a recipe for pancakes.",
-    "Who wrote Hamlet, and when?",
-    "Summarise: The committee met on 14 March 2021, agreed on nothing, and left at 17:30.",
-)
-TEXTS = (
-    "The quick brown fox",
-    "Once upon a time there was a king who had three daughters. The eldest",
-    "def fibonacci(n):\n    ",
-    "1, 2, 3, 4, 5,",
-    "In 1969, the first men",
-    "Water boils at",
-    "<html>\n<head>\n<title>",
-    "Dear Sir or Madam,\n\nI am writing to",
-    "The three laws of thermodynamics are",
-    "Q: What is the largest ocean?\nA:",
-)
 SHARDED = "qwen3"
 STORED = {"llama-linear": torch.float16, "mistral-window": torch.bfloat16}  # the others in float32
 

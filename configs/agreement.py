@@ -1,0 +1,44 @@
+"""How long greedy text with a small cache is the text with a dense one.
+
+    python -m experiments.agreement --config=configs/agreement.py --workdir=runs/agreement
+
+takes about five minutes on two CPU cores.
+"""
+
+from ml_collections import config_dict
+
+CHATS = (
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "How many legs do three cats and a bird have?",
+    "Translate to German: good morning.",
+    "List the planets of the solar system.",
+    "Write a Python function that reverses a string.",
+    "Why is the sky blue?",
+    "Give me a recipe for pancakes.",
+    "Who wrote Hamlet, and when?",
+    "Summarise: The committee met on 14 March 2021, agreed on nothing, and left at 17:30.",
+)
+TEXTS = (
+    "The quick brown fox",
+    "Once upon a time there was a king who had three daughters. The eldest",
+    "def fibonacci(n):\n    ",
+    "1, 2, 3, 4, 5,",
+    "In 1969, the first men",
+    "Water boils at",
+    "<html>\n<head>\n<title>",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "The three laws of thermodynamics are",
+    "Q: What is the largest ocean?\nA:",
+)
+
+
+def get_config() -> config_dict.ConfigDict:
+    return config_dict.create(
+        model="smollm2-135m",
+        dtype="float32",
+        caches="k8v8@kivi,k4v4@kivi,k4v2@kivi,k2v2@kivi",
+        chats=CHATS,  # put into the model's chat template
+        texts=TEXTS,  # gone on from as they are
+        max_new_tokens=64,
+    )

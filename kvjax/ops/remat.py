@@ -1,0 +1,114 @@
+"""Rematerialising attention: keys (and, for many queries, values) are rebuilt from a stored layer input or its
+latents, block by block, inside the online softmax.
+
+Values need no rebuilding for few queries: with X̂ the stored rows and R_v what turns them into values,
+softmax(..) (X̂ R_v) = (softmax(..) X̂) R_v. Keys do, because RoPE stands between (XQuant, sections 3.1 and 3.3).
+B batch, T queries, H heads, K kv heads, D head_dim, S allocated tokens, G latent heads (1, or K: one per kv head),
+r and s widths of a latent of keys and of values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kvjax.ops.attention import Keys, Partial, attend_keys, block_size, few_rows
+from kvjax.ops.rotate import rotate
+from kvjax.ops.store import Block
+
+Latents = Callable[[Array | int, int], tuple[Float[Array, "B G n r"], Float[Array, "B G n s"]]]
+Table = tuple[Float[Array, "S D"], Float[Array, "S D"]]
+
+
+class Remat(NamedTuple):
+    """What turns latents into keys (before RoPE) and values."""
+
+    key: Float[Array, "G r m"]  # m: all kv heads' channels where G = 1, else one head's
+    value: Float[Array, "G s m"]
+    key_bias: Float[Array, "K D"] | None
+    value_bias: Float[Array, "K D"] | None
+    key_norm: Callable[[Array], Array]  # qk-norm, or nothing
+
+    def keys(self, latents: Float[Array, "B G n r"], kv_heads: int) -> Float[Array, "B K n D"]:
+        k = _rebuild(latents, self.key, kv_heads)
+        return self.key_norm(k if self.key_bias is None else k + self.key_bias[:, None])
+
+    def values(self, latents: Float[Array, "B G n s"], kv_heads: int) -> Float[Array, "B K n D"]:
+        v = _rebuild(latents, self.value, kv_heads)
+        return v if self.value_bias is None else v + self.value_bias[:, None]
+
+    def absorbed(self, output: Float[Array, "B T H s"], kv_heads: int) -> Float[Array, "B T H D"]:
+        """Attention output over values, from the same attention over their latents."""
+        batch, tokens, heads, _ = output.shape
+        rows = output.reshape(batch, tokens, kv_heads, heads // kv_heads, -1)
+        weight = self.value.reshape(self.value.shape[0], self.value.shape[1], -1, self._head_dim(kv_heads))
+        weight = weight[0].swapaxes(0, 1) if weight.shape[0] == 1 else weight[:, :, 0]  # [K, s, D]
+        out = jnp.einsum("btkqs,ksd->btkqd", rows, weight)
+        if self.value_bias is not None:
+            out = out + self.value_bias[:, None]
+        return out.reshape(batch, tokens, heads, -1)
+
+    def _head_dim(self, kv_heads: int) -> int:
+        return self.value.shape[2] * self.value.shape[0] // kv_heads
+
+
+def _rebuild(
+    latents: Float[Array, "B G n r"], weight: Float[Array, "G r m"], kv_heads: int
+) -> Float[Array, "B K n D"]:
+    out = jnp.einsum("bgnr,grm->bgnm", latents, weight)
+    if weight.shape[0] == kv_heads:
+        return out
+    batch, _, count, width = out.shape
+    return out.reshape(batch, count, kv_heads, width // kv_heads).swapaxes(1, 2)
+
+
+def attend_latents(
+    q: Float[Array, "B T H D"],
+    q_positions: Int[Array, "B T"],
+    latents: Latents,
+    tokens: int,
+    pack: int,
+    remat: Remat,
+    kv_heads: int,
+    table: Table,
+    first: int,
+    stop: Int[Array, "B"],
+    window: int | None,
+    absorb: bool = True,
+) -> Partial:
+    """Attention of q (after RoPE) over positions [first, stop) of each sequence.
+
+    latents: tokens [start, start + size) as they are read, both multiples of `pack`, of `tokens` allocated ones.
+    table: cos and sin of every position.
+    window: a query at position p sees only positions > p - window.
+    absorb: whether few queries take values from their latents, see above.
+    """
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    absorb = absorb and few_rows(q.shape[1] * q.shape[2] // kv_heads)
+    width = remat.value.shape[1] if absorb else q.shape[3]
+    size = block_size(tokens, max(remat.key.shape[1] * remat.key.shape[0], kv_heads * q.shape[3]), q.shape[1])
+    size = min(tokens, -(-size // pack) * pack)
+
+    def load(i):
+        # The last block starts early where `size` does not divide S; what it repeats is masked.
+        start = jnp.minimum(i * size, tokens - size)
+        index = start + jnp.arange(size)
+        there = (index >= jnp.maximum(first, i * size)) & (index < stop[:, None])
+        of_keys, of_values = (x.astype(dtype) for x in latents(start, size))
+        cos, sin = (jax.lax.dynamic_slice_in_dim(a, start, size) for a in table)
+        k = rotate(remat.keys(of_keys, kv_heads), cos, sin)
+        v = of_values if absorb else remat.values(of_values, kv_heads)
+        return Block(k), Block(v), jnp.where(there, index, -1)
+
+    def span(first_query, last_query):
+        last = jnp.minimum(q_positions[:, last_query] + 1, stop).max()
+        lo = 0 if window is None else (q_positions[:, first_query] - window + 1).min()
+        return jnp.maximum(lo, first) // size, -(-last // size)
+
+    keys = Keys(-(-tokens // size), load, span, width)
+    part = attend_keys(q, q_positions, kv_heads, keys, window)
+    return Partial(remat.absorbed(part.output, kv_heads), part.lse) if absorb else part
