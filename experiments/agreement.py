@@ -2,7 +2,7 @@
 
     python -m experiments.agreement --config=configs/agreement.py --workdir=DIR
 
-Appends a row per plan to DIR/agreement.jsonl.
+Appends a row per plan to DIR/agreement.jsonl, what is there already left out.
 """
 
 from __future__ import annotations
@@ -23,26 +23,30 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         jax.config.update("jax_enable_x64", True)
     model = kvjax.load(config.model, config.dtype)
     plans = [kvjax.plan(model, name) for name in split_list(config.caches)]
-    dense = _generate(config, model, kvjax.plan(model, "dense"))
+    results = workdir / "agreement.jsonl"
+    dense = None
     for plan in plans:
-        made = _generate(config, model, plan)
-        same = [common_prefix(a, b) for a, b in zip(dense, made, strict=True)]
-        whole = [n == len(a) for n, a in zip(same, dense, strict=True)]
-        row = {
+        point = {
             "experiment": "agreement",
-            "model": model.name,
-            "dtype": str(model.dtype),
+            "model": config.model,
+            "dtype": config.dtype,
             "cache": str(plan),
-            "prompts": len(dense),
+            "prompts": len(config.chats) + len(config.texts),
             "max_new_tokens": config.max_new_tokens,
-            "whole": sum(whole),
-            "share": float(np.mean([n / len(a) for n, a in zip(same, dense, strict=True)])),
-            **program.provenance(),
         }
-        program.append_row(workdir / "agreement.jsonl", row)
+        row = program.find_row(results, point)
+        if row is None:
+            dense = dense or _generate(config, model, kvjax.plan(model, "dense"))
+            row = point | _agreement(dense, _generate(config, model, plan)) | program.provenance()
+            program.append_row(results, row)
         print(
             f"{row['cache']:<24} {row['whole']} of {row['prompts']} whole, {row['share']:.0%} of tokens", flush=True
         )
+
+
+def _agreement(dense: list[list[int]], made: list[list[int]]) -> dict[str, float]:
+    same = [common_prefix(a, b) / len(a) for a, b in zip(dense, made, strict=True)]
+    return {"whole": same.count(1.0), "share": float(np.mean(same))}
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:

@@ -2,11 +2,13 @@
 
     python -m experiments.forward --config=configs/forward.py --workdir=DIR
 
-Needs torch and transformers, which are no dependencies of kvjax. Appends rows to DIR/forward.jsonl.
+Needs torch and transformers, which are no dependencies of kvjax. Appends rows to DIR/forward.jsonl; what is there
+already is not timed again.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -18,53 +20,86 @@ from ml_collections import config_dict
 
 from experiments import program
 from kvjax.caches.plan import CachePlan, split_list
+from kvjax.checkpoints.model import Model
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Scorer, cut_windows
 from kvjax.evaluate.text import load_text
 from kvjax.load import load
 from kvjax.models import zoo
 
+HF = ("HF transformers", "forward")
+PROTOCOLS = ("parallel", "streaming")
+
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
+    results = workdir / "forward.jsonl"
     model = load("smollm2-135m", "float32")
     windows = cut_windows(model.tokenizer.encode(load_text(config.text)), config.context, config.windows)
-    runs: dict[tuple[str, str], Callable[[], Any]] = {("HF transformers", "forward"): _hf(windows)}
-    dense_plan = CachePlan.parse("dense", model.config.layers)
-    for protocol in ("parallel", "streaming"):
-        scorer = Scorer(model, config.context, config.windows, protocol)
-        parts = [windows[i : i + scorer.batch] for i in range(0, len(windows), scorer.batch)]
-        dense = [scorer.run(dense_plan, part, None)[1] for part in parts]
-        for name in split_list(config.caches):
-            plan = CachePlan.parse(name, model.config.layers)
+    plans = dict.fromkeys(CachePlan.parse(name, model.config) for name in split_list(config.caches))
+    points = {HF: _point(config, *HF)} | {
+        (str(plan), protocol): _point(config, str(plan), protocol) for protocol in PROTOCOLS for plan in plans
+    }
+    missing = [key for key, point in points.items() if program.find_row(results, point) is None]
+    if missing:
+        runs = {HF: _hf(windows)}
+        for protocol in PROTOCOLS:
+            some = [plan for plan in plans if (str(plan), protocol) in missing]
+            runs |= _scorings(model, config, windows, protocol, some)
+        seconds = _time(runs, config.repeats)
+        rows = [points[key] | _figures(windows.size, seconds[key], seconds[HF]) for key in missing]
+        program.append_rows(results, rows)
+    for (name, protocol), point in points.items():
+        row = program.find_row(results, point)
+        assert row
+        print(f"{name:20s} {protocol:10s} {row['tokens_per_second']:7.0f} tokens/s   {row['x_hf']:.2f} x HF")
 
-            def run(scorer=scorer, plan=plan, parts=parts, dense=dense):
-                for part, reference in zip(parts, dense, strict=True):
-                    scorer.run(plan, part, reference)
 
-            runs[str(plan), protocol] = run
+def _point(config: config_dict.ConfigDict, name: str, protocol: str) -> dict[str, Any]:
+    """What is measured."""
+    return {
+        "experiment": "forward",
+        "cache": name,
+        "protocol": protocol,
+        "context": config.context,
+        "windows": config.windows,
+        "repeats": config.repeats,
+    }
+
+
+def _scorings(
+    model: Model, config: config_dict.ConfigDict, windows: np.ndarray, protocol: str, plans: list[CachePlan]
+) -> dict[tuple[str, str], Callable[[], Any]]:
+    """What scores all windows under each plan."""
+    if not plans:
+        return {}
+    scorer = Scorer(model, config.context, config.windows, protocol)
+    parts = [windows[i : i + scorer.batch] for i in range(0, len(windows), scorer.batch)]
+    dense_plan = CachePlan.parse("dense", model.config)
+    dense = [scorer.run(dense_plan, part, None)[1] for part in parts]
+
+    def score(plan: CachePlan) -> None:
+        for part, reference in zip(parts, dense, strict=True):
+            scorer.run(plan, part, reference)
+
+    return {(str(plan), protocol): functools.partial(score, plan) for plan in plans}
+
+
+def _time(runs: dict[tuple[str, str], Callable[[], Any]], repeats: int) -> dict[tuple[str, str], float]:
+    """The median seconds of each of the runs, which are made in turn."""
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
-    for repeat in range(1 + config.repeats):  # the first compiles
+    for repeat in range(1 + repeats):  # the first compiles
         for key, call in runs.items():
             start = time.perf_counter()
             call()
             if repeat:
                 seconds[key].append(time.perf_counter() - start)
-    hf = statistics.median(seconds["HF transformers", "forward"])
-    for (name, protocol), times in seconds.items():
-        median = statistics.median(times)
-        row = {
-            "experiment": "forward",
-            "cache": name,
-            "protocol": protocol,
-            "context": config.context,
-            "windows": config.windows,
-            "tokens_per_second": windows.size / median,
-            "x_hf": hf / median,
-            "repeats": config.repeats,
-        } | program.provenance()
-        row["versions"] |= _hf_versions()
-        program.append_row(workdir / "forward.jsonl", row)
-        print(f"{name:20s} {protocol:10s} {row['tokens_per_second']:7.0f} tokens/s   {row['x_hf']:.2f} x HF")
+    return {key: statistics.median(each) for key, each in seconds.items()}
+
+
+def _figures(tokens: int, seconds: float, hf_seconds: float) -> dict[str, Any]:
+    figures = {"tokens_per_second": tokens / seconds, "x_hf": hf_seconds / seconds} | program.provenance()
+    figures["versions"] |= _hf_versions()
+    return figures
 
 
 def _hf(windows: np.ndarray) -> Callable[[], Any]:

@@ -3,7 +3,7 @@
     python -m experiments.fuzz --config=configs/fuzz.py --workdir=DIR
 
 Small inputs of every kind are made, and one file of them is damaged at a time. Prints what ends otherwise, with the
-seed that repeats it, and appends one row per kind to DIR/fuzz.jsonl.
+seed that repeats it, and appends one row per kind to DIR/fuzz.jsonl; kinds that are there are not tried again.
 """
 
 from __future__ import annotations
@@ -37,37 +37,48 @@ from kvjax.checkpoints.model import Model
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.text import load_text
 from kvjax.load import load
+from kvjax.models import zoo
 from kvjax.models.params import param_shapes
 from kvjax.models.rope import make_rope
 
-LAYERS = 30  # that plans are for
+OUTCOMES = ("loaded", "refused", "other")
+MODEL = dataclasses.replace(zoo.RANDOM["random:llama-2-7b"], layers=30)  # that plans are for
 MEMORY = 1 << 29  # bytes that one attempt may add to the peak of the process
 PLAN = "0:k8v8;1-2+29:k4v4@kivi(group=64,residual=128,sink=4);3-28:k4v2@kivi"
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     others, provenance = 0, program.provenance()
+    results = workdir / "fuzz.jsonl"
     with tempfile.TemporaryDirectory() as folder:
         for kind in make_kinds(Path(folder), Path(config.models)):
-            counts = {"loaded": 0, "refused": 0, "other": 0}
-            longest = 0.0
-            for seed in range(config.tries):
-                start = time.perf_counter()
-                try:
-                    outcome = kind.attempt(seed, config.seconds)
-                except (KeyboardInterrupt, SystemExit):
-                    raise
-                except BaseException as error:
-                    outcome = "other"
-                    print(f"{error.__notes__[-1]}: {type(error).__name__}: {error}")
-                counts[outcome] += 1
-                longest = max(longest, time.perf_counter() - start)
-            row = {"experiment": "fuzz", "kind": kind.name, "tried": config.tries, **counts, "seconds_max": longest}
-            program.append_row(workdir / "fuzz.jsonl", row | provenance)
-            print(f"{kind.name:28s}" + "".join(f"{n:6d} {outcome}" for outcome, n in counts.items()))
-            others += counts["other"]
+            point = {"experiment": "fuzz", "kind": kind.name, "tried": config.tries}
+            row = program.find_row(results, point)
+            if row is None:
+                row = point | _try(kind, config.tries, config.seconds) | provenance
+                program.append_row(results, row)
+            print(f"{kind.name:28s}" + "".join(f"{row[outcome]:6d} {outcome}" for outcome in OUTCOMES))
+            others += row["other"]
     if others:
         raise KvjaxError(f"{others} inputs were neither loaded nor refused with one clear line")
+
+
+def _try(kind: Kind, tries: int, seconds: float) -> dict[str, Any]:
+    """How many of so many damaged inputs ended how, and the longest time that one took."""
+    counts = dict.fromkeys(OUTCOMES, 0)
+    longest = 0.0
+    for seed in range(tries):
+        start = time.perf_counter()
+        try:
+            outcome = kind.attempt(seed, seconds)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            outcome = "other"
+            print(f"{error.__notes__[-1]}: {type(error).__name__}: {error}")
+        counts[outcome] += 1
+        longest = max(longest, time.perf_counter() - start)
+    return counts | {"seconds_max": longest}
 
 
 # ---- damage
@@ -257,7 +268,7 @@ def make_kinds(folder: Path, models: Path) -> list[Kind]:
     model = load(str(one), "float32")
     orbax.save(saved, load(str(shards), "float32"))
     write_gguf(gguf_file, model)
-    preset.write_text(CachePlan.parse(PLAN, LAYERS).preset())
+    preset.write_text(CachePlan.parse(PLAN, MODEL).preset())
     plan_file.write_text(f"plan: {PLAN}\n")
     plan.write_text(PLAN)
     for number in range(3):
@@ -281,7 +292,7 @@ def make_kinds(folder: Path, models: Path) -> list[Kind]:
         dataclasses.replace(model_kind(saved / "params", "*"), name="orbax/params", path=saved),
         Kind("gguf", gguf_file, _load, (gguf_file,), 1 << 12),
         *(
-            Kind(file.name, file, lambda file: CachePlan.parse(str(file), LAYERS), (file,), 1 << 10)
+            Kind(file.name, file, lambda file: CachePlan.parse(str(file), MODEL), (file,), 1 << 10)
             for file in (preset, plan_file)
         ),
         Kind("plan", plan, _parse, (plan,), 1 << 10),
@@ -296,7 +307,7 @@ def _load(path: Path) -> None:
 
 def _parse(path: Path) -> None:
     try:
-        CachePlan.parse(path.read_bytes().decode(errors="surrogateescape"), LAYERS)
+        CachePlan.parse(path.read_bytes().decode(errors="surrogateescape"), MODEL)
     except KvjaxError as error:
         raise KvjaxError(f"{path.name}: {error}") from None  # a plan's text is in no file
 

@@ -20,6 +20,7 @@ from rich.table import Table
 
 import kvjax
 from experiments import program
+from experiments.agreement import common_prefix
 from kvjax.caches.base import REAL_DTYPE, CacheShape
 from kvjax.caches.plan import CachePlan, split_list
 
@@ -78,7 +79,7 @@ def _generate(
         "compile_seconds": compiled.total(),
         "tokens_per_second": (new - 1) / (times[-1] - times[0]) if new > 1 else None,
         "bytes": plan.nbytes(shape),
-        "dense_bytes": CachePlan.parse("dense", model.config.layers).nbytes(shape),
+        "dense_bytes": CachePlan.parse("dense", model.config).nbytes(shape),
         **program.provenance(),
     }
     return row, made
@@ -116,9 +117,7 @@ def _side_by_side(rows: list[tuple[dict[str, Any], kvjax.Generation]]) -> Table:
     table = Table(show_lines=True)
     for row, made in rows:
         tokens = made.tokens[0]
-        same = next(
-            (i for i, (a, b) in enumerate(zip(first, tokens, strict=False)) if a != b), min(len(first), len(tokens))
-        )
+        same = common_prefix(first, tokens)
         agrees = "" if made is rows[0][1] else f"\nfirst {same} of {len(first)} tokens agree"
         table.add_column(f"{row['cache']}\n{row['dense_bytes'] / row['bytes']:.2f} x smaller{agrees}", ratio=1)
     table.add_row(*(made.text for _, made in rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from experiments.program import write_atomically
 
 COLORS = {"token": "tab:orange", "kivi": "tab:blue"}
 FLOOR = 1e-4  # what a logarithmic axis shows of nothing
@@ -38,7 +41,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     if rows:
         title = "{model}, {text}, {windows} windows of {context} tokens, {protocol}; lower left is better"
         figure.suptitle(title.format(**rows[0]), fontsize=10)
-    part = file.with_name(f".{file.stem}.part.png")
-    figure.savefig(part, dpi=130)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130)
     plt.close(figure)
-    part.replace(file)
+    write_atomically(file, picture.getvalue())

@@ -39,23 +39,26 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         jax.config.update("jax_enable_x64", True)
     names = split_list(config.caches)
     model = load(config.model, config.dtype)
-    plans = list(dict.fromkeys(CachePlan.parse(name, model.config.layers) for name in names))
+    plans = list(dict.fromkeys(CachePlan.parse(name, model.config) for name in names))
     ids = model.tokenizer.encode(load_text(config.text))
     windows = cut_windows(ids, config.context, config.windows, config.offset)
     results = workdir / "results.jsonl"
     identity = _identity(config, model, windows)
-    done = {row["cache"]: row for row in program.read_rows(results) if _is_of(row, identity)}
+    rows = []
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} windows")
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         sweep = Sweep(model, windows, config.protocol, identity, workdir / "partial")
         for plan in plans:
+            sweep.describe(plan)  # refuses what does not fit the model before anything is scored
+        for plan in plans:
             task = progress.add_task(str(plan), total=len(windows))
-            if str(plan) not in done:
-                done[str(plan)] = row = sweep.row(plan, lambda n, task=task: progress.advance(task, n))
+            row = program.find_row(results, {"experiment": "perplexity", **identity, "cache": str(plan)})
+            if row is None:
+                row = sweep.row(plan, lambda n, task=task: progress.advance(task, n))
                 program.append_row(results, row)
             progress.update(task, completed=len(windows))
-    rows = [done[str(plan)] for plan in plans]
+            rows.append(row)
     wide = Console()
     wide.width = max(wide.width, 130)  # a narrow terminal folds lines, not numbers
     wide.print(_table(rows))
@@ -73,17 +76,13 @@ def _identity(config: config_dict.ConfigDict, model: Model, windows: np.ndarray)
     return {key: values[key] for key in SAME_RUN}
 
 
-def _is_of(row: dict[str, Any], identity: dict[str, Any]) -> bool:
-    return row.get("experiment") == "perplexity" and all(row.get(key) == identity[key] for key in SAME_RUN)
-
-
 class Sweep:
     """Scores plans one after the other; the dense run of each batch of windows is made once and kept on disk."""
 
     def __init__(self, model: Model, windows: np.ndarray, protocol: str, identity: dict[str, Any], folder: Path):
         self.model, self.windows, self.identity, self.folder = model, windows, identity, folder
         self.scorer = Scorer(model, windows.shape[1], len(windows), protocol)
-        self.dense = CachePlan.parse("dense", model.config.layers)
+        self.dense = CachePlan.parse("dense", model.config)
 
     def row(self, plan: CachePlan, advance) -> dict[str, Any]:
         """The result row of one plan; `advance(n)` hears of n more finished windows."""
@@ -95,15 +94,15 @@ class Sweep:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return self._describe(plan) | {"error": "out of memory"} | program.provenance()
+            return self.describe(plan) | {"error": "out of memory"} | program.provenance()
         finally:
             if plan != self.dense:
                 self.scorer.forget(plan)
         score = Score.of(functools.reduce(concatenate, (scores for scores, _ in parts)))
         timing = sum((timing for _, timing in parts), Timing())
-        return self._describe(plan) | dataclasses.asdict(score) | dataclasses.asdict(timing) | program.provenance()
+        return self.describe(plan) | dataclasses.asdict(score) | dataclasses.asdict(timing) | program.provenance()
 
-    def _describe(self, plan: CachePlan) -> dict[str, Any]:
+    def describe(self, plan: CachePlan) -> dict[str, Any]:
         config, context = self.model.config, self.windows.shape[1]
         shape = CacheShape.of(config, 1, context, REAL_DTYPE)
         nbytes = plan.nbytes(shape)

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.metadata
 import io
 import json
+import logging
 import os
 import platform
+import re
+import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import absl.logging
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_dict, config_flags
 
 from kvjax.errors import KvjaxError
+from kvjax.files import brief
 
+ROOT = Path(__file__).parent.parent
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results and partial work.")
 
 
@@ -39,60 +47,97 @@ def run(main: Callable[[config_dict.ConfigDict, Path], None], config_file: str) 
 
 def run_anywhere(main: Callable[[config_dict.ConfigDict, Path | None], None], config_file: str) -> None:
     """`run` for a program that may go without a workdir."""
-    config = config_flags.DEFINE_config_file("config", config_file, "The study's config.", lock_config=True)
 
     def guarded(_: list[str]) -> None:
-        logging.set_verbosity(logging.WARNING)
+        _hush()
         workdir = Path(_WORKDIR.value) if _WORKDIR.value else None
         try:
             if workdir is not None:
-                workdir.mkdir(parents=True, exist_ok=True)
-            main(config.value, workdir)
+                _make_folder(workdir)
+            main(flags.FLAGS.config, workdir)
         except KvjaxError as error:
             _fail(str(error))
         except OSError as error:
-            _fail(f"{error.filename or workdir}: {error.strerror}")
+            _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
 
-    app.run(guarded, flags_parser=_parse)
+    app.run(guarded, flags_parser=functools.partial(_parse, ROOT / config_file))
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(config_file: Path, argv: list[str]) -> list[str]:
+    """Defines and parses the flags, so that all that is wrong with them is said here."""
+    fields = list(runpy.run_path(str(config_file))["get_config"]().keys())
+    expected = f"this program's fields are {', '.join(fields)}"
+    for argument in argv[1:]:
+        match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+        if match and match[1] not in fields:
+            _fail(f"unknown config field {match[1]!r}; {expected}")
     try:
+        config_flags.DEFINE_config_file("config", str(config_file), "The study's config.", lock_config=True)
         rest = flags.FLAGS(argv)
-    except (KeyError, AttributeError) as error:
-        _fail(f"unknown config field {error}; expected one that the config file names")
-    except (flags.Error, TypeError, ValueError, OSError) as error:
+        fits = all(field in flags.FLAGS.config for field in fields)
+    except (KeyError, AttributeError):
+        fits = False
+    except (flags.Error, TypeError, ValueError, OSError, SyntaxError) as error:
         _fail(" ".join(str(error).split()))
+    if not fits:
+        _fail(f"--config is the config of another program; {expected}")
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}; fields are set as --config.field=value")
     return rest
 
 
-def _fail(message: str) -> None:
+def _hush() -> None:
+    """What Orbax raises, its loggers, its event loop and its storage's threads also tell in pages."""
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
+
+
+def _make_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise KvjaxError(f"{folder} is a file; expected a folder for results")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def write_atomically(file: Path, data: bytes) -> None:
-    """Writes to a temporary name beside `file` and renames it: a kill leaves the old file or the new one."""
+    """Writes to a temporary name beside `file` and renames it: a kill leaves the old file or the new one.
+
+    Raises:
+      KvjaxError: it cannot be written; the old file is as it was.
+    """
     part = file.with_name(f".{file.name}.{os.getpid()}")
-    part.write_bytes(data)
-    part.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        part.replace(file)
+    except OSError as error:
+        raise KvjaxError(f"{file} cannot be written: {error.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def save_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **dict(arrays))  # type: ignore[arg-type]
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, buffer.getvalue())
 
 
 def load_arrays(file: Path) -> dict[str, Any]:
-    with np.load(file, allow_pickle=False) as arrays:
-        return dict(arrays)
+    """What `save_arrays` wrote. Raises KvjaxError where it is damaged."""
+    try:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except Exception as error:  # numpy and its readers raise many kinds
+        raise KvjaxError(f"{file} is damaged ({brief(error)}); remove it to compute it again") from None
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -111,9 +156,20 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def find_row(file: Path, point: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The first row of a results file that has all values of `point`: what is measured already."""
+    return next((row for row in read_rows(file) if point.items() <= row.items()), None)
+
+
 def append_row(file: Path, row: Mapping[str, Any]) -> None:
+    append_rows(file, [row])
+
+
+def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Appends all rows or, where that fails or is killed, none."""
     old = file.read_bytes() if file.exists() else b""
-    write_atomically(file, old + json.dumps(row).encode() + b"\n")
+    end = b"\n" if old and not old.endswith(b"\n") else b""  # an editor may have left out the last newline
+    write_atomically(file, old + end + b"".join(json.dumps(row).encode() + b"\n" for row in rows))
 
 
 def provenance() -> dict[str, Any]:

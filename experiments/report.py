@@ -1,6 +1,7 @@
 """Writes the tables of README.md from the committed result files: python -m experiments.report (or make readme).
 
-Each table stands between `<!-- NAME -->` and `<!-- end -->`; the pictures in docs/ are drawn from the same rows.
+Each table stands between `<!-- NAME -->` and `<!-- end -->`; the pictures in docs/ are drawn from the same rows, and
+docs/bad_inputs.md is written whole.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ ROOT = Path(__file__).parent.parent
 Row = dict[str, Any]
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, numbers to the right."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
+    """A Markdown table, all but the first column to the right where they hold numbers."""
+    lines = [header, ["---"] + ["---:" if numbers else "---"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def sweep(rows: list[Row]) -> str:
@@ -76,6 +77,32 @@ def forward(rows: list[Row]) -> str:
     return f"{_source(rows)}\n\n" + table(header, lines)
 
 
+def agreement(rows: list[Row]) -> str:
+    header = ("cache", "texts that are the same", "share of tokens before the first difference")
+    lines = [[f"`{r['cache']}`", f"{r['whole']} of {r['prompts']}", f"{r['share']:.0%}"] for r in rows]
+    return f"{_source(rows)} Up to {rows[0]['max_new_tokens']} tokens.\n\n" + table(header, lines)
+
+
+def fuzz(rows: list[Row]) -> str:
+    lines = [[row["kind"], *(f"{row[key]}" for key in ("tried", "loaded", "refused", "other"))] for row in rows]
+    header = ("file", "tried", "loaded", "refused in one line", "anything else")
+    return f"{_source(rows)}\n\n" + table(header, lines)
+
+
+def bad_inputs(rows: list[Row], fuzzed: list[Row]) -> str:
+    """A page of its own."""
+    header = ("input", "given", "exit", "what it said")
+    lines = [[row["input"], f"`{row['given']}`", str(row["exit"]), f"`{row['said']}`"] for row in rows]
+    text = (
+        "Bad input, given to the programs by `configs/bad_input.py`: one line each, no traceback, and nothing"
+        " half-written. Folders are relative to the case's own; `tiny` and `text.txt` there are a small model and a"
+        " text, which the case has made bad where its arguments do not say more."
+    )
+    damaged = "## Damaged files\n\nEach kind of file that is read, cut and altered at random by `configs/fuzz.py`."
+    cases = f"{_source(rows)}\n\n{table(header, lines, numbers=False)}"
+    return f"# Bad inputs\n\n{text}\n\n{cases}\n\n{damaged}\n\n{fuzz(fuzzed)}\n"
+
+
 def _source(rows: list[Row]) -> str:
     row = rows[0]
     versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items() if name != "kvjax")
@@ -87,6 +114,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "reference": ("wikitext2-parallel.jsonl", reference),
     "decode": ("decode.jsonl", decode),
     "forward": ("forward.jsonl", forward),
+    "agreement": ("agreement.jsonl", agreement),
 }
 
 
@@ -101,6 +129,8 @@ def main() -> None:
         text = text[: found.end(1)] + body + "\n" + text[found.start(2) :]
     write_atomically(readme, text.encode())
     pareto.draw(read_rows(ROOT / "results/demo-streaming.jsonl"), ROOT / "docs/pareto.png")
+    rows = [read_rows(ROOT / "results" / name) for name in ("bad_input.jsonl", "fuzz.jsonl")]
+    write_atomically(ROOT / "docs/bad_inputs.md", bad_inputs(*rows).encode())
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def dense_logits() -> Callable[[ModelConfig, Params, np.ndarray], np.ndarray]:
     def logits(config: ModelConfig, params: Params, tokens: np.ndarray) -> np.ndarray:
         decoder = Decoder(config)
         shape = CacheShape.of(config, batch=tokens.shape[0], max_len=tokens.shape[1], dtype=jnp.float32)
-        cache = CachePlan.parse("dense", config.layers).init(shape)
+        cache = CachePlan.parse("dense", config).init(shape)
 
         @jax.jit
         def run(params: Params, cache):

@@ -69,7 +69,7 @@ NAMES = (*FILES, *RANDOM)
 def cache_folder() -> Path:
     """Where fetched files are kept: $KVJAX_CACHE, or kvjax in the user's cache folder."""
     if own := os.environ.get("KVJAX_CACHE"):
-        return Path(own)
+        return Path(own).absolute()  # Orbax takes no other paths
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvjax"
 
 

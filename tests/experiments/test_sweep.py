@@ -69,31 +69,3 @@ def test_rows_table_picture_and_resume(tmp_path: Path, fields: list[str]) -> Non
     remade = [json.loads(line) for line in results.read_text().splitlines()]
     assert remade[:2] == rows[:2] and remade[2]["nll"] == uniform["nll"] and len(remade) == 3
     assert remade[2]["seconds"] == uniform["seconds"]  # of the run that computed it
-
-
-@pytest.mark.parametrize(
-    "field,said",
-    [
-        ("foo=1", "foo"),
-        ("windows=many", "many"),
-        ("caches=k9v4", "expected one of 1, 2, 3, 4, 5, 6, 8, 16"),
-        ("caches=0:k4v4", "no cache for layer 1"),
-        ("caches=dense,,k4v4", "single commas"),
-        ("protocol=serial", "streaming, decode, parallel"),
-        ("context=4000", "tokens"),
-        ("model=nowhere", "nowhere"),
-        ("dtype=float8", "float32"),
-    ],
-)
-def test_bad_input_is_one_line(tmp_path: Path, fields: list[str], field: str, said: str) -> None:
-    done = sweep(tmp_path, *fields, field)
-    assert done.returncode == 2
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert lines[-1].startswith("error: ") and said in lines[-1] and "Traceback" not in done.stderr
-    assert not (tmp_path / "results.jsonl").exists()
-
-
-def test_torn_results_are_refused(tmp_path: Path, fields: list[str]) -> None:
-    (tmp_path / "results.jsonl").write_text('{"experiment": "perplexity"}\n{"exper')
-    done = sweep(tmp_path, *fields)
-    assert done.returncode == 2 and "line 2" in done.stderr

@@ -69,6 +69,9 @@ def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("KVJAX_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert zoo.cache_folder() == tmp_path / "kvjax"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KVJAX_CACHE", "own")
+    assert zoo.cache_folder() == tmp_path / "own"
 
 
 def test_smollm2_as_mha_is_the_same_function(smollm2, dense_logits):

@@ -1,0 +1,15 @@
+"""Bad input of every kind, given to the programs: one clear line each, and nothing half-written.
+
+    python -m experiments.bad_input --config=configs/bad_input.py --workdir=runs/bad_input
+
+gives no faults; about three minutes on two CPU cores.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+    return config_dict.create(
+        models="tests/goldens",  # folders of tiny models, of which copies are used
+        seconds=120.0,  # that one case may take
+    )

