@@ -51,7 +51,7 @@ def test_committed_rows_are_of_these_cases() -> None:
     assert [row["input"] for row in rows] == [case.name for case in CASES]
     assert not any(row["faults"] for row in rows)
     assert (ROOT / "docs/bad_inputs.md").read_text(encoding="utf-8") == bad_inputs(
-        rows, read_rows(ROOT / "results/fuzz.jsonl")
+        rows, program.read_rows(ROOT / "results/fuzz.jsonl")
     )
 
 
