@@ -2,18 +2,32 @@
 
     python -m experiments.decode --config=configs/decode.py --workdir=runs/decode
 
+    python -m experiments.decode --config=configs/decode.py:latents --workdir=runs/latents
+
 prefills 7900 tokens of the demo text into each cache of a 135M-parameter model, then times single steps in turn:
-about three minutes on two CPU cores. `dense` runs twice, with keys and values in float32 and in bfloat16.
+about eight minutes on two CPU cores. `dense` runs twice, with keys and values in float32 and in bfloat16. The second
+form is for caches that rebuild keys, at depth 4096.
 """
 
 from ml_collections import config_dict
 
 
-def get_config() -> config_dict.ConfigDict:
+def get_config(variant: str = "") -> config_dict.ConfigDict:
+    config = _packed()
+    if variant == "latents":
+        caches = "dense,k4v4@kivi,x4@latent,x4@head,x4@input,xcl3@latent"
+        config.update(caches=caches, rebuild="x4@latent,x4@head", depth=4096, max_len=4352)
+    elif variant:
+        raise ValueError(f"variant {variant!r}; expected latents or nothing")
+    return config
+
+
+def _packed() -> config_dict.ConfigDict:
     return config_dict.create(
         model="smollm2-135m",
         text="demo",
         caches="dense,k8v8@token,k4v4@token,k2v2@token,k4v4@kivi,k4v2@kivi,k2v2@kivi",
+        rebuild="",  # of X-type caches: timed with values rebuilt, too
         dtype="float32",  # of the weights
         depth=7900,  # tokens in the cache before the first timed step
         max_len=8192,  # tokens allocated

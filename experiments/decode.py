@@ -8,11 +8,13 @@ first cache, which the others are compared with.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,7 @@ from kvjax.evaluate.text import load_text
 from kvjax.factors import factors
 from kvjax.load import load
 from kvjax.models.decoder import Decoder
+from kvjax.ops import remat
 
 PREFILL = 512  # tokens a prefill chunk
 WARM_UP = 3
@@ -62,9 +65,11 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         raise KvjaxError(f"the text has {len(ids)} tokens; expected at least depth={config.depth}")
     results = workdir / "decode.jsonl"
     plans = dict.fromkeys(CachePlan.parse(name, model.config) for name in split_list(config.caches))
-    entries = [(plan, config.dtype) for plan in plans]
+    entries = [(plan, config.dtype, False) for plan in plans]
     if config.dtype != "bfloat16":
-        entries += [(CachePlan.parse("dense", model.config), "bfloat16")]
+        entries += [(CachePlan.parse("dense", model.config), "bfloat16", False)]
+    rebuilt = split_list(config.rebuild) if config.rebuild else []
+    entries += [(CachePlan.parse(name, model.config), config.dtype, True) for name in rebuilt]
     points = [_point(config, *entry) for entry in entries]
     missing = [i for i, point in enumerate(points) if program.find_row(results, point) is None]
     if missing:
@@ -80,7 +85,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     Console(width=120).print(_table([row for point in points if (row := program.find_row(results, point))]))
 
 
-def _point(config: config_dict.ConfigDict, plan: CachePlan, kv_dtype: str) -> dict[str, Any]:
+def _point(config: config_dict.ConfigDict, plan: CachePlan, kv_dtype: str, rebuild: bool) -> dict[str, Any]:
     """What is measured."""
     return {
         "experiment": "decode",
@@ -90,11 +95,14 @@ def _point(config: config_dict.ConfigDict, plan: CachePlan, kv_dtype: str) -> di
         "max_len": config.max_len,
         "cache": str(plan),
         "kv_dtype": kv_dtype,
+        "values_rebuilt": rebuild,
         "steps": config.steps,
     }
 
 
-def _prepare(model: Model, ids: np.ndarray, plan: CachePlan, kv_dtype: str, max_len: int) -> Contestant:
+def _prepare(
+    model: Model, ids: np.ndarray, plan: CachePlan, kv_dtype: str, rebuild: bool, max_len: int
+) -> Contestant:
     decoder, bases = Decoder(model.config), factors(model, plan)
 
     def feed(params, factors, tokens, cache, lengths):
@@ -111,7 +119,9 @@ def _prepare(model: Model, ids: np.ndarray, plan: CachePlan, kv_dtype: str, max_
         token, cache = prefill(model.params, bases, padded, cache, jnp.asarray([len(piece)], jnp.int32))
     one = jnp.ones((1,), jnp.int32)
     step = jax.jit(lambda params, factors, token, cache: feed(params, factors, token, cache, one), donate_argnums=3)
-    compiled = step.lower(model.params, bases, token, cache).compile()
+    # What values absorbed into the output save is measured against a step that rebuilds them.
+    with mock.patch.object(remat, "few_rows", lambda rows: False) if rebuild else contextlib.nullcontext():
+        compiled = step.lower(model.params, bases, token, cache).compile()
     return Contestant(compiled, bases, token, cache, [])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kvjax import factors
 from kvjax.caches.base import CacheShape
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.model import Model
@@ -23,6 +24,15 @@ from kvjax.models.params import Params
 def goldens() -> Path:
     """The folder of tiny HF models, each with HF's own logits: tests/goldens/make_goldens.py."""
     return Path(__file__).parent / "goldens"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_factors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Bases of test models do not go to the user's cache folder."""
+    folder = tmp_path_factory.mktemp("factors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(factors, "cache_folder", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from kvjax.models.decoder import Decoder
 from kvjax.models.zoo import random_params
 
 PROMPTS = ["The cat", "a much longer prompt, of more than one block of thirty-two tokens", "x"]
-PLANS = ["dense", "k4v4@kivi(sink=2)", "0:k4v2@token;1:k3v2@kivi(rope=pre)"]
+PLANS = ["dense", "k4v4@kivi(sink=2)", "0:k4v2@token;1:k3v2@kivi(rope=pre)", "xcl3@latent(base=0,sink=2)"]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_greedy_is_hf_token_for_token(smollm2: Model, goldens: Path, chat: bool)
     assert np.asarray(made.state.cache.length).tolist() == read
 
 
-@pytest.mark.parametrize("cache,temperature", zip(PLANS, [0.0, 0.8, 0.0], strict=True))
+@pytest.mark.parametrize("cache,temperature", zip(PLANS, [0.0, 0.8, 0.0, 0.0], strict=True))
 def test_a_ragged_batch_is_one_by_one(tiny: Model, cache: str, temperature: float) -> None:
     with jax.enable_x64(True):
         model = in_float64(tiny)

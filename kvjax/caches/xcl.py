@@ -46,6 +46,8 @@ ALIGN = 32  # tokens that the accumulator is a multiple of
 class XCL(CacheSpec):
     """Deltas of X in `bits` bits (1, 2, 3, 4, 5, 6, 8; 16 is unquantised).
 
+    `xcl{b}` is the paper's form. `xclr{b}` is a better one: latent, 4 sinks, per channel, folded, rotated.
+
     mode: input or latent; None follows the model: input where every query head has its own kv head, else latent.
     group: elements that share a scale, channels of a token or (per=channel) tokens of a channel. None: 128 where it
       divides model_dim, else 64, shrunk to divide narrow latents.
@@ -73,7 +75,7 @@ class XCL(CacheSpec):
     model_group: int = 128  # the default group of the model, filled in by `settle`
     index: int = 0  # in the run, counted up to base + 1; filled in by `placed`
 
-    pattern: ClassVar[str] = r"xcl(\d{1,9})"
+    pattern: ClassVar[str] = r"xcl(r?)(\d{1,9})"
     modes: ClassVar[tuple[str, ...]] = ("input", "latent")
 
     def __post_init__(self) -> None:
@@ -96,7 +98,9 @@ class XCL(CacheSpec):
         assert match
         numbers = ("group", "residual", "sink", "base", "base_bits", "fold", "rotate")
         check_fields(name, fields, dict.fromkeys(numbers, int) | {"per": str, "norm": str})
-        return cls(int(match[1]), mode, **fields)
+        # What was found to be better than the paper's form has a name of its own (docs/decisions.md).
+        better: dict[str, Any] = {"sink": 4, "per": "channel", "fold": 1, "rotate": 1} if match[1] else {}
+        return cls(int(match[2]), mode or ("latent" if match[1] else None), **better | fields)
 
     def __str__(self) -> str:
         mode = f"@{self.mode}" if self.mode else ""

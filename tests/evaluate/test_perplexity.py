@@ -18,10 +18,21 @@ from kvjax.checkpoints.model import Model
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score, Scorer, cut_windows, hidden_states
 from kvjax.evaluate.text import load_text
+from kvjax.factors import factors
 from kvjax.load import load
 from kvjax.models.decoder import Decoder
 
-PLANS = ["dense", "k8v8@token", "k4v4@kivi(sink=4)", "0:k4v2@token;1:k3v3@kivi(group=8,residual=16)"]
+PLANS = [
+    "dense",
+    "k8v8@token",
+    "k4v4@kivi(sink=4)",
+    "0:k4v2@token;1:k3v3@kivi(group=8,residual=16)",
+    "0:x4@latent(group=8,residual=16);1:x4@head(group=8,sink=2)",
+    "0:x3@input;1:k4v4@kivi(group=8)",
+    "xcl3@latent(base=0,sink=3)",
+    "xcl3@input(base=0)",
+    "xcl2@latent(group=8,base=0,per=channel,fold=1)",
+]
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +81,9 @@ def test_streaming_is_decode(tiny: Model, name: str) -> None:
         plan = CachePlan.parse(name, config)
         shape = CacheShape.of(config, 2, 75, jnp.float64)
         streaming, decode = (
-            jax.jit(lambda p, t, chunk=chunk: hidden_states(decoder, p, t, plan.init(shape), chunk, "exact"))(
-                params, tokens
-            )
+            jax.jit(
+                lambda p, t, f, chunk=chunk: hidden_states(decoder, p, t, plan.init(shape), chunk, "exact", factors=f)
+            )(params, tokens, factors(dataclasses.replace(tiny, params=params, dtype=jnp.dtype("float64")), plan))
             for chunk in (plan.stream_chunk, 1)
         )
         np.testing.assert_allclose(streaming, decode, atol=1e-9)
