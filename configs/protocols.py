@@ -9,7 +9,6 @@ give differences of 1e-12 or less in float64; about four minutes each on two CPU
 
 from ml_collections import config_dict
 
-
 PACKED = "k4v4@kivi,k4v2@token,k4v4@kivi(sink=4),0-9:k8v4@kivi;10-19:k4v2@token(sink=4);20-29:k2v3@kivi(rope=pre)"
 LATENTS = "x4@latent,x4@head,x4@input,xcl3@latent,xcl3@input"
 

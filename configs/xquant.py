@@ -1,4 +1,4 @@
-"""XQuant's orderings on a real model: latents and deltas against KIVI at equal bits, every token read as it is stored.
+"""XQuant's orderings on a real model: latents and deltas against KIVI at equal bits, tokens read as they are stored.
 
     python -m experiments.perplexity --config=configs/xquant.py:gqa --workdir=runs/xquant-gqa
     python -m experiments.perplexity --config=configs/xquant.py:mha --workdir=runs/xquant-mha

@@ -4,9 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from kvjax.caches.base import CacheShape
+from kvjax.caches.base import CacheShape, KVWeights
 from kvjax.caches.plan import CachePlan
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
@@ -23,9 +24,17 @@ def decode_step(text, layers, max_len=MAX_LEN):
     plan, decoder = CachePlan.parse(text, config), Decoder(config)
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     cache = jax.eval_shape(lambda: plan.init(shape))
-    params = jax.eval_shape(decoder.init, jax.random.key(0), token, cache)
-    step = jax.jit(decoder.apply, donate_argnums=2)
-    return step.lower(params, token, cache).compile().memory_analysis(), plan.nbytes(shape)
+    dense = jax.eval_shape(lambda: CachePlan.parse("dense", config).init(shape))
+    params = jax.eval_shape(decoder.init, jax.random.key(0), token, dense)
+    rng = np.random.default_rng(0)
+    weights = KVWeights(*rng.standard_normal((2, 192, 64)), norm_eps=1e-6, head_dim=64)
+    factors = [jax.tree.map(jnp.float32, spec.factors(weights, np.ones(64))) for spec in plan.specs]
+
+    def step(params, token, cache, factors):
+        return decoder.apply(params, token, cache, factors=factors)
+
+    program = jax.jit(step, donate_argnums=2).lower(params, token, cache, factors)
+    return program.compile().memory_analysis(), plan.nbytes(shape)
 
 
 @pytest.mark.parametrize("text", ["dense", "k8v8@token", "k4v4@token", "k4v4@kivi", "k2v2@kivi"])
@@ -45,3 +54,27 @@ def test_workspace_does_not_grow_with_the_history(text):
     short, long = (decode_step(text, 1, max_len)[0] for max_len in (MAX_LEN, 2 * MAX_LEN))
     assert long.temp_size_in_bytes - short.temp_size_in_bytes <= KIB
     assert long.alias_size_in_bytes > 1.9 * short.alias_size_in_bytes
+
+
+ROPE_TABLE = MAX_LEN * 64 * 2 * 4  # cos and sin of every position, for keys that are rebuilt; one for all layers
+
+
+@pytest.mark.parametrize("text", ["x4@input", "x4@latent", "x4@head"])
+def test_keys_and_values_are_never_rebuilt_whole(text):
+    memory, cache = decode_step(text, 1)
+    assert memory.alias_size_in_bytes == cache + 4  # updated in place
+    one_dense_tensor = MAX_LEN * 3 * 64 * 4
+    assert memory.temp_size_in_bytes - ROPE_TABLE < one_dense_tensor / 4
+    assert decode_step(text, 2)[0].temp_size_in_bytes - memory.temp_size_in_bytes <= 512 * KIB  # weights, rearranged
+
+
+@pytest.mark.parametrize("text", ["xcl3@latent(base=0)", "xcl2@input(base=0,per=channel,sink=4)"])
+def test_one_accumulator_for_all_layers(text):
+    """The cache is updated in place, and the reconstruction runs through the layers in one buffer."""
+    accumulator = MAX_LEN * 64 * 4
+    (shallow, cache), (deep, more) = decode_step(text, 2), decode_step(text, 5)
+    assert shallow.alias_size_in_bytes == cache + 4 and deep.alias_size_in_bytes == more + 4
+    assert accumulator <= deep.temp_size_in_bytes - ROPE_TABLE < 2 * accumulator
+    assert (
+        deep.temp_size_in_bytes - shallow.temp_size_in_bytes < accumulator / 2
+    )  # weights, rearranged; three more accumulators would be 3
