@@ -10,7 +10,7 @@ $(VENV)/installed: pyproject.toml
 
 .PHONY: test lint sweep readme
 test: $(VENV)/installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses=auto --dist=loadfile
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 
 from experiments.program import write_atomically
 
-COLORS = {"token": "tab:orange", "kivi": "tab:blue"}
+COLORS = {"token": "tab:orange", "kivi": "tab:blue", "latent": "tab:red", "head": "tab:purple", "input": "tab:brown"}
 FLOOR = 1e-4  # what a logarithmic axis shows of nothing
 
 

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from the committed result files: python -m experiments.report (or make readme).
+"""Writes the tables of README.md and docs/ from the committed results: python -m experiments.report (or make readme).
 
 Each table stands between `<!-- NAME -->` and `<!-- end -->`; the pictures in docs/ are drawn from the same rows, and
 docs/bad_inputs.md is written whole.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import pareto
+from experiments import closed_loop, pareto
 from experiments.program import read_rows, write_atomically
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +77,42 @@ def forward(rows: list[Row]) -> str:
     return f"{_source(rows)}\n\n" + table(header, lines)
 
 
+def xquant(rows: list[Row]) -> str:
+    header = ("cache", "bits with scales", "nll", "KL", "top-1", "nll, other text", "KL, other text")
+    first, other = ([row for row in rows if (row["text"] == "demo") == demo] for demo in (False, True))
+    lines = []
+    for row, its in zip(first, other, strict=True):
+        assert row["cache"] == its["cache"]
+        figures = (
+            f"{row['nll']:.4f}",
+            f"{row['kld']:.4f}",
+            f"{row['top1']:.3f}",
+            f"{its['nll']:.4f}",
+            f"{its['kld']:.4f}",
+        )
+        lines.append([f"`{row['cache']}`", f"{row['bits_asymptotic']:.2f}", *figures])
+    return f"{_source(rows)}\n\n" + table(header, lines)
+
+
+def beyond(rows: list[Row]) -> str:
+    lines = [[f"`{r['cache']}`", f"{r['bits_asymptotic']:.3f}", f"{r['nll']:.4f}", f"{r['kld']:.4f}"] for r in rows]
+    return f"{_source(rows)}\n\n" + table(("cache", "bits with scales", "nll", "KL"), lines)
+
+
+def latents(rows: list[Row]) -> str:
+    header = ("cache", "values", "ms a step", "× dense", "cache MB", "temporary MB")
+    lines = [
+        [
+            f"`{row['cache']}`" + (" (bfloat16)" if row["kv_dtype"] == "bfloat16" else ""),
+            "rebuilt" if row["values_rebuilt"] else "absorbed" if row["cache"].startswith("x") else "",
+            *(f"{row['step_ms']:.1f}", f"{row['ratio']:.2f}"),
+            *(f"{row['cache_bytes'] / 1e6:.1f}", f"{row['temp_bytes'] / 1e6:.2f}"),
+        ]
+        for row in rows
+    ]
+    return f"{_source(rows)}\n\n" + table(header, lines)
+
+
 def agreement(rows: list[Row]) -> str:
     header = ("cache", "texts that are the same", "share of tokens before the first difference")
     lines = [[f"`{r['cache']}`", f"{r['whole']} of {r['prompts']}", f"{r['share']:.0%}"] for r in rows]
@@ -109,26 +145,39 @@ def _source(rows: list[Row]) -> str:
     return f"Device: {row['device']}; {versions}; commit {row['git']}."
 
 
-TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
-    "sweep": ("demo-streaming.jsonl", sweep),
-    "reference": ("wikitext2-parallel.jsonl", reference),
-    "decode": ("decode.jsonl", decode),
-    "forward": ("forward.jsonl", forward),
-    "agreement": ("agreement.jsonl", agreement),
+Tables = dict[str, tuple[str, Callable[[list[Row]], str]]]  # by name: the result file and what renders it
+TABLES: dict[str, Tables] = {
+    "README.md": {
+        "sweep": ("demo-streaming.jsonl", sweep),
+        "reference": ("wikitext2-parallel.jsonl", reference),
+        "decode": ("decode.jsonl", decode),
+        "forward": ("forward.jsonl", forward),
+        "agreement": ("agreement.jsonl", agreement),
+        "xquant-gqa": ("xquant-gqa.jsonl", xquant),
+        "xquant-mha": ("xquant-mha.jsonl", xquant),
+        "latents": ("latents.jsonl", latents),
+    },
+    "docs/decisions.md": {"xquant-beyond": ("xquant-beyond.jsonl", beyond)},
 }
 
 
+def fill(page: Path, tables: Tables) -> None:
+    """Puts the tables into a page."""
+    text = page.read_text(encoding="utf-8")
+    for name, (file, render) in tables.items():
+        found = re.search(rf"(<!-- {name} -->\n).*?(<!-- end -->)", text, re.DOTALL)
+        assert found, f"{page} has no table named {name}"
+        text = text[: found.end(1)] + render(read_rows(ROOT / "results" / file)) + "\n" + text[found.start(2) :]
+    write_atomically(page, text.encode())
+
+
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for name, (file, render) in TABLES.items():
-        body = render(read_rows(ROOT / "results" / file))
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        found = pattern.search(text)
-        assert found, f"README.md has no table named {name}"
-        text = text[: found.end(1)] + body + "\n" + text[found.start(2) :]
-    write_atomically(readme, text.encode())
+    for page, tables in TABLES.items():
+        fill(ROOT / page, tables)
     pareto.draw(read_rows(ROOT / "results/demo-streaming.jsonl"), ROOT / "docs/pareto.png")
+    gqa = [row for row in read_rows(ROOT / "results/xquant-gqa.jsonl") if row["text"] != "demo"]
+    pareto.draw(gqa, ROOT / "docs/xquant-gqa.png")
+    closed_loop.draw(read_rows(ROOT / "results/closed_loop.jsonl"), ROOT / "docs/closed_loop.png")
     rows = [read_rows(ROOT / "results" / name) for name in ("bad_input.jsonl", "fuzz.jsonl")]
     write_atomically(ROOT / "docs/bad_inputs.md", bad_inputs(*rows).encode())
 
