@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,15 @@ import matplotlib.pyplot as plt
 
 from experiments.program import write_atomically
 
-COLORS = {"token": "tab:orange", "kivi": "tab:blue", "latent": "tab:red", "head": "tab:purple", "input": "tab:brown"}
+COLORS = {
+    "k*v*@token": "tab:orange",
+    "k*v*@kivi": "tab:blue",
+    "xcl*": "tab:green",
+    "x*@input": "tab:brown",
+    "x*@latent": "tab:red",
+    "x*@head": "tab:purple",
+}
+MIXED = "tab:gray"
 FLOOR = 1e-4  # what a logarithmic axis shows of nothing
 
 
@@ -27,16 +36,17 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=(6.2 * len(panels), 4.8), squeeze=False, layout="constrained")
     for axis, (label, value) in zip(axes[0], panels, strict=True):
         for row in points:
-            mode = next((m for m in COLORS if all(f"@{m}" in part for part in row["cache"].split(";"))), None)
             x, y = row["bits_asymptotic"], max(value(row), FLOOR)
-            axis.plot(x, y, "o", color=COLORS.get(mode or "", "tab:green"))
+            axis.plot(x, y, "o", color=_color(row["cache"]))
             name = row["cache"] if len(row["cache"]) <= 32 else row["cache"][:31] + "…"
             axis.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
         axis.set(yscale="log", xlabel="bits per cached element, scales included (dense: 16)", ylabel=label)
         axis.margins(x=0.24, y=0.12)
         axis.grid(alpha=0.3, which="both")
-    for mode, color in COLORS.items():
-        axes[0][0].plot([], [], "o", color=color, label=f"@{mode}")
+    shown = {_color(row["cache"]) for row in points}
+    for method, color in COLORS.items():
+        if color in shown:
+            axes[0][0].plot([], [], "o", color=color, label=method)
     axes[0][0].legend(loc="upper right")
     if rows:
         title = "{model}, {text}, {windows} windows of {context} tokens, {protocol}; lower left is better"
@@ -45,3 +55,10 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     figure.savefig(picture, dpi=130)
     plt.close(figure)
     write_atomically(file, picture.getvalue())
+
+
+def _color(cache: str) -> str:
+    """Of the method that all layers share."""
+    specs = [part.rpartition(":")[2] for part in cache.split(";")]
+    fits = (color for pattern, color in COLORS.items() if all(fnmatch(spec, f"{pattern}*") for spec in specs))
+    return next(fits, MIXED)
