@@ -29,7 +29,7 @@ CACHES = {
         "xcl2@latent(sink=4,base=4,per=channel,fold=1),xcl2@latent(sink=4,base_bits=3,per=channel,fold=1),"
         "xcl2@latent(sink=4,base_bits=8,per=channel,fold=1),"
         "xclr2(base=1),xclr2(base=1,base_bits=3),xclr2(base=4,base_bits=3),xclr2(group=128),xclr2(sink=16),"
-        "0-15:xclr3;16-29:xclr2,0-15:xclr2;16-29:xclr3,xclr3(base=1,base_bits=3),xclr1"
+        "0-15:xclr3;16-29:xclr2,0-15:xclr2;16-29:xclr3,xclr3(base=1,base_bits=3)"
     ),
 }
 
