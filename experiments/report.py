@@ -13,6 +13,9 @@ from typing import Any
 
 from experiments import closed_loop, pareto
 from experiments.program import read_rows, write_atomically
+from kvjax.caches.base import REAL_DTYPE, CacheShape
+from kvjax.caches.plan import CachePlan
+from kvjax.models.zoo import RANDOM
 
 ROOT = Path(__file__).parent.parent
 Row = dict[str, Any]
@@ -78,7 +81,7 @@ def forward(rows: list[Row]) -> str:
 
 
 def xquant(rows: list[Row]) -> str:
-    header = ("cache", "bits with scales", "nll", "KL", "top-1", "nll, other text", "KL, other text")
+    header = ("cache", "bits with scales", "nll", "KL", "top-1", "nll, essays", "KL, essays")
     first, other = ([row for row in rows if (row["text"] == "demo") == demo] for demo in (False, True))
     lines = []
     for row, its in zip(first, other, strict=True):
@@ -97,6 +100,25 @@ def xquant(rows: list[Row]) -> str:
 def beyond(rows: list[Row]) -> str:
     lines = [[f"`{r['cache']}`", f"{r['bits_asymptotic']:.3f}", f"{r['nll']:.4f}", f"{r['kld']:.4f}"] for r in rows]
     return f"{_source(rows)}\n\n" + table(("cache", "bits with scales", "nll", "KL"), lines)
+
+
+PAPER = {  # the KV column of XQuant's tables 1 and 4
+    "random:llama-2-7b": {"x8": 0.26, "x4": 0.13, "x3": 0.10, "xcl4": 0.13, "xcl3": 0.10, "xcl2": 0.08},
+    "random:llama-3.1-8b": {"x4": 0.27, "x3": 0.20, "x2": 0.14, "xcl4": 0.27, "xcl3": 0.21, "xcl2": 0.15},
+}
+
+
+def accounting() -> str:
+    """Computed, not measured: cache size over a 16-bit KV cache at long context."""
+    lines = []
+    for name, column in PAPER.items():
+        for cache, share in column.items():
+            config = RANDOM[name]
+            shape = CacheShape.of(config, 1, 4096, REAL_DTYPE)
+            own = CachePlan.parse(cache, config).bits_asymptotic(shape) / 16
+            figures = f"{share:.2f}", f"{own:.4f}", f"{1 / share:.1f}", f"{1 / own:.2f}"
+            lines.append([f"{name.removeprefix('random:')} `{cache}`", *figures])
+    return table(("model and cache", "paper", "ours", "paper's ratio", "true ratio"), lines)
 
 
 def latents(rows: list[Row]) -> str:
@@ -145,7 +167,9 @@ def _source(rows: list[Row]) -> str:
     return f"Device: {row['device']}; {versions}; commit {row['git']}."
 
 
-Tables = dict[str, tuple[str, Callable[[list[Row]], str]]]  # by name: the result file and what renders it
+Tables = dict[
+    str, tuple[str | None, Callable[[list[Row]], str]]
+]  # by name: the result file, if any, and what renders it
 TABLES: dict[str, Tables] = {
     "README.md": {
         "sweep": ("demo-streaming.jsonl", sweep),
@@ -157,7 +181,10 @@ TABLES: dict[str, Tables] = {
         "xquant-mha": ("xquant-mha.jsonl", xquant),
         "latents": ("latents.jsonl", latents),
     },
-    "docs/decisions.md": {"xquant-beyond": ("xquant-beyond.jsonl", beyond)},
+    "docs/decisions.md": {
+        "xquant-beyond": ("xquant-beyond.jsonl", beyond),
+        "accounting": (None, lambda _: accounting()),
+    },
 }
 
 
@@ -167,7 +194,8 @@ def fill(page: Path, tables: Tables) -> None:
     for name, (file, render) in tables.items():
         found = re.search(rf"(<!-- {name} -->\n).*?(<!-- end -->)", text, re.DOTALL)
         assert found, f"{page} has no table named {name}"
-        text = text[: found.end(1)] + render(read_rows(ROOT / "results" / file)) + "\n" + text[found.start(2) :]
+        body = render(read_rows(ROOT / "results" / file) if file else [])
+        text = text[: found.end(1)] + body + "\n" + text[found.start(2) :]
     write_atomically(page, text.encode())
 
 
