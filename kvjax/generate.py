@@ -198,6 +198,7 @@ class _Begun:
     """A prefilled batch, with what it takes to do it again."""
 
     state: State
+    factors: Any  # the plan's
     before: State | None  # what it went on from
     ids: list[Int[np.ndarray, "n"]]
 
@@ -230,9 +231,10 @@ def _read(
     else:
         _check_fits(model, before, ids, new, max_len)
         state = jax.tree.map(jnp.copy, before)  # the loop writes into its own
+    bases = factors(model, state.cache.plan)
     if any(map(len, ids)):
-        state = feed(model, state, ids)
-    return _Begun(state, before, ids)
+        state = _feed(Decoder(model.config), model.params, bases, state, *_padded(ids))
+    return _Begun(state, bases, before, ids)
 
 
 def _encode(model: Model, text: str, chat: bool) -> Int[np.ndarray, "n"]:
@@ -281,11 +283,6 @@ def empty_state(model: Model, plan: CachePlan, batch: int, max_len: int) -> Stat
     return State(plan.init(shape), jnp.zeros((batch, shape.model_dim), model.dtype))
 
 
-def feed(model: Model, state: State, ids: Sequence[Int[np.ndarray, "n"]]) -> State:
-    """Reads ids[b] into sequence b in one step. Donates `state`: its buffers are written into."""
-    return _feed(Decoder(model.config), model.params, factors(model, state.cache.plan), state, *_padded(ids))
-
-
 def _padded(ids: Sequence[np.ndarray]) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
     lengths = np.array([len(each) for each in ids], np.int32)
     tokens = np.zeros((len(ids), bucket(int(lengths.max()))), np.int32)
@@ -303,6 +300,7 @@ def _feed(
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
 ) -> State:
+    """Reads `lengths` of the tokens into each sequence in one step. Donates `state`: its buffers are written into."""
     apply: Any = decoder.apply
     hidden, cache = apply({"params": params}, tokens, state.cache, lengths, factors=factors)
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], 1)[:, 0]
@@ -319,12 +317,12 @@ def _decode(
 ) -> Iterator[Generation]:
     """Runs the loop `piece` tokens at a time, the first alone; at least one Generation comes."""
     stop = [int(i) for i in (model.tokenizer.eos_ids if stop_tokens is None else stop_tokens)]
-    decoder, bases = Decoder(model.config), factors(model, begun.state.cache.plan)
+    decoder = Decoder(model.config)
     run = start(begun.state, bucket(new) if new else 0)
     while True:
         made = np.asarray(run.count)
         steps = min(piece, new - int(made.max())) if made.max() or piece >= new else 1
-        run = advance(decoder, model.params, bases, run, sampling, jnp.array(stop, jnp.int32), steps, new)
+        run = advance(decoder, model.params, begun.factors, run, sampling, jnp.array(stop, jnp.int32), steps, new)
         if not np.asarray(run.finite).all():
             raise KvjaxError(f"the logits are not finite: {_fault(model, begun, run)}")
         yield _generation(model, run, stop)
@@ -419,6 +417,5 @@ def _fault(model: Model, begun: _Begun, run: Run) -> str:
             lengths = jnp.array([len(each) for each in column], jnp.int32)
             yield jnp.array([[int(each[0]) if len(each) else 0] for each in column], jnp.int32), lengths
 
-    bases = factors(model, before.cache.plan)
-    fault = first_fault(Decoder(model.config), model.params, before.cache, chunks(), factors=bases)
+    fault = first_fault(Decoder(model.config), model.params, before.cache, chunks(), factors=begun.factors)
     return str(fault) if fault else "every layer is finite, the head is not"

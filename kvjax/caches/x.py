@@ -245,7 +245,7 @@ class XCache(LayerCache):
 
 def rebuilt(streams: tuple[Array, ...], remat: Remat, kv_heads: int) -> tuple[Array, Array]:
     """Keys (before RoPE) and values [B, N, K, d] of exact latents [B, N, G, W]; one stream serves both."""
-    x_k, x_v = streams[0].swapaxes(1, 2), streams[-1 if len(streams) == 1 else 1].swapaxes(1, 2)
+    x_k, x_v = streams[0].swapaxes(1, 2), streams[min(1, len(streams) - 1)].swapaxes(1, 2)
     return remat.keys(x_k, kv_heads).swapaxes(1, 2), remat.values(x_v, kv_heads).swapaxes(1, 2)
 
 

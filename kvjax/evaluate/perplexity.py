@@ -110,6 +110,7 @@ class Scorer:
         self.shape = CacheShape.of(model.config, self.batch, context, model.dtype)
         self._decoder = Decoder(model.config)
         self._compiled: dict[Any, Any] = {}
+        self._factors: dict[CachePlan, Any] = {}
 
     def run(
         self, plan: CachePlan, windows: Int[np.ndarray, "w c"], dense: vocabulary.Dense | None
@@ -151,7 +152,7 @@ class Scorer:
         chunk, read = self._protocol(plan, count)
         pieces = (tokens[:, i : i + chunk] for i in range(0, count, chunk))
         chunks = ((piece, jnp.full((batch,), piece.shape[1], jnp.int32)) for piece in pieces)
-        bases = factors(self.model, plan)
+        bases = self._bases(plan)
         fault = first_fault(self._decoder, self.model.params, plan.init(self.shape), chunks, read, bases)
         return str(fault) if fault else "every layer is finite, the head is not"
 
@@ -162,7 +163,13 @@ class Scorer:
             cache = plan.init(self.shape)
             return hidden_states(self._decoder, params, tokens, cache, chunk, read, factors=factors)
 
-        return self._call(plan, hidden, self.model.params, tokens, factors(self.model, plan))
+        return self._call(plan, hidden, self.model.params, tokens, self._bases(plan))
+
+    def _bases(self, plan: CachePlan) -> Any:
+        """The plan's factors, read once for all its windows."""
+        if plan not in self._factors:
+            self._factors[plan] = factors(self.model, plan)
+        return self._factors[plan]
 
     def _call(self, key: Any, function, *args) -> tuple[Any, Timing]:
         start = time.perf_counter()
@@ -173,8 +180,9 @@ class Scorer:
         return out, Timing(time.perf_counter() - compiled, compiled - start)
 
     def forget(self, plan: CachePlan) -> None:
-        """Drops a plan's program, so that memory does not grow with the number of plans."""
+        """Drops a plan's program and factors, so that memory does not grow with the number of plans."""
         self._compiled.pop(plan, None)
+        self._factors.pop(plan, None)
 
 
 def _pad_rows(a: np.ndarray, rows: int) -> list[tuple[int, int]]:

@@ -78,17 +78,15 @@ def attend_latents(
     first: int,
     stop: Int[Array, "B"],
     window: int | None,
-    absorb: bool = True,
 ) -> Partial:
     """Attention of q (after RoPE) over positions [first, stop) of each sequence.
 
     latents: tokens [start, start + size) as they are read, both multiples of `pack`, of `tokens` allocated ones.
     table: cos and sin of every position.
     window: a query at position p sees only positions > p - window.
-    absorb: whether few queries take values from their latents, see above.
     """
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    absorb = absorb and few_rows(q.shape[1] * q.shape[2] // kv_heads)
+    absorb = few_rows(q.shape[1] * q.shape[2] // kv_heads)
     width = remat.value.shape[1] if absorb else q.shape[3]
     size = block_size(tokens, max(remat.key.shape[1] * remat.key.shape[0], kv_heads * q.shape[3]), q.shape[1])
     size = min(tokens, -(-size // pack) * pack)
