@@ -7,15 +7,17 @@ Appends a row per plan to DIR/agreement.jsonl, what is there already left out.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
-import numpy as np
 from ml_collections import config_dict
 
 import kvjax
 from experiments import program
 from kvjax.caches.plan import CachePlan, split_list
+from kvjax.tasks import agreement
+from kvjax.tasks import common_prefix as common_prefix  # what experiments.generate takes from here
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
@@ -37,21 +39,11 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         row = program.find_row(results, point)
         if row is None:
             dense = dense or _generate(config, model, kvjax.plan(model, "dense"))
-            row = point | _agreement(dense, _generate(config, model, plan)) | program.provenance()
+            row = point | dataclasses.asdict(agreement(dense, _generate(config, model, plan))) | program.provenance()
             program.append_row(results, row)
         print(
             f"{row['cache']:<24} {row['whole']} of {row['prompts']} whole, {row['share']:.0%} of tokens", flush=True
         )
-
-
-def _agreement(dense: list[list[int]], made: list[list[int]]) -> dict[str, float]:
-    same = [common_prefix(a, b) / len(a) for a, b in zip(dense, made, strict=True)]
-    return {"whole": same.count(1.0), "share": float(np.mean(same))}
-
-
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """Tokens until the two differ."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _generate(config: config_dict.ConfigDict, model: kvjax.Model, plan: CachePlan) -> list[list[int]]:

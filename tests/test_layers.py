@@ -12,6 +12,7 @@ LAYERS = [
     "experiments",
     "configs",
     "kvjax",  # the package's own front door
+    "kvjax.tasks",
     "kvjax.resume",
     "kvjax.generate",
     "kvjax.evaluate",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -124,9 +125,9 @@ class LayerCache(abc.ABC):
     @abc.abstractmethod
     def materialize(
         self, chunk: Chunk, carry: Any
-    ) -> tuple[Float[Array, "B N K d"], Float[Array, "B N K d"], Bool[Array, "B T N"], LayerCache, Any]:
-        """The same store and flush, slow and plain: k (after RoPE), v and mask over which softmax attention
-        gives `attend`'s output."""
+    ) -> tuple[Float[Array, "B N K d"], Float[Array, "B N K d"], Int[Array, "B N"], LayerCache, Any]:
+        """The same store and flush, slow and plain: k (after RoPE), v and their positions, -1 where absent, over
+        the `visible` of which softmax attention gives `attend`'s output. Allocated tokens come first, in order."""
 
 
 class CacheSpec(abc.ABC):
@@ -146,6 +147,16 @@ class CacheSpec(abc.ABC):
 
     def placed(self, below: CacheSpec | None) -> CacheSpec:
         """This spec on top of the layer below, for methods whose layers depend on one another."""
+        return self
+
+    def each_width(self, change: Callable[[int], int]) -> CacheSpec:
+        """This spec with `change` applied to its widths."""
+        names = (field.name for field in dataclasses.fields(self) if field.name.endswith("bits"))  # type: ignore[arg-type]
+        return dataclasses.replace(self, **{name: change(getattr(self, name)) for name in names})  # type: ignore[type-var]
+
+    @property
+    def alone(self) -> CacheSpec:
+        """What this spec stores, whatever its place among the layers: the same for specs that store the same."""
         return self
 
     def check_below(self, above: CacheSpec | None) -> None:  # noqa: B027, most methods need no look above

@@ -37,7 +37,7 @@ class Stream:
 class History:
     """Slot i of the residual holds position F + i, F the flushed tokens."""
 
-    packed: tuple[store.Packed, ...]
+    packed: tuple[store.Stored, ...]
     residual: tuple[Float[Array, "B R G W"], ...]
     sinks: tuple[Float[Array, "B s G W"], ...]
     block: int = struct.field(pytree_node=False)  # R
@@ -149,7 +149,7 @@ class History:
         positions = index[:, :, None] * r + jnp.arange(r)
         mask = (positions >= self.sink) & (positions < end[:, None, None])
 
-        def flush(old: store.Packed, x: Array) -> store.Packed:
+        def flush(old: store.Stored, x: Array) -> store.Stored:
             x = x[:, : blocks * r]
             if encode is not None:
                 x = encode(x, positions.reshape(x.shape[0], -1))

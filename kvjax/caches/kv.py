@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from kvjax.caches.base import CacheShape, CacheSpec, Chunk, LayerCache, check_fields, visible
+from kvjax.caches.base import CacheShape, CacheSpec, Chunk, LayerCache, check_fields
 from kvjax.caches.history import History, Stream
 from kvjax.errors import KvjaxError
 from kvjax.ops import attention, store
@@ -168,8 +168,8 @@ class KVCache(LayerCache):
         exact_k, exact_v, exact_positions = self._exact(after, chunk)
         k = jnp.concatenate([self._rotated(k, positions, chunk), exact_k.astype(dtype)], 1)
         v = jnp.concatenate([v, exact_v.astype(dtype)], 1)
-        mask = visible(chunk, jnp.concatenate([positions, exact_positions], 1))
-        return k, v, mask, KVCache(after, self.spec), carry
+        positions = jnp.concatenate([positions, exact_positions], 1)
+        return k, v, positions, KVCache(after, self.spec), carry
 
     def _append(self, chunk: Chunk) -> History:
         return self.history.append((self._chunk_k(chunk), chunk.v), chunk)

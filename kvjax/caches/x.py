@@ -17,7 +17,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from kvjax.caches.base import CacheShape, CacheSpec, Chunk, KVWeights, LayerCache, LayerShapes, check_fields, visible
+from kvjax.caches.base import CacheShape, CacheSpec, Chunk, KVWeights, LayerCache, LayerShapes, check_fields
 from kvjax.caches.history import History, Stream
 from kvjax.errors import KvjaxError
 from kvjax.ops import attention, store
@@ -218,7 +218,7 @@ class XCache(LayerCache):
         k, v, positions = (
             jnp.concatenate([a, b.astype(a.dtype)], 1) for a, b in zip((k, v, positions), own, strict=True)
         )
-        return k, v, visible(chunk, positions), XCache(after, self.spec), carry
+        return k, v, positions, XCache(after, self.spec), carry
 
     def _streams(self, chunk: Chunk) -> tuple[Float[Array, "B T G W"], ...]:
         if self.spec.mode == "input":

@@ -18,7 +18,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from kvjax.caches.base import CacheShape, CacheSpec, Chunk, KVWeights, LayerCache, LayerShapes, check_fields, visible
+from kvjax.caches.base import CacheShape, CacheSpec, Chunk, KVWeights, LayerCache, LayerShapes, check_fields
 from kvjax.caches.history import History, Stream
 from kvjax.caches.x import (
     WIDTHS,
@@ -122,6 +122,12 @@ class XCL(CacheSpec):
     def _is_run_of(self, other: XCL) -> bool:
         """Whether two neighbours are of one run: all but their bits is the same."""
         return dataclasses.replace(other, bits=self.bits, index=self.index) == self
+
+    @property
+    def alone(self) -> XCL:
+        if self.delta:
+            return dataclasses.replace(self, index=self.base + 1)
+        return dataclasses.replace(self, index=0, bits=self.base_bits)
 
     def check_below(self, above: CacheSpec | None) -> None:
         if self.index < self.base and not (isinstance(above, XCL) and above.index == self.index + 1):
@@ -249,7 +255,7 @@ class XCLCache(LayerCache):
         k, v, positions = (
             jnp.concatenate([a, b.astype(a.dtype)], 1) for a, b in zip((k, v, positions), own, strict=True)
         )
-        return k, v, visible(chunk, positions), XCLCache(after, self.spec), {"acc": acc}
+        return k, v, positions, XCLCache(after, self.spec), {"acc": acc}
 
     # ---- what is stored: z = X U, packed as z - X̂ U
 

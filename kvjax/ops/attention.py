@@ -51,8 +51,8 @@ def merge(parts: Sequence[Partial]) -> Float[Array, "B T H D"]:
 def attend_packed(
     q: Float[Array, "B T H D"],
     q_positions: Int[Array, "B T"],
-    keys: store.Packed,
-    values: store.Packed,
+    keys: store.Stored,
+    values: store.Stored,
     first: int,
     stop: Int[Array, "B"],
     window: int | None,
@@ -63,7 +63,7 @@ def attend_packed(
     window: a query at position p sees only positions > p - window.
     table: cos and sin of every position, for keys that are stored before RoPE.
     """
-    kv_heads, head_dim = keys.planes[0].shape[1], q.shape[-1]
+    kv_heads, head_dim = keys.heads, q.shape[-1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     exact = keys.format.bits == values.format.bits == store.EXACT
     size = keys.tokens if exact and q.shape[1] == 1 else block_size(keys.tokens, kv_heads * head_dim, q.shape[1])
@@ -121,6 +121,68 @@ def attend_exact(
         return lo // size, -(-(before + last_query + 1) // size)
 
     return attend_keys(q, q_positions, kv_heads, Keys(k.shape[2] // size, load, span), window)
+
+
+def attend_streamed(
+    q: Float[Array, "B T H D"],
+    stored: tuple[Float[Array, "B N K D"], Float[Array, "B N K D"], Int[Array, "B N"]],
+    own: tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]],
+    block: int,
+    window: int | None,
+) -> Float[Array, "B T H D"]:
+    """What decoding would see, for all tokens of a sequence at once: a query at position p reads positions below
+    floor(p / block) * block as stored and the rest exactly; everything as stored where block is 0.
+
+    stored: keys (after RoPE), values and positions (-1 where absent) as they are read from a cache: those of tokens
+      0 to T - 1 first, in order, and then any.
+    own: the exact ones of tokens 0 to T - 1.
+    """
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    batch, tokens, heads, head_dim = q.shape
+    kv_heads = own[0].shape[2]
+    # A tile holds whole blocks: what its queries read exactly lies in it.
+    tile = block * max(1, QUERY_TILE // block) if block else QUERY_TILE
+    (k, v), (own_k, own_v) = ([a.swapaxes(1, 2).astype(dtype) for a in pair] for pair in (stored[:2], own))
+    outputs = []
+    for start in range(0, tokens, tile):
+        stop = min(start + tile, tokens)
+        size = stop - start
+        at = jnp.arange(start, stop)[:, None]
+        edge = at // block * block if block else at + 1  # first position that is read exactly
+        columns = [jnp.concatenate([a[:, :, :stop], a[:, :, tokens:]], 2) for a in (k, v)]
+        positions = jnp.concatenate([stored[2][:, :stop], stored[2][:, tokens:]], 1)[:, None]
+        mask = (positions >= 0) & (positions < edge)
+        here = jnp.arange(start, stop)
+        exact = (here >= edge) & (here <= at)
+        if window is not None:
+            mask, exact = mask & (positions > at - window), exact & (here > at - window)
+        rows = (q[:, start:stop].astype(dtype) * head_dim**-0.5).reshape(batch, size, kv_heads, -1, head_dim)
+        rows = rows.transpose(0, 2, 3, 1, 4)
+        scores = jnp.where(mask[:, None, None], _columns(rows, columns[0]), MASKED)
+        if block:
+            # Each of the tile's own tokens is read in one way or the other: one column serves both.
+            both = jnp.where(exact, _columns(rows, own_k[:, :, start:stop]), scores[..., start:stop])
+            scores = jnp.concatenate([scores[..., :start], both, scores[..., stop:]], -1)
+        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+        total = weights.sum(-1, keepdims=True)
+        if block:
+            late = weights[..., start:stop]
+            early = jnp.concatenate([weights[..., :start], jnp.where(exact, 0, late), weights[..., stop:]], -1)
+            output = _rows(early, columns[1]) + _rows(jnp.where(exact, late, 0), own_v[:, :, start:stop])
+        else:
+            output = _rows(weights, columns[1])
+        outputs.append((output / total).transpose(0, 3, 1, 2, 4).reshape(batch, size, heads, head_dim))
+    return jnp.concatenate(outputs, 1).astype(q.dtype)
+
+
+def _columns(q: Float[Array, "B K G Q D"], k: Float[Array, "B K n D"]) -> Float[Array, "B K G Q n"]:
+    scores = q.reshape(*q.shape[:2], -1, q.shape[4]) @ jax.lax.optimization_barrier(k.swapaxes(2, 3))
+    return scores.reshape(*q.shape[:4], -1)
+
+
+def _rows(weights: Float[Array, "B K G Q n"], v: Float[Array, "B K n D"]) -> Float[Array, "B K G Q D"]:
+    out = weights.reshape(*weights.shape[:2], -1, weights.shape[4]) @ v
+    return out.reshape(*weights.shape[:4], -1)
 
 
 def block_size(tokens: int, channels: int, queries: int) -> int:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from kvjax.errors import KvjaxError
 from kvjax.quant import affine, packing
@@ -75,6 +76,39 @@ class Packed:
         width = 8 if self.format.bits == EXACT else packing.PLANES[self.format.bits][0]
         return self.planes[0].shape[2] * 8 // width
 
+    @property
+    def heads(self) -> int:
+        return self.planes[0].shape[1]
+
+
+@struct.dataclass
+class Unpacked:
+    """The same history with a byte a code and its width as data: one program for all widths up to 8 bits."""
+
+    codes: UInt8[Array, "B K S D"]
+    scale: Array
+    zero: Array
+    levels: Float[Array, ""]  # 2^b - 1
+    format: Format = struct.field(pytree_node=False)  # of any width
+
+    @property
+    def tokens(self) -> int:
+        """Allocated tokens S."""
+        return self.codes.shape[2]
+
+    @property
+    def heads(self) -> int:
+        return self.codes.shape[1]
+
+
+Stored = Packed | Unpacked
+
+
+def unpacked(packed: Packed, levels: Float[Array, ""]) -> Unpacked:
+    """A packed history unpacked, that goes on with codes 0 to `levels`."""
+    codes = read_block(packed, 0, packed.tokens, jnp.uint8).codes
+    return Unpacked(codes, packed.scale, packed.zero, levels, packed.format)
+
 
 def capacity(max_len: int, *formats: Format) -> int:
     """Tokens to allocate for `max_len`: whole packing blocks of every format."""
@@ -101,12 +135,19 @@ def logical_axes(packed: Packed, heads: str | None) -> Packed:
 
 
 def write_tokens(
-    packed: Packed, x: Float[Array, "B T K D"], start: Int[Array, "B"], lengths: Int[Array, "B"]
-) -> Packed:
+    packed: Stored, x: Float[Array, "B T K D"], start: Int[Array, "B"], lengths: Int[Array, "B"]
+) -> Stored:
     """Stores the first `lengths` of T tokens at positions start, start + 1, ..., each quantised on its own."""
     format, tokens = packed.format, x.shape[1]
     step = jnp.arange(tokens)
     at = jnp.where(step < lengths[:, None], start[:, None] + step, packed.tokens)  # out of range: dropped
+    if isinstance(packed, Unpacked):
+        q = affine.quantize_to(x, packed.levels, -1, format.group)
+        codes, scale, zero = (
+            _put(old, new, at)
+            for old, new in ((packed.codes, q.codes), (packed.scale, q.scale), (packed.zero, q.zero))
+        )
+        return dataclasses.replace(packed, codes=codes, scale=scale, zero=zero)
     if format.bits == EXACT:
         return dataclasses.replace(packed, planes=(_put(packed.planes[0], x, at),))
     q = affine.quantize(x, format.bits, -1, format.group)
@@ -138,19 +179,27 @@ def _pack_blocks(codes: Array, format: Format) -> tuple[Array, ...]:
 
 
 def write_blocks(
-    packed: Packed, x: Float[Array, "B N R K D"], mask: Bool[Array, "B N R"], index: Int[Array, "B N"]
-) -> Packed:
+    packed: Stored, x: Float[Array, "B N R K D"], mask: Bool[Array, "B N R"], index: Int[Array, "B N"]
+) -> Stored:
     """Stores N blocks of R tokens per sequence at block indices; indices at or beyond S/R are dropped.
 
     mask: tokens that enter minima and maxima.
     """
     format = packed.format
     blocks = x.swapaxes(2, 3)  # [B, N, K, R, D]
+    counted = mask[:, :, None, :, None]
+    if isinstance(packed, Unpacked):
+        q = affine.quantize_to(blocks, packed.levels, format.group_axis, format.group, counted)
+        codes, scale, zero = (
+            _put_rows(old, new, index)
+            for old, new in ((packed.codes, q.codes), (packed.scale, q.scale), (packed.zero, q.zero))
+        )
+        return dataclasses.replace(packed, codes=codes, scale=scale, zero=zero)
     if format.bits == EXACT:
         return dataclasses.replace(packed, planes=(_put_rows(packed.planes[0], blocks, index),))
 
     def encode():
-        q = affine.quantize(blocks, format.bits, format.group_axis, format.group, mask[:, :, None, :, None])
+        q = affine.quantize(blocks, format.bits, format.group_axis, format.group, counted)
         return packing.pack(q.codes, format.bits), q.scale, q.zero
 
     # Most steps of a decode complete no block. The condition spans the small new rows only: XLA copies whatever
@@ -212,13 +261,15 @@ class Block:
         return affine.dequantize(q, self.axis, self.group, self.codes.dtype)
 
 
-def read_block(packed: Packed, start: Int[Array, ""] | int, size: int, dtype) -> Block:
+def read_block(packed: Stored, start: Int[Array, ""] | int, size: int, dtype) -> Block:
     """Tokens [start, start + size), codes as `dtype`; both are multiples of `format.pack`."""
     format = packed.format
 
     def rows(a: Array, numerator: int, denominator: int) -> Array:
         return jax.lax.dynamic_slice_in_dim(a, start * numerator // denominator, size * numerator // denominator, 2)
 
+    if isinstance(packed, Unpacked):
+        return _block(rows, packed, rows(packed.codes, 1, 1).astype(dtype))
     if format.bits == EXACT:
         return Block(rows(packed.planes[0], 1, 1).astype(dtype))
     planes = tuple(
@@ -226,7 +277,11 @@ def read_block(packed: Packed, start: Int[Array, ""] | int, size: int, dtype) ->
     )
     planes = tuple(p.reshape(*p.shape[:2], size // format.pack, -1, p.shape[3]) for p in planes)
     codes = packing.unpack(planes, format.bits)
-    codes = codes.reshape(*codes.shape[:2], size, codes.shape[-1]).astype(dtype)
+    return _block(rows, packed, codes.reshape(*codes.shape[:2], size, codes.shape[-1]).astype(dtype))
+
+
+def _block(rows: Callable[[Array, int, int], Array], packed: Stored, codes: Float[Array, "B K n D"]) -> Block:
+    format = packed.format
     per = format.group if format.per == "channel" else 1
     scale, zero = rows(packed.scale, 1, per), rows(packed.zero, 1, per)
     return Block(codes, scale, zero, format.group_axis, format.group)

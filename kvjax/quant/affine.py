@@ -52,6 +52,17 @@ def quantize(
     """
     if bits not in BITS:
         raise KvjaxError(f"{bits} bits: expected one of {', '.join(map(str, BITS))}")
+    return quantize_to(x, jnp.float32(2**bits - 1), axis, group, mask)
+
+
+def quantize_to(
+    x: Float[Array, "..."],
+    levels: Float[Array, ""],
+    axis: int,
+    group: int,
+    mask: Bool[Array, "..."] | None = None,
+) -> Quantized:
+    """`quantize` to codes 0 to `levels`, 2^b - 1 <= 255, which may be traced: the width is data here."""
     if x.shape[axis] % group:
         raise KvjaxError(f"group {group} does not divide the axis of {x.shape[axis]}")
     grouped = _split(x.astype(jnp.float32), axis, group)
@@ -63,8 +74,7 @@ def quantize(
     if mask is not None:
         empty = ~valid.any(axis, keepdims=True)
         low, high = jnp.where(empty, 0.0, low), jnp.where(empty, 0.0, high)
-    levels = 2**bits - 1
-    scale, zero = _divide(high - low, jnp.float32(levels)).astype(jnp.float16), low.astype(jnp.float16)
+    scale, zero = _divide(high - low, levels).astype(jnp.float16), low.astype(jnp.float16)
     finite = jnp.isfinite(scale) & jnp.isfinite(zero)
     if not isinstance(x, jax.core.Tracer) and not bool(finite.all()):
         raise KvjaxError("cannot quantise values that are not finite or do not fit float16")

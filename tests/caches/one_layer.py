@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.caches.base import CacheShape, Chunk, KVWeights, LayerCache
+from kvjax.caches.base import CacheShape, Chunk, KVWeights, LayerCache, visible
 from kvjax.caches.plan import parse_spec
 from kvjax.models.config import ModelConfig, RopeConfig
 from kvjax.models.rope import make_rope
@@ -97,7 +97,8 @@ def schedule(width, ragged=True):
 def both(cache: LayerCache, chunk: Chunk):
     """attend, and softmax attention over materialize: outputs and caches."""
     output, after, carry = cache.attend(chunk, ())
-    k, v, mask, plain, plain_carry = cache.materialize(chunk, ())
+    k, v, positions, plain, plain_carry = cache.materialize(chunk, ())
+    mask = visible(chunk, positions)
     assert carry == plain_carry == ()
     k, v = (jnp.repeat(a, HEADS // KV_HEADS, 2) for a in (k, v))
     scores = jnp.einsum("bthd,bnhd->bhtn", chunk.q, k) / np.sqrt(chunk.q.shape[-1])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from one_layer import BATCH, ENDS, ROPE, TOKENS, as_stored, rotated, same_bits, schedule
 
-from kvjax.caches.base import CacheShape, Chunk, KVWeights
+from kvjax.caches.base import CacheShape, Chunk, KVWeights, visible
 from kvjax.caches.plan import CachePlan
 from kvjax.caches.x import X
 from kvjax.caches.xcl import XCL
@@ -107,7 +107,8 @@ def make_chunk(layer: Layer, factors, at, lengths, width, window, read) -> Chunk
 @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 def step(cache, chunk, carry):
     output, after, above = cache.attend(chunk, carry)
-    k, v, mask, plain, plain_carry = cache.materialize(chunk, carry)
+    k, v, positions, plain, plain_carry = cache.materialize(chunk, carry)
+    mask = visible(chunk, positions)
     k, v = (jnp.repeat(a, HEADS // KV_HEADS, 2) for a in (k, v))
     scores = jnp.einsum("bthd,bnhd->bhtn", chunk.q, k) / np.sqrt(HEAD_DIM)
     weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), where=mask[:, None])
