@@ -17,7 +17,6 @@ import kvjax
 from experiments import program
 from kvjax.caches.plan import CachePlan, split_list
 from kvjax.tasks import agreement
-from kvjax.tasks import common_prefix as common_prefix  # what experiments.generate takes from here
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:

@@ -20,9 +20,9 @@ from rich.table import Table
 
 import kvjax
 from experiments import program
-from experiments.agreement import common_prefix
 from kvjax.caches.base import REAL_DTYPE, CacheShape
 from kvjax.caches.plan import CachePlan, split_list
+from kvjax.tasks import common_prefix
 
 
 def main(config: config_dict.ConfigDict, workdir: Path | None) -> None:

@@ -36,7 +36,7 @@ class Agreement:
 
 
 def agreement(dense: Sequence[Sequence[int]], made: Sequence[Sequence[int]]) -> Agreement:
-    """Compares token ids, text by text. Of a dense text without tokens all agree if the other has none, else none.
+    """Compares token ids, text by text. The share of a dense text without tokens is 1 where both have none, else 0.
 
     Raises:
       KvjaxError: there are no texts, or not as many of both.
@@ -44,9 +44,12 @@ def agreement(dense: Sequence[Sequence[int]], made: Sequence[Sequence[int]]) -> 
     if not len(dense) or len(dense) != len(made):
         raise KvjaxError(f"{len(made)} texts and {len(dense)} dense ones; expected as many, and at least one")
     pairs = list(zip(dense, made, strict=True))
-    same = [common_prefix(a, b) == len(a) == len(b) for a, b in pairs]
-    shares = [1.0 if whole else common_prefix(a, b) / max(len(a), 1) for whole, (a, b) in zip(same, pairs, strict=True)]
-    return Agreement(sum(same), sum(shares) / len(shares))
+    whole = sum(common_prefix(a, b) == len(a) == len(b) for a, b in pairs)
+    return Agreement(whole, sum(_share(a, b) for a, b in pairs) / len(pairs))
+
+
+def _share(dense: Sequence[int], made: Sequence[int]) -> float:
+    return common_prefix(dense, made) / len(dense) if len(dense) else float(not len(made))
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -91,6 +94,8 @@ def _problem(line: bytes, where: str) -> Problem:
         raise KvjaxError(f"{where} is not UTF-8: byte {error.start} does not decode") from None
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise KvjaxError(f"{where}: expected a JSON object with the texts question and answer") from None
+    if not problem.question.strip():
+        raise KvjaxError(f"{where}: the question is empty; expected text")
     if "#### " not in problem.answer or not re.fullmatch(r"-?[0-9]*\.?[0-9]+", problem.gold):
         raise KvjaxError(f"{where}: the answer ends in {problem.answer[-20:]!r}; expected '#### ' and a number")
     return problem
