@@ -43,7 +43,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     ids = model.tokenizer.encode(load_text(config.text))
     windows = cut_windows(ids, config.context, config.windows, config.offset)
     results = workdir / "results.jsonl"
-    identity = _identity(config, model, windows)
+    identity = identity_of(config, model, windows, config.protocol)
     rows = []
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} windows")
@@ -66,13 +66,13 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     print(f"rows: {results}\nplot: {workdir / 'pareto.png'}")
 
 
-def _identity(config: config_dict.ConfigDict, model: Model, windows: np.ndarray) -> dict[str, Any]:
+def identity_of(config: config_dict.ConfigDict, model: Model, windows: np.ndarray, protocol: str) -> dict[str, Any]:
     """What two runs must share for their windows to be the same."""
     tokens = hashlib.sha256(windows.astype(np.int32).tobytes()).hexdigest()
-    values = {**config.to_dict(), "model_sha256": model.checksum, "tokens_sha256": tokens}
+    values = {**config.to_dict(), "model_sha256": model.checksum, "tokens_sha256": tokens, "protocol": protocol}
     for key in ("model", "text"):  # where a file lies says nothing to others; its checksum does
-        if Path(values[key]).exists():
-            values[key] = Path(values[key]).name
+        names = split_list(values[key])
+        values[key] = ",".join(Path(name).name if Path(name).exists() else name for name in names)
     return {key: values[key] for key in SAME_RUN}
 
 

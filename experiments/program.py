@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.metadata
 import io
@@ -25,7 +24,7 @@ from absl import app, flags
 from ml_collections import config_dict, config_flags
 
 from kvjax.errors import KvjaxError
-from kvjax.files import brief
+from kvjax.files import brief, write_atomically
 
 ROOT = Path(__file__).parent.parent
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results and partial work.")
@@ -105,24 +104,6 @@ def _make_folder(folder: Path) -> None:
 def _fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
-
-
-def write_atomically(file: Path, data: bytes) -> None:
-    """Writes to a temporary name beside `file` and renames it: a kill leaves the old file or the new one.
-
-    Raises:
-      KvjaxError: it cannot be written; the old file is as it was.
-    """
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        part.replace(file)
-    except OSError as error:
-        raise KvjaxError(f"{file} cannot be written: {error.strerror}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 def save_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,27 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def write_atomically(file: Path, data: bytes) -> None:
+    """Writes to a temporary name beside `file` and renames it: a kill leaves the old file or the new one.
+
+    Raises:
+      KvjaxError: it cannot be written; the old file is as it was.
+    """
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        part.replace(file)
+    except OSError as error:
+        raise KvjaxError(f"{file} cannot be written: {error.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
 def write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    """Raises KvjaxError where it cannot be written."""
+    write_atomically(file, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -159,6 +159,11 @@ class CacheSpec(abc.ABC):
         """What this spec stores, whatever its place among the layers: the same for specs that store the same."""
         return self
 
+    @property
+    def place(self) -> Any:
+        """All of this spec that the layer above depends on, hashable; None where it depends on nothing."""
+        return None
+
     def check_below(self, above: CacheSpec | None) -> None:  # noqa: B027, most methods need no look above
         """Raises KvjaxError where the method cannot end under the layer above (None: the last layer)."""
 

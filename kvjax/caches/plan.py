@@ -215,6 +215,10 @@ class CachePlan:
         carries = (spec.init_carry(shape) for spec in self.specs)
         return next((carry for carry in carries if carry), ())
 
+    def init_shapes(self, shape: CacheShape) -> Any:
+        """The tree of `init` without its arrays. Raises KvjaxError where a spec does not fit the shape."""
+        return jax.eval_shape(lambda: self.init(shape))
+
     def nbytes(self, shape: CacheShape) -> int:
         """Allocated bytes of all layers."""
         return sum(count * spec.nbytes(shape) for spec, count in self._counts().items())

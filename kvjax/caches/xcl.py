@@ -129,6 +129,10 @@ class XCL(CacheSpec):
             return dataclasses.replace(self, index=self.base + 1)
         return dataclasses.replace(self, index=0, bits=self.base_bits)
 
+    @property
+    def place(self) -> XCL:
+        return dataclasses.replace(self, bits=store.EXACT)
+
     def check_below(self, above: CacheSpec | None) -> None:
         if self.index < self.base and not (isinstance(above, XCL) and above.index == self.index + 1):
             raise KvjaxError(

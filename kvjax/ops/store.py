@@ -129,7 +129,7 @@ def init(format: Format, batch: int, kv_heads: int, tokens: int, head_dim: int, 
     return Packed(planes, rows(*groups, jnp.float16), rows(*groups, jnp.float16), format)
 
 
-def logical_axes(packed: Packed, heads: str | None) -> Packed:
+def logical_axes(packed: Stored, heads: str | None) -> Stored:
     """The same tree with a PartitionSpec of logical names at every leaf."""
     return jax.tree.map(lambda _: PartitionSpec("batch", heads, None, None), packed)
 

@@ -86,7 +86,13 @@ class Streamed(LayerCache):
 
 
 def run_layer(
-    config: ModelConfig, layer: int, params: Any, h: Float[Array, "1 N D"], factors: Any, cache: LayerCache, carry: Any
+    config: ModelConfig,
+    layer: int,
+    params: Any,
+    h: Float[Array, "1 N D"],
+    factors: Any,
+    cache: LayerCache,
+    carry: Any,
 ) -> tuple[Float[Array, "1 N D"], Any, Any]:
     """One layer over a whole window, through any cache: output, the cache after it, and the carry."""
     count = h.shape[1]
@@ -212,7 +218,7 @@ class Simulator:
         for i in range(start, config.layers):
             spec = plan.specs[i]
             h, carry = _step(
-                *(config, self._program(i), form_of(spec), self.shape),
+                *(config, self.program(i), form_of(spec), self.shape),
                 *(params[f"layer_{i}"], h, carry, levels_of(spec, self.shape), self.factors(spec)[i]),
             )
             self.layers_run += 1
@@ -220,7 +226,7 @@ class Simulator:
                 hs, carries = [*hs, h], [*carries, carry]
         return Trace(plan, hs if whole else [h], carries)
 
-    def _program(self, layer: int) -> int:
+    def program(self, layer: int) -> int:
         """The first layer that differs from this one in its weights only."""
         config = self.model.config
         return next(i for i in range(layer + 1) if config.layer_window(i) == config.layer_window(layer))

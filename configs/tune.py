@@ -1,0 +1,37 @@
+"""The best plan for a model, a budget of bits and a text, see docs/tuning.md.
+
+    python -m experiments.tune --config=configs/tune.py --config.budget=3.25 --workdir=runs/tune
+
+takes about two minutes on two CPU cores and leaves runs/tune/plan.yaml, which `--config.cache` and `--config.caches`
+take everywhere. Other budgets and methods may share the folder: what was measured is not measured again.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+    return config_dict.create(
+        model="smollm2-135m",  # a name, a path or a hub name, see kvjax.load
+        text="demo",  # to calibrate on: files, demo, wikitext-2 or hub data sets, separated by commas
+        mode="kivi",  # of the default candidates: kivi or token
+        candidates="",  # caches, see kvjax.caches.plan; {2, 4, 8} bits of K and V where empty
+        budget=3.25,  # nominal bits
+        budget_asymptotic=0.0,  # bits with scales; counts instead where it is not 0
+        method="knapsack",  # or nsga2, refine (a knapsack's plan, made better)
+        error="predicted",  # of single layers, for the knapsack: or kld (measured, slower), e_o
+        prune="nominal",  # candidates by the front of bits (or asymptotic) and e_o, layer by layer; none
+        cluster="group",  # for nsga2: noise as one group, or singletons; none
+        objective="kld",  # or nll, top1, agreement (of greedy answers), gsm8k
+        problems="",  # GSM8K's file: agreement's prompts, gsm8k's problems
+        count=20,  # problems taken
+        shots=4,  # more problems, that gsm8k's prompts begin with
+        context=1024,  # tokens a window
+        windows=2,  # of each text
+        offset=0,  # tokens skipped first
+        dtype="float32",  # or bfloat16, float64
+        points=8,  # plans of the knapsack's front that are evaluated
+        trials=200,  # of nsga2
+        rounds=3,  # of refine, at most
+        seed=0,
+        worker=0,  # nsga2 processes that share a folder need numbers of their own
+    )

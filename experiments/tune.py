@@ -1,0 +1,417 @@
+"""The search for a plan: sensitivity, pruning, clustering, search, and a plan file with its card.
+
+    python -m experiments.tune --config=configs/tune.py --config.budget=3.25 --workdir=DIR
+
+Leaves DIR/plan.yaml, DIR/front.jsonl and pictures. Every stage goes on where it was cut off: errors of layers are
+rows of DIR/sensitivity.jsonl, evaluated plans lie in DIR/evaluations, NSGA-II's trials in DIR/journal.log, which more
+processes may share (--config.worker=1, ...).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import yaml
+from ml_collections import config_dict
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from experiments import program, tune_pictures
+from experiments.perplexity import identity_of
+from kvjax.caches.base import REAL_DTYPE, CacheShape, CacheSpec
+from kvjax.caches.kv import KV
+from kvjax.caches.plan import CachePlan, split_list
+from kvjax.caches.xcl import XCL
+from kvjax.checkpoints.model import Model
+from kvjax.errors import KvjaxError
+from kvjax.evaluate.perplexity import cut_windows
+from kvjax.evaluate.text import load_text
+from kvjax.generate import generate
+from kvjax.load import load
+from kvjax.tasks import accuracy, agreement, load_gsm8k
+from kvjax.tuner import sensitivity
+from kvjax.tuner.evaluations import Evaluations
+from kvjax.tuner.evolve import evolve
+from kvjax.tuner.knapsack import knapsack
+from kvjax.tuner.refine import refine
+from kvjax.tuner.simulate import Simulator
+from kvjax.tuner.space import Bits, cluster, default_candidates, pareto, settled
+
+CHOICES = {
+    "mode": ("kivi", "token"),
+    "method": ("knapsack", "nsga2", "refine"),
+    "error": ("predicted", "kld", "e_o"),
+    "prune": ("nominal", "asymptotic", "none"),
+    "cluster": ("group", "singletons", "none"),
+    "objective": ("kld", "nll", "top1", "agreement", "gsm8k"),
+    "dtype": ("float32", "bfloat16", "float64"),
+}
+EXPECTED = ("kld", "nll", "top1", "bits_nominal", "bits_asymptotic", "bits_real")
+SAMPLES = 2  # draws of every token's prediction, for the prediction of KL
+NEW_TOKENS = {"agreement": 64, "gsm8k": 256}
+Row = dict[str, Any]
+
+
+def main(config: config_dict.ConfigDict, workdir: Path) -> None:
+    _check(config)
+    if config.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    model = load(config.model, config.dtype)
+    windows = cut_windows(
+        model.tokenizer.encode(load_text(config.text)), config.context, config.windows, config.offset
+    )
+    search = Search(config, model, windows, workdir)
+    started = time.perf_counter()
+    plans = search.plans()
+    rows = search.front(plans)
+    chosen = next(row for row in rows if row["kind"] == "chosen")
+    _write_plan(search, chosen, rows, time.perf_counter() - started)
+    program.write_atomically(workdir / "front.jsonl", b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+    search.draw(rows)
+    Console(width=150).print(_table(rows))
+    print(f"plan: {workdir / 'plan.yaml'}\nfront: {workdir / 'front.jsonl'}\npictures: {workdir}/*.png")
+
+
+def calibration(config: config_dict.ConfigDict, model: Model) -> np.ndarray:
+    """The windows [w, n] of all texts."""
+    texts = (model.tokenizer.encode(load_text(name)) for name in split_list(config.text))
+    return np.concatenate([cut_windows(ids, config.context, config.windows, config.offset) for ids in texts])
+
+
+def _check(config: config_dict.ConfigDict) -> None:
+    for field, values in CHOICES.items():
+        if config[field] not in values:
+            raise KvjaxError(f"{field}={config[field]!r}; expected one of {', '.join(values)}")
+    for field in ("points", "trials", "rounds", "count"):
+        if config[field] < 1:
+            raise KvjaxError(f"{field}={config[field]}; expected at least 1")
+    if min(config.seed, config.worker, config.shots) < 0:
+        raise KvjaxError("seed, worker and shots are at least 0")
+    if config.objective in NEW_TOKENS and not config.problems:
+        raise KvjaxError(f"objective={config.objective} needs problems; expected GSM8K's jsonl file")
+
+
+class Search:
+    """One search: its candidates, what was measured, and the methods."""
+
+    def __init__(self, config: config_dict.ConfigDict, model: Model, windows: np.ndarray, workdir: Path):
+        self.config, self.model, self.windows, self.workdir = config, model, windows, workdir
+        self.shape = CacheShape.of(model.config, 1, config.context, REAL_DTYPE)
+        kind = "asymptotic" if config.budget_asymptotic else "nominal"
+        budget = config.budget_asymptotic or config.budget
+        self.bits = Bits(kind, budget, self.shape)
+        names = split_list(config.candidates) if config.candidates else default_candidates(config.mode)
+        self.candidates = settled(names, model.config)
+        self.uniform = [CachePlan.of((spec,) * model.config.layers, model.config) for spec in self.candidates]
+        least = min(self.bits.of_plan(plan) for plan in self.uniform)
+        if least > budget + 1e-9:
+            raise KvjaxError(f"budget={budget} {kind} bits; expected at least {least:g}, the least of the candidates")
+        self.identity = identity_of(config, model, windows, "streaming")
+        self.objective = _objective(config, model)
+        identity = self.identity | self.objective.identity
+        self.evaluations = Evaluations(workdir / "evaluations", identity, self._evaluate)
+        self._simulator: Simulator | None = None
+        self._errors: dict[tuple[int, str], Row] = {}
+
+    # ---- what is measured
+
+    @property
+    def simulator(self) -> Simulator:
+        """Made when it is first needed: a search that is done already needs none."""
+        if self._simulator is None:
+            self._simulator = Simulator(self.model, self.windows)
+        return self._simulator
+
+    def share(self, other: Search) -> None:
+        """Takes over what another search on the same windows has in memory."""
+        self._simulator, self._errors = other.simulator, other._errors
+
+    def _evaluate(self, plan: CachePlan) -> dict[str, float]:
+        simulator, start = self.simulator, time.perf_counter()
+        scores = simulator.score(plan)
+        means = {"kld": scores.kld, "nll": scores.nll, "top1": scores.agree}
+        figures = {name: float(each.mean()) for name, each in means.items()} | self.objective.measure(plan)
+        return figures | {"seconds": time.perf_counter() - start}
+
+    def loss(self, plan: CachePlan) -> float:
+        """What the search makes small."""
+        figures = self.evaluations(plan)
+        name = self.config.objective
+        return figures[name] if name in ("kld", "nll") else 1 - figures[name]
+
+    def errors(self) -> dict[tuple[int, str], Row]:
+        """A row for every layer and candidate, from disk where it is there; by the candidate's name in its place."""
+        if self._errors:
+            return self._errors
+        file, layers = self.workdir / "sensitivity.jsonl", self.model.config.layers
+        common = {"experiment": "sensitivity", **self.identity, "samples": SAMPLES, "seed": self.config.seed}
+        specs = self._places()
+        found = {
+            (row["layer"], row["cache"]): row for row in program.read_rows(file) if common.items() <= row.items()
+        }
+        missing = [[s for s in specs if not self._has_errors(found.get((i, _key(s))))] for i in range(layers)]
+        gradients = None
+        with _progress() as progress:
+            task = progress.add_task("sensitivity", total=layers, completed=sum(not m for m in missing))
+            for layer, some in enumerate(missing):
+                if not some:
+                    continue
+                if gradients is None:
+                    count = range(len(self.windows))
+                    gradients = [sensitivity.gradients(self.simulator, w, SAMPLES, self.config.seed) for w in count]
+                rows = self._measure(layer, some, gradients)
+                program.append_rows(file, [common | row | program.provenance() for row in rows])
+                found |= {(layer, row["cache"]): row for row in rows}
+                progress.advance(task)
+        self._errors = found
+        return found
+
+    def _measure(self, layer: int, specs: Sequence[CacheSpec], gradients: Any) -> list[Row]:
+        local = sensitivity.local_errors(self.simulator, layer, specs, gradients)
+        rows = []
+        for spec, figures in zip(specs, local, strict=True):
+            row = {"layer": layer, "cache": _key(spec), **_bits(spec, self.shape), **figures}
+            if self.config.error == "kld":
+                row["kld"] = sensitivity.measured(self.simulator, layer, spec)
+            rows.append(row)
+        return rows
+
+    def _has_errors(self, row: Row | None) -> bool:
+        return row is not None and (self.config.error in row)
+
+    def _places(self) -> list[CacheSpec]:
+        """What the candidates store in all their places."""
+        return list(dict.fromkeys(spec.alone for plan in self.uniform for spec in plan.specs))
+
+    def error(self, layer: int, spec: CacheSpec) -> float:
+        return self.errors()[layer, _key(spec.alone)][self.config.error]
+
+    # ---- the methods
+
+    def plans(self) -> list[CachePlan]:
+        """What the method comes to, best candidates for the budget among it, evaluated."""
+        plans = {"knapsack": self._knapsack, "refine": self._refine, "nsga2": self._nsga2}[self.config.method]()
+        with _progress() as progress:
+            for plan in progress.track([*plans, *self.uniform], description="evaluating"):
+                self.evaluations(plan)
+        return plans
+
+    def knapsack_front(self) -> list[CachePlan]:
+        """The front under additive errors, most bits first."""
+        choices = [self.candidates] * self.model.config.layers
+        return [plan for plan, _ in knapsack(choices, self.bits.of, self.error)]
+
+    def _knapsack(self) -> list[CachePlan]:
+        """The budget's plan, and some of the front below it, evenly spread over the bits."""
+        front = self.knapsack_front()
+        ends = self.bits.of_plan(front[-1]), min(self.bits.of_plan(front[0]), self.bits.budget)
+        targets = np.linspace(*ends, self.config.points)
+        spread = [min(front, key=lambda plan, t=t: abs(self.bits.of_plan(plan) - t)) for t in targets]  # type: ignore[misc]
+        return list(dict.fromkeys([self._for_budget(front), *spread]))
+
+    def _for_budget(self, front: list[CachePlan]) -> CachePlan:
+        return next(plan for plan in front if self.bits.fits(plan))
+
+    def _refine(self) -> list[CachePlan]:
+        start = self._for_budget(self.knapsack_front())
+        choices = [self._pruned(layer, self.bits.of, self.config.error) for layer in range(self.model.config.layers)]
+        names = [[str(spec) for spec in choice] for choice in choices]
+        for layer, spec in enumerate(start.specs):  # pruned or not, the plan's own is a choice
+            if str(spec) not in names[layer]:
+                choices[layer] = sorted([*choices[layer], spec], key=self.bits.of, reverse=True)
+        plans: list[CachePlan] = []
+        with _progress() as progress:
+            task = progress.add_task("refining", total=self.config.rounds + 1)
+            rounds = refine(start, choices, self.bits, self.loss, self.config.rounds, self.model.config)
+            for plan, loss in rounds:
+                if plans:
+                    self.simulator.forget(plans[-1])
+                self.simulator.keep(plan)
+                plans.append(plan)
+                progress.update(task, advance=1, description=f"refining, {self.config.objective} {loss:.5f}")
+        return plans
+
+    def _nsga2(self) -> list[CachePlan]:
+        groups, choices = self.groups()
+        config, identity = self.config, [self.evaluations.identity, [[str(s) for s in c] for c in choices], groups]
+        name = hashlib.sha256(json.dumps([*identity, config.objective, self.bits.kind, self.bits.budget]).encode())
+        with _progress() as progress:
+            task = progress.add_task("NSGA-II", total=config.trials)
+            return evolve(
+                *(self.workdir / "journal.log", name.hexdigest()[:16], groups, choices, self.bits, self.loss),
+                *(config.trials, (config.seed, config.worker), self.model.config),
+                lambda ended: progress.update(task, completed=ended),
+            )
+
+    def groups(self) -> tuple[list[list[int]], list[list[CacheSpec]]]:
+        """Layers that share a choice, and every layer's choice."""
+        layers = range(self.model.config.layers)
+        choices = [list(self.candidates) for _ in layers]
+        if self.config.prune != "none":
+            bits = dataclasses.replace(self.bits, kind=self.config.prune)
+            choices = [self._pruned(layer, bits.of, "e_o") for layer in layers]
+        if self.config.cluster == "none":
+            return [[layer] for layer in layers], choices
+        errors = [[self._row(layer, spec)["e_o"] for spec in choices[layer]] for layer in layers]
+        return cluster(choices, errors, self.config.cluster), choices
+
+    def _pruned(self, layer: int, bits: Callable[[CacheSpec], float], error: str) -> list[CacheSpec]:
+        return pareto(self.candidates, bits, lambda spec: self._row(layer, spec)[error])
+
+    def _row(self, layer: int, spec: CacheSpec) -> Row:
+        """A candidate's errors where all layers have it, at the top: above the base of a run."""
+        top = self.uniform[self.candidates.index(spec)].specs[-1] if spec in self.candidates else spec
+        return self.errors()[layer, _key(top.alone)]
+
+    # ---- what is handed over
+
+    def front(self, plans: Sequence[CachePlan]) -> list[Row]:
+        """A row per evaluated plan; the best one that fits the budget, uniform or not, is the chosen one."""
+        kinds = dict.fromkeys(plans, "search") | dict.fromkeys(self.uniform, "uniform")
+        best = min(filter(self.bits.fits, kinds), key=self.loss)
+        config = {key: self.config[key] for key in ("method", "objective", "error", "seed", "dtype")}
+        common = {"experiment": "tune", **self.identity, **config} | program.provenance()
+        rows = [common | {"kind": kind} | self._describe(plan) for plan, kind in kinds.items()]
+        return [*rows, common | {"kind": "chosen", "was": kinds[best]} | self._describe(best)]
+
+    def _describe(self, plan: CachePlan) -> Row:
+        bits = {"bits_nominal": plan.bits_nominal, "bits_asymptotic": plan.bits_asymptotic(self.shape)}
+        return {
+            "cache": str(plan),
+            **bits,
+            "bits_real": plan.bits_real(self.shape),
+            "predicted": self.predicted(plan),
+            **self.evaluations(plan),
+        }
+
+    def predicted(self, plan: CachePlan) -> float | None:
+        """The sum of the layers' errors, where they are in nats and were measured."""
+        if not self._errors or self.config.error == "e_o":
+            return None
+        return sum(self.error(layer, spec) for layer, spec in enumerate(plan.specs))
+
+    def draw(self, rows: list[Row]) -> None:
+        """The pictures."""
+        tune_pictures.front(rows, self.workdir / "front.png")
+        if self._errors:
+            errors = list(self._errors.values())
+            tune_pictures.heat_map(errors, self.config.error, self.workdir / "sensitivity.png")
+            groups, choices = self.groups()
+            named = [{"layers": g, "candidates": [str(s) for s in choices[g[0]]]} for g in groups]
+            tune_pictures.clusters(errors, named, self.workdir / "clusters.png")
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is measured of a plan beside KL, nll and top-1 agreement, and what that depends on."""
+
+    identity: dict[str, Any]
+    measure: Callable[[CachePlan], dict[str, float]]
+
+
+def _objective(config: config_dict.ConfigDict, model: Model) -> Objective:
+    if config.objective not in NEW_TOKENS:
+        return Objective({}, lambda plan: {})
+    problems = load_gsm8k(Path(config.problems))
+    needed = config.count + config.shots
+    if len(problems) < needed:
+        raise KvjaxError(f"{config.problems} has {len(problems)} problems; expected count + shots = {needed}")
+    some, shots = problems[: config.count], problems[config.count : needed]
+    identity = {"objective": config.objective, "count": config.count}
+    asked = hashlib.sha256(json.dumps([[p.question, p.answer] for p in problems[:needed]]).encode()).hexdigest()
+    identity |= {"problems_sha256": asked, "shots": config.shots if config.objective == "gsm8k" else 0}
+    tokens = NEW_TOKENS[config.objective]
+    if config.objective == "gsm8k":
+        return Objective(
+            identity, lambda plan: {"gsm8k": accuracy(model, plan, some, shots, max_new_tokens=tokens).share}
+        )
+    questions = [problem.question for problem in some]
+    dense: list[list[list[int]]] = []
+
+    def greedy(plan: CachePlan) -> list[list[int]]:
+        return generate(model, questions, plan, max_new_tokens=tokens, chat=True).tokens
+
+    def measure(plan: CachePlan) -> dict[str, float]:
+        if not dense:
+            dense.append(greedy(CachePlan.parse("dense", model.config)))
+        return {"agreement": agreement(dense[0], greedy(plan)).share}
+
+    return Objective(identity, measure)
+
+
+def _key(spec: CacheSpec) -> str:
+    """A spec's name in sensitivity.jsonl: with its place, where that decides what it stores."""
+    if isinstance(spec, XCL):
+        return f"{spec} {'above' if spec.delta else 'up to'} its base"
+    return str(spec)
+
+
+def _bits(spec: CacheSpec, shape: CacheShape) -> dict[str, float]:
+    return {"bits_nominal": spec.bits_nominal, "bits_asymptotic": spec.bits_asymptotic(shape)}
+
+
+def _progress() -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def _write_plan(search: Search, chosen: Row, rows: list[Row], seconds: float) -> None:
+    """DIR/plan.yaml: the plan in our grammar, and its card. Beside it KVTuner's YAML, where it can say the plan."""
+    config = search.config
+    plan = CachePlan.parse(chosen["cache"], search.model.config)
+    calibration = {key: search.identity[key] for key in ("text", "tokens_sha256", "context", "windows", "offset")}
+    own = [row for row in rows if row["kind"] == "search"]
+    front = pareto(own, lambda row: row["bits_asymptotic"], lambda row: row["kld"])
+    card = {
+        "model": search.identity["model"],
+        "model_sha256": search.identity["model_sha256"],
+        "calibration": calibration | {"dtype": config.dtype},
+        "search": {
+            **{key: config[key] for key in ("method", "objective", "error", "seed")},
+            "candidates": [str(spec) for spec in search.candidates],
+            "budget": search.bits.budget,
+            "budget_of": f"{search.bits.kind} bits",
+            "seconds": round(seconds, 1),
+        },
+        "expected": {
+            key: chosen[key] for key in ("kld", "nll", "top1", "bits_nominal", "bits_asymptotic", "bits_real")
+        },
+        "front": [[row["bits_asymptotic"], row["kld"]] for row in front],
+        "made_with": {key: chosen[key] for key in ("device", "versions", "git")},
+    }
+    text = yaml.safe_dump({"plan": str(plan), "card": card}, sort_keys=False, width=1000)
+    program.write_atomically(search.workdir / "plan.yaml", text.encode())
+    modes = {spec.mode for spec in plan.specs if type(spec) is KV}
+    if all(type(spec) is KV for spec in plan.specs) and len(modes) == 1:
+        name = {"token": "kvtuner_pertoken.yaml", "kivi": "kvtuner_kivi.yaml"}[modes.pop()]
+        program.write_atomically(search.workdir / name, plan.preset().encode())
+
+
+def _table(rows: list[Row]) -> Table:
+    first = rows[0]
+    title = "{model} ({dtype}), calibrated on {text}: {windows} windows of {context} tokens each; {method}".format(
+        **first
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("cache", overflow="ellipsis", no_wrap=True, max_width=60)
+    for name in ("kind", "bits", "with scales", "KL", "predicted", "nll", "top-1"):
+        table.add_column(name, justify="right")
+    for row in sorted(rows, key=lambda row: (row["kind"] == "chosen", row["bits_asymptotic"])):
+        predicted = "" if row["predicted"] is None else f"{row['predicted']:.5f}"
+        bits = f"{row['bits_nominal']:.2f}", f"{row['bits_asymptotic']:.2f}"
+        figures = f"{row['kld']:.5f}", predicted, f"{row['nll']:.4f}", f"{row['top1']:.3f}"
+        table.add_row(row["cache"], row["kind"], *bits, *figures)
+    return table
+
+
+if __name__ == "__main__":
+    program.run(main, "configs/tune.py")

@@ -1,0 +1,74 @@
+"""The whole front at once: errors of single layers add up well enough for dynamic programming over the layers.
+
+State: what the layers above depend on (a place in a run of XQuant-CL; nothing for most methods). Of each state the
+partial plans that no other beats in both bits and error are kept, so that the front is exact for additive errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from kvjax.caches.base import CacheSpec
+from kvjax.caches.plan import CachePlan
+from kvjax.errors import KvjaxError
+from kvjax.tuner.space import pareto
+
+
+class Partial(NamedTuple):
+    """Layers 0 to some layer: summed bits and error, the last spec and the layers below it."""
+
+    bits: float
+    error: float
+    spec: CacheSpec | None = None
+    below: Partial | None = None
+
+    @property
+    def specs(self) -> tuple[CacheSpec, ...]:
+        found: list[CacheSpec] = []
+        node: Partial | None = self
+        while node is not None and node.spec is not None:
+            found.append(node.spec)
+            node = node.below
+        return tuple(found[::-1])
+
+
+def knapsack(
+    candidates: Sequence[Sequence[CacheSpec]],
+    bits: Callable[[CacheSpec], float],
+    error: Callable[[int, CacheSpec], float],
+) -> list[tuple[CachePlan, float]]:
+    """The front of plans under the sum of `error(layer, spec)`, with that sum, most bits first.
+
+    candidates: of every layer, settled; `bits` and `error` hear of them in their place, see
+      `CacheSpec.placed`.
+
+    Raises:
+      KvjaxError: no plan can be made of the candidates.
+    """
+    states: dict[Any, list[Partial]] = {None: [Partial(0.0, 0.0)]}
+    for layer, choice in enumerate(candidates):
+        grown: dict[Any, list[Partial]] = {}
+        for partials in states.values():
+            below = partials[0].spec
+            for spec in choice:
+                placed = spec.placed(below)
+                if below is not None and not _goes_under(below, placed):
+                    continue
+                more_bits, more_error = bits(placed), error(layer, placed)
+                grown.setdefault(placed.place, []).extend(
+                    Partial(round(p.bits + more_bits, 6), p.error + more_error, placed, p) for p in partials
+                )
+        states = {state: pareto(each, lambda p: p.bits, lambda p: p.error) for state, each in grown.items()}
+    ended = [p for each in states.values() for p in each if p.spec is not None and _goes_under(p.spec, None)]
+    if not ended:
+        raise KvjaxError("no plan can be made of these candidates")
+    return [(CachePlan(p.specs), p.error) for p in pareto(ended, lambda p: p.bits, lambda p: p.error)]
+
+
+def _goes_under(spec: CacheSpec, above: CacheSpec | None) -> bool:
+    try:
+        spec.check_below(above)
+    except KvjaxError:
+        return False
+    return True

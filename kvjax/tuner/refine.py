@@ -1,0 +1,91 @@
+"""A plan made better by measuring around it: each layer's next candidates, then a knapsack of what they changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from kvjax.caches.base import CacheSpec, ModelShapes
+from kvjax.caches.plan import CachePlan
+from kvjax.errors import KvjaxError
+from kvjax.tuner.knapsack import knapsack
+from kvjax.tuner.space import Bits
+
+
+def swapped(plan: CachePlan, layer: int, spec: CacheSpec, model: ModelShapes) -> CachePlan | None:
+    """The plan with another spec at one layer, None where the layers then do not go together."""
+    specs = [*plan.specs[:layer], spec, *plan.specs[layer + 1 :]]
+    try:
+        return CachePlan.of(specs, model)
+    except KvjaxError:
+        return None
+
+
+def refine(
+    start: CachePlan,
+    candidates: Sequence[Sequence[CacheSpec]],
+    bits: Bits,
+    loss: Callable[[CachePlan], float],
+    rounds: int,
+    model: ModelShapes,
+) -> Iterator[tuple[CachePlan, float]]:
+    """The start and ever better plans within the budget, with their losses.
+
+    candidates: of every layer, in order of bits; the next ones up and down are tried.
+    """
+    best, least = start, loss(start)
+    yield best, least
+    for _ in range(rounds):
+        choices, change = _measure(best, least, candidates, loss, model)
+        front = knapsack(choices, bits.of, lambda layer, spec, change=change: change[layer, str(spec)])  # type: ignore[misc]
+        plan = min((each for each in front if bits.fits(each[0])), key=lambda each: each[1], default=(best, 0.0))[0]
+        # What changes together does not add up exactly: half the changes may be better than all.
+        tried = [plan, *(_part(best, plan, change, model, share) for share in (2, 4))]
+        better = min(
+            ((loss(p), i) for i, p in enumerate(tried) if p is not None and bits.fits(p)), default=(least, 0)
+        )
+        if better[0] >= least:
+            return
+        chosen = tried[better[1]]
+        assert chosen is not None
+        best, least = chosen, better[0]
+        yield best, least
+
+
+def _measure(
+    best: CachePlan,
+    least: float,
+    candidates: Sequence[Sequence[CacheSpec]],
+    loss: Callable[[CachePlan], float],
+    model: ModelShapes,
+) -> tuple[list[list[CacheSpec]], dict[tuple[int, str], float]]:
+    """Each layer's choices around a plan, and by how much each alone changes its loss."""
+    choices, change = [], {}
+    for layer, (here, choice) in enumerate(zip(best.specs, candidates, strict=True)):
+        names = [str(spec) for spec in choice]
+        at = names.index(str(here))
+        near = [here]
+        change[layer, str(here)] = 0.0
+        for i in (at - 1, at + 1):
+            if 0 <= i < len(choice) and (plan := swapped(best, layer, choice[i], model)):
+                near.append(choice[i])
+                change[layer, names[i]] = loss(plan) - least
+        choices.append(near)
+    return choices, change
+
+
+def _part(
+    best: CachePlan, plan: CachePlan, change: dict[tuple[int, str], float], model: ModelShapes, share: int
+) -> CachePlan | None:
+    """The plan that keeps of the changes from `best` to `plan` one part in `share`: the most rewarding ups and the
+    least harmful downs, as many of both."""
+    moves = [i for i, (a, b) in enumerate(zip(best.specs, plan.specs, strict=True)) if str(a) != str(b)]
+    gains = sorted(moves, key=lambda i: change[i, str(plan.specs[i])])
+    count = len(moves) // (2 * share)
+    kept = {*gains[:count], *[i for i in gains if change[i, str(plan.specs[i])] >= 0][:count]}
+    if not kept:
+        return None
+    specs = [b if i in kept else a for i, (a, b) in enumerate(zip(best.specs, plan.specs, strict=True))]
+    try:
+        return CachePlan.of(specs, model)
+    except KvjaxError:
+        return None

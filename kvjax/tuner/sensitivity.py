@@ -1,0 +1,212 @@
+"""What quantising one layer alone costs, candidate by candidate: KVTuner's errors and what predicts quality better.
+
+Everything is measured on a full-precision run, so no error accumulates (KVTuner, section 4 and appendix B).
+
+    e_k = mean |K - K̂| / |K|    e_v likewise    e_a = mean |a - â|    e_o = mean |o - ô| / |o|
+
+with â = softmax(q K̂ᵀ / √d) and ô = â V̂, every key and value as stored, for the queries of the decoding phase, which
+is the second half of a window here. `kld` is the KL divergence of the whole model with this layer quantised.
+`predicted` estimates it for all layers and candidates from one backward pass: with g the gradient of Σ_t log p(y_t),
+y_t drawn from the dense run's predictions, with respect to the layer's attention output, and δ what quantisation
+moves that output by under `streaming`, KL ≈ ½ E Σ_t (g_t·δ_t)² / N, for the Fisher information is the curvature of
+KL. What the δ of different tokens have in common is left out: that estimates a little less, with far less noise.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax.caches.base import CacheShape, CacheSpec, Chunk, LayerCache, visible
+from kvjax.caches.plan import CachePlan
+from kvjax.models.decoder import rms_norm
+from kvjax.ops import attention
+from kvjax.ops.rotate import rotate_heads
+from kvjax.tuner.simulate import Simulator, Streamed, exact_form, form_of, levels_of, run_layer
+
+TINY = 1e-8  # added to denominators
+ROWS = 128  # tokens whose logits are held at a time
+ERRORS = ("e_k", "e_v", "e_a", "e_o", "predicted")
+
+
+def alone(simulator: Simulator, layer: int, spec: CacheSpec) -> CachePlan:
+    """The plan with this layer quantised and the others exact: dense, or the method itself where its layers depend on
+    one another."""
+    specs = list(_exact(simulator, spec).specs)
+    specs[layer] = spec
+    return CachePlan(tuple(specs))
+
+
+def _exact(simulator: Simulator, spec: CacheSpec) -> CachePlan:
+    """The run that the spec is measured on."""
+    if not spec.init_carry(simulator.shape):
+        return simulator.dense_plan
+    return CachePlan((exact_form(spec),) * simulator.model.config.layers)
+
+
+def measured(simulator: Simulator, layer: int, spec: CacheSpec) -> float:
+    """KL divergence, nats a token, with this layer alone quantised."""
+    simulator.keep(_exact(simulator, spec))
+    return float(simulator.score(alone(simulator, layer, spec)).kld.mean())
+
+
+def local_errors(
+    simulator: Simulator, layer: int, specs: Sequence[CacheSpec], gradients: Sequence[Float[np.ndarray, "L S N H d"]]
+) -> list[dict[str, float]]:
+    """ERRORS of every spec at one layer, averaged over the windows.
+
+    gradients: of every window, see `gradients`.
+    """
+    config, params = simulator.model.config, simulator.model.params[f"layer_{layer}"]
+    found: dict[CacheSpec, dict[str, float]] = {}
+    for form, group in itertools.groupby(sorted(specs, key=lambda s: str(form_of(s))), key=form_of):
+        same = list(group)
+        levels = jnp.stack([levels_of(spec, simulator.shape) for spec in same])
+        parts = [
+            _local_errors(
+                *(
+                    config,
+                    simulator.program(layer),
+                    form,
+                    simulator.shape,
+                    params,
+                    trace.h[layer],
+                    trace.carry[layer],
+                ),
+                *(levels, simulator.factors(form)[layer], g[layer]),
+            )
+            for trace, g in zip(simulator.keep(_exact(simulator, form)), gradients, strict=True)
+        ]
+        for i, spec in enumerate(same):
+            found[spec] = {name: float(np.mean([part[name][i] for part in parts])) for name in ERRORS}
+    return [found[spec] for spec in specs]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "layer", "form", "shape"))
+def _local_errors(config, layer, form, shape, params, h, carry, levels, factors, g):
+    return run_layer(config, layer, params, h, factors, _Probe(levels, g, form, shape), carry)[2]
+
+
+@struct.dataclass
+class _Probe(LayerCache):
+    """Hands out the errors of C candidates of one form as its carry."""
+
+    levels: Float[Array, "C s"]
+    g: Float[Array, "S N H d"]
+    form: CacheSpec = struct.field(pytree_node=False)
+    shape: CacheShape = struct.field(pytree_node=False)
+
+    def attend(self, chunk: Chunk, carry: Any):
+        dtype = jnp.promote_types(chunk.q.dtype, jnp.float32)
+        own = rotate_heads(chunk.k, chunk.rotation).astype(dtype), chunk.v.astype(dtype)
+        exact = attention.attend_streamed(chunk.q, (*own, chunk.positions), own, 0, chunk.window)
+        a, o = _late_attention(chunk, *own, chunk.positions)
+
+        def candidate(levels):
+            cache = Streamed(levels, self.form, self.shape)
+            k, v, positions, _, _ = cache.materialize(chunk, carry)
+            streamed = attention.attend_streamed(chunk.q, (k, v, positions), own, self.form.block, chunk.window)
+            moved = jnp.einsum("snhd,nhd->sn", self.g, (streamed - exact)[0])
+            k, v = (_by_position(x[0], positions[0], self.shape.max_len) for x in (k, v))
+            a_hat, o_hat = _late_attention(chunk, k[None], v[None], chunk.positions)
+            return {
+                "e_k": _relative(own[0][0], k),
+                "e_v": _relative(own[1][0], v),
+                "e_a": jnp.abs(a - a_hat).sum() / (a > 0).sum(),
+                "e_o": _relative(o, o_hat),
+                "predicted": 0.5 * (moved**2).sum(1).mean() / (moved.shape[1] - 1),
+            }
+
+        return jnp.zeros_like(chunk.q), self, jax.lax.map(candidate, self.levels)
+
+    def materialize(self, chunk: Chunk, carry: Any):
+        raise NotImplementedError
+
+
+def _by_position(x: Float[Array, "n K d"], positions: Int[Array, "n"], tokens: int) -> Float[Array, "N K d"]:
+    at = jnp.where(positions < 0, tokens, positions)
+    return jnp.zeros((tokens, *x.shape[1:]), x.dtype).at[at].set(x, mode="drop")
+
+
+def _late_attention(
+    chunk: Chunk, k: Float[Array, "1 N K d"], v: Float[Array, "1 N K d"], positions: Int[Array, "1 N"]
+) -> tuple[Float[Array, "1 H T N"], Float[Array, "1 T H d"]]:
+    """Attention weights and outputs of the queries of the second half."""
+    late = chunk.q.shape[1] // 2
+    mask: Bool[Array, "1 T N"] = visible(chunk, positions)[:, late:]
+    k, v = (jnp.repeat(a, chunk.q.shape[2] // a.shape[2], 2) for a in (k, v))
+    scores = jnp.einsum("bthd,bnhd->bhtn", chunk.q[:, late:].astype(k.dtype), k) * k.shape[-1] ** -0.5
+    a = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf))
+    return a, jnp.einsum("bhtn,bnhd->bthd", a, v)
+
+
+def _relative(exact: Array, other: Array) -> Array:
+    return jnp.mean(jnp.abs(exact - other) / (jnp.abs(exact) + TINY))
+
+
+# ---- gradients
+
+
+@struct.dataclass
+class _Moved(LayerCache):
+    """Exact attention, its output moved by `by`."""
+
+    by: Float[Array, "1 N H d"]
+
+    def attend(self, chunk: Chunk, carry: Any):
+        own = rotate_heads(chunk.k, chunk.rotation), chunk.v
+        stored = (*own, chunk.positions)
+        return attention.attend_streamed(chunk.q, stored, own, 0, chunk.window) + self.by, self, carry
+
+    def materialize(self, chunk: Chunk, carry: Any):
+        raise NotImplementedError
+
+
+def gradients(simulator: Simulator, window: int, samples: int, seed: int) -> Float[np.ndarray, "L S N H d"]:
+    """Gradients of sum_t log p(y_t) with respect to every layer's attention output, for `samples` draws of all y."""
+    config, params = simulator.model.config, simulator.model.params
+    trace, dense = simulator.keep(simulator.dense_plan)[window], simulator.dense(window)
+    head = params["embed"] if config.tied else params["head"]
+    key = jax.random.fold_in(jax.random.key(seed), window)
+    g = _pull_head(config, head, params["norm"], trace.h[-1], dense.mean, jax.random.split(key, samples))
+    found = []
+    for layer in reversed(range(config.layers)):
+        g, moved = _pull_layer(config, simulator.program(layer), params[f"layer_{layer}"], trace.h[layer], g)
+        found.append(np.asarray(moved))
+    return np.stack(found[::-1])
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _pull_head(config, head, norm, h, mean, keys):
+    hidden, pull = jax.vjp(lambda h: rms_norm(h, norm, config.norm_eps), h)
+    drawn = jax.vmap(lambda key: _draw(hidden[0, :-1], head, key))(keys)  # [S, N - 1]
+    g = jnp.pad(head[drawn] - mean.astype(h.dtype), ((0, 0), (0, 1), (0, 0)))  # the last token predicts nothing
+    return jax.vmap(lambda g: pull(g[None])[0])(g)
+
+
+def _draw(hidden: Float[Array, "n D"], head: Float[Array, "V D"], key: Array) -> Int[Array, "n"]:
+    """A next token of each, from the model's predictions."""
+    count = hidden.shape[0]
+    size = min(ROWS, count)
+    rows = jnp.pad(hidden, ((0, -count % size), (0, 0))).reshape(-1, size, hidden.shape[1])
+    keys = jax.random.split(key, rows.shape[0])
+    return jax.lax.map(lambda x: jax.random.categorical(x[1], x[0] @ head.T), (rows, keys)).reshape(-1)[:count]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "layer"))
+def _pull_layer(config, layer, params, h, g):
+    def forward(h, by):
+        return run_layer(config, layer, params, h, (), _Moved(by), ())[0]
+
+    zeros = jnp.zeros((*h.shape[:2], config.heads, config.head_dim), h.dtype)
+    _, pull = jax.vjp(forward, h, zeros)
+    below, moved = jax.vmap(pull)(g)
+    return below, moved[:, 0]
