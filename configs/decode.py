@@ -3,10 +3,11 @@
     python -m experiments.decode --config=configs/decode.py --workdir=runs/decode
 
     python -m experiments.decode --config=configs/decode.py:latents --workdir=runs/latents
+    python -m experiments.decode --config=configs/decode.py:mixed --workdir=runs/mixed
 
 prefills 7900 tokens of the demo text into each cache of a 135M-parameter model, then times single steps in turn:
 about eight minutes on two CPU cores. `dense` runs twice, with keys and values in float32 and in bfloat16. The second
-form is for caches that rebuild keys, at depth 4096.
+form is for caches that rebuild keys, at depth 4096; the third for a searched plan and the uniform ones it is made of.
 """
 
 from ml_collections import config_dict
@@ -17,8 +18,12 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
     if variant == "latents":
         caches = "dense,k4v4@kivi,x4@latent,x4@head,x4@input,xcl3@latent"
         config.update(caches=caches, rebuild="x4@latent,x4@head", depth=4096, max_len=4352)
+    elif variant == "mixed":
+        config.update(
+            caches=f"dense,k8v4@kivi,k4v4@kivi,k4v2@kivi,k2v2@kivi,{SEARCHED}", depth=4096, max_len=4352, steps=40
+        )
     elif variant:
-        raise ValueError(f"variant {variant!r}; expected latents or nothing")
+        raise ValueError(f"variant {variant!r}; expected latents, mixed or nothing")
     return config
 
 

@@ -13,5 +13,5 @@ from configs import tune
 
 def get_config() -> config_dict.ConfigDict:
     config = tune.get_config()
-    config.update(windows=1, budget=6.0, points=16)
+    config.update(context=512, windows=1, budget=6.0, points=16)
     return config

@@ -44,6 +44,7 @@ class Contestant:
     """A cache under test: its compiled step, its state and the seconds its steps took."""
 
     compiled: Any
+    compile_seconds: float
     factors: Any
     token: jax.Array
     cache: Cache
@@ -121,8 +122,9 @@ def _prepare(
     step = jax.jit(lambda params, factors, token, cache: feed(params, factors, token, cache, one), donate_argnums=3)
     # What values absorbed into the output save is measured against a step that rebuilds them.
     with mock.patch.object(remat, "few_rows", lambda rows: False) if rebuild else contextlib.nullcontext():
+        began = time.perf_counter()
         compiled = step.lower(model.params, bases, token, cache).compile()
-    return Contestant(compiled, bases, token, cache, [])
+    return Contestant(compiled, time.perf_counter() - began, bases, token, cache, [])
 
 
 def _figures(contestant: Contestant, dense: Contestant) -> dict[str, Any]:
@@ -138,6 +140,7 @@ def _figures(contestant: Contestant, dense: Contestant) -> dict[str, Any]:
         ),
         "cache_bytes": nbytes,
         "temp_bytes": memory.temp_size_in_bytes,
+        "compile_seconds": contestant.compile_seconds,
         "temp_share": memory.temp_size_in_bytes / dense_bytes,
     }
 

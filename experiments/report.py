@@ -6,12 +6,15 @@ docs/bad_inputs.md is written whole.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import closed_loop, pareto
+from scipy.stats import spearmanr
+
+from experiments import closed_loop, pareto, plans
 from experiments.program import read_rows, write_atomically
 from kvjax.caches.base import REAL_DTYPE, CacheShape
 from kvjax.caches.plan import CachePlan
@@ -161,6 +164,120 @@ def bad_inputs(rows: list[Row], fuzzed: list[Row]) -> str:
     return f"# Bad inputs\n\n{text}\n\n{cases}\n\n{damaged}\n\n{fuzz(fuzzed)}\n"
 
 
+# ---- docs/tuning.md
+
+
+def predictors(rows: list[Row]) -> str:
+    """How well each error ranks the layers: Spearman's correlation with the measured KL, candidate by candidate."""
+    names = ("e_k", "e_v", "e_a", "e_o", "predicted")
+    lines = []
+    for cache in dict.fromkeys(row["cache"] for row in rows):
+        own = [row for row in rows if row["cache"] == cache]
+        kld = [row["kld"] for row in own]
+        ranks = (spearmanr([row[name] for row in own], kld).statistic for name in names)
+        ratio = sum(row["predicted"] for row in own) / sum(kld)
+        shown = ("" if math.isnan(rank) else f"{rank:.2f}" for rank in ranks)
+        lines.append([f"`{cache}`", *shown, f"{sum(kld):.5f}", f"{ratio:.2f}"])
+    header = ("candidate", *names, "KL, summed over layers", "predicted / measured")
+    return f"{_source(rows)} {_calibration(rows)}\n\n" + table(header, lines)
+
+
+def searched(rows: list[Row]) -> str:
+    lines = []
+    for row in rows:
+        if row["kind"] == "searched":
+            other = plans.best_uniform(rows, row)
+            assert other
+            bits = f"{row['budget']:g}", f"{row['bits_asymptotic']:.2f}"
+            than = f"`{other['cache']}`", f"{other['kld']:.5f}", plans.difference(other)
+            nll = f"{100 * row['nll_increase'] / row['nll_dense']:.2f} %"
+            lines.append([row["text"], row["search"], *bits, f"{row['kld']:.5f}", nll, f"{row['top1']:.3f}", *than])
+    header = (
+        "judged on",
+        "search",
+        "budget",
+        "with scales",
+        "KL",
+        "nll",
+        "top-1",
+        "best uniform",
+        "its KL",
+        "better by",
+    )
+    return f"{_source(rows)} {_calibration(rows)}\n\n" + table(header, lines)
+
+
+def lossless(rows: list[Row]) -> str:
+    """The fewest bits at which a searched plan is nearly lossless on every text."""
+    lines = []
+    for name in dict.fromkeys(row["search"] for row in rows):
+        own = [row for row in rows if row["search"] == name and row["kind"] == "searched"]
+        fits = [budget for budget in {row["budget"] for row in own} if all(map(_lossless, _at(own, budget)))]
+        found = _at(own, min(fits))[0] if fits else None
+        figures = (f"{found['bits_nominal']:.2f}", f"{found['bits_asymptotic']:.2f}") if found else ("none", "none")
+        lines.append([name, *figures])
+    return table(("search", "nominal bits", "with scales"), lines)
+
+
+def _at(rows: list[Row], budget: float) -> list[Row]:
+    return [row for row in rows if row["budget"] == budget]
+
+
+def _lossless(row: Row) -> bool:
+    return row["kld"] <= 0.01 and row["nll_increase"] <= 0.01 * row["nll_dense"]
+
+
+def searches(rows: list[Row]) -> str:
+    lines = []
+    for name in dict.fromkeys(row["search"] for row in rows):
+        last = [row for row in rows if row["search"] == name][-1]
+        spent = str(last["evaluations"]), f"{last['sensitivity']:.1f}"
+        lines.append([name, *spent, f"{last['hypervolume']:.4f}", f"{last['hypervolume_log']:.3f}"])
+    header = ("search", "evaluations", "sensitivity", "hypervolume", "of log10 KL")
+    return f"{_source(rows)} {_calibration(rows)}\n\n" + table(header, lines)
+
+
+def search_speed(rows: list[Row]) -> str:
+    lines = []
+    for row in rows:
+        figures = f"{row['evaluations_per_minute']:.1f}", f"{row['x_hf']:.2f}", f"{100 * row['kld_difference']:.1f} %"
+        lines.append([row["plans"], row["what"], *figures])
+    return f"{_source(rows)}\n\n" + table(("plans", "what", "evaluations a minute", "× HF", "KL differs by"), lines)
+
+
+def mixed(rows: list[Row]) -> str:
+    """A searched plan's step beside the mean, by layers, of the uniform steps that it is made of."""
+    uniform = {row["cache"]: row for row in rows if ";" not in row["cache"] and row["kv_dtype"] != "bfloat16"}
+    lines = []
+    for row in [*uniform.values(), *(row for row in rows if ";" in row["cache"])]:
+        name = row["cache"] if ";" not in row["cache"] else "the searched plan"
+        lines.append([f"`{name}`", f"{row['step_ms']:.1f}", f"{row['compile_seconds']:.1f}"])
+        if name != row["cache"]:
+            shares = [spec.rpartition(":")[2] for spec in row["cache"].split(";")]
+            counts = [_count(spec.partition(":")[0]) for spec in row["cache"].split(";")]
+            parts = [uniform[share] for share in shares]
+            mean = sum(n * part["step_ms"] for n, part in zip(counts, parts, strict=True)) / sum(counts)
+            slowest = max(part["compile_seconds"] for part in parts)
+            lines.append(["its parts, weighted by layers", f"{mean:.1f}", f"at most {slowest:.1f}"])
+            lines.append(["ratio", f"{row['step_ms'] / mean:.2f}", f"{row['compile_seconds'] / slowest:.2f}"])
+    depth = f"Depth {rows[0]['depth']}, medians of {rows[0]['steps']} interleaved steps."
+    return f"{_source(rows)} {depth}\n\n" + table(("cache", "ms a step", "seconds to compile"), lines)
+
+
+def _count(layers: str) -> int:
+    """How many layers 0-2+29 names."""
+    ends = [part.split("-") for part in layers.split("+")]
+    return sum(int(part[-1]) - int(part[0]) + 1 for part in ends)
+
+
+def _calibration(rows: list[Row]) -> str:
+    row = rows[0]
+    size = f"{row['windows']} windows of {row['context']} tokens"
+    if "calibrated_on" in row:
+        return f"Calibrated on {row['calibrated_on']}, judged on {size} of each text."
+    return f"Calibrated on {size} of {row['text']}."
+
+
 def _source(rows: list[Row]) -> str:
     row = rows[0]
     versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items() if name != "kvjax")
@@ -180,6 +297,14 @@ TABLES: dict[str, Tables] = {
         "xquant-gqa": ("xquant-gqa.jsonl", xquant),
         "xquant-mha": ("xquant-mha.jsonl", xquant),
         "latents": ("latents.jsonl", latents),
+    },
+    "docs/tuning.md": {
+        "predictors": ("sensitivity.jsonl", predictors),
+        "plans": ("plans-pairs.jsonl", searched),
+        "families": ("plans-families.jsonl", searched),
+        "searches": ("searches.jsonl", searches),
+        "search-speed": ("search_speed.jsonl", search_speed),
+        "mixed": ("mixed.jsonl", mixed),
     },
     "docs/decisions.md": {
         "xquant-beyond": ("xquant-beyond.jsonl", beyond),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ from kvjax.generate import generate
 from kvjax.load import load
 from kvjax.tasks import accuracy, agreement, load_gsm8k
 from kvjax.tuner import sensitivity
-from kvjax.tuner.evaluations import Evaluations
+from kvjax.tuner.evaluations import Evaluations, locked
 from kvjax.tuner.evolve import evolve
 from kvjax.tuner.knapsack import knapsack
 from kvjax.tuner.refine import refine
@@ -66,10 +67,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     model = load(config.model, config.dtype)
-    windows = cut_windows(
-        model.tokenizer.encode(load_text(config.text)), config.context, config.windows, config.offset
-    )
-    search = Search(config, model, windows, workdir)
+    search = Search(config, model, calibration(config, model), workdir)
     started = time.perf_counter()
     plans = search.plans()
     rows = search.front(plans)
@@ -94,8 +92,12 @@ def _check(config: config_dict.ConfigDict) -> None:
     for field in ("points", "trials", "rounds", "count"):
         if config[field] < 1:
             raise KvjaxError(f"{field}={config[field]}; expected at least 1")
-    if min(config.seed, config.worker, config.shots) < 0:
-        raise KvjaxError("seed, worker and shots are at least 0")
+    if min(config.seed, config.worker, config.shots) < 0 or config.seed >= 2**32:
+        seeds = f"seed={config.seed}, worker={config.worker}, shots={config.shots}"
+        raise KvjaxError(f"{seeds}; expected at least 0, and a seed below 2**32")
+    if not 0 < config.budget < math.inf or not 0 <= config.budget_asymptotic < math.inf:
+        budgets = f"budget={config.budget}, budget_asymptotic={config.budget_asymptotic}"
+        raise KvjaxError(f"{budgets}; expected bits above 0, and budget_asymptotic=0 where budget counts")
     if config.objective in NEW_TOKENS and not config.problems:
         raise KvjaxError(f"objective={config.objective} needs problems; expected GSM8K's jsonl file")
 
@@ -118,9 +120,11 @@ class Search:
         self.identity = identity_of(config, model, windows, "streaming")
         self.objective = _objective(config, model)
         identity = self.identity | self.objective.identity
-        self.evaluations = Evaluations(workdir / "evaluations", identity, self._evaluate)
+        figures = ("kld", "nll", "top1", *({config.objective} & NEW_TOKENS.keys()))
+        self.evaluations = Evaluations(workdir / "evaluations", identity, self._evaluate, figures)
         self._simulator: Simulator | None = None
         self._errors: dict[tuple[int, str], Row] = {}
+        self._complete = False  # whether they are those of all candidates
 
     # ---- what is measured
 
@@ -132,8 +136,8 @@ class Search:
         return self._simulator
 
     def share(self, other: Search) -> None:
-        """Takes over what another search on the same windows has in memory."""
-        self._simulator, self._errors = other.simulator, other._errors
+        """Takes over the simulator of another search on the same windows."""
+        self._simulator = other.simulator
 
     def _evaluate(self, plan: CachePlan) -> dict[str, float]:
         simulator, start = self.simulator, time.perf_counter()
@@ -150,17 +154,23 @@ class Search:
 
     def errors(self) -> dict[tuple[int, str], Row]:
         """A row for every layer and candidate, from disk where it is there; by the candidate's name in its place."""
-        if self._errors:
+        if self._complete:
             return self._errors
-        file, layers = self.workdir / "sensitivity.jsonl", self.model.config.layers
+        # Processes that share a folder measure one after the other: the first measures, the others read.
+        with locked(self.workdir / "sensitivity.lock"):
+            self._errors, self._complete = self._measured(self.workdir / "sensitivity.jsonl"), True
+        return self._errors
+
+    def _measured(self, file: Path) -> dict[tuple[int, str], Row]:
+        """The rows of a file and, appended to it, those that it lacked."""
+        layers, specs = self.model.config.layers, self._places()
         common = {"experiment": "sensitivity", **self.identity, "samples": SAMPLES, "seed": self.config.seed}
-        specs = self._places()
         found = {
             (row["layer"], row["cache"]): row for row in program.read_rows(file) if common.items() <= row.items()
         }
         missing = [[s for s in specs if not self._has_errors(found.get((i, _key(s))))] for i in range(layers)]
         gradients = None
-        with _progress() as progress:
+        with progress_bar() as progress:
             task = progress.add_task("sensitivity", total=layers, completed=sum(not m for m in missing))
             for layer, some in enumerate(missing):
                 if not some:
@@ -172,7 +182,6 @@ class Search:
                 program.append_rows(file, [common | row | program.provenance() for row in rows])
                 found |= {(layer, row["cache"]): row for row in rows}
                 progress.advance(task)
-        self._errors = found
         return found
 
     def _measure(self, layer: int, specs: Sequence[CacheSpec], gradients: Any) -> list[Row]:
@@ -200,7 +209,7 @@ class Search:
     def plans(self) -> list[CachePlan]:
         """What the method comes to, best candidates for the budget among it, evaluated."""
         plans = {"knapsack": self._knapsack, "refine": self._refine, "nsga2": self._nsga2}[self.config.method]()
-        with _progress() as progress:
+        with progress_bar() as progress:
             for plan in progress.track([*plans, *self.uniform], description="evaluating"):
                 self.evaluations(plan)
         return plans
@@ -222,14 +231,15 @@ class Search:
         return next(plan for plan in front if self.bits.fits(plan))
 
     def _refine(self) -> list[CachePlan]:
-        start = self._for_budget(self.knapsack_front())
-        choices = [self._pruned(layer, self.bits.of, self.config.error) for layer in range(self.model.config.layers)]
-        names = [[str(spec) for spec in choice] for choice in choices]
+        known = filter(self.bits.fits, self.uniform)
+        start = min([self._for_budget(self.knapsack_front()), *known], key=self.loss)
+        choices = []
         for layer, spec in enumerate(start.specs):  # pruned or not, the plan's own is a choice
-            if str(spec) not in names[layer]:
-                choices[layer] = sorted([*choices[layer], spec], key=self.bits.of, reverse=True)
+            names = {str(spec), *map(str, self._pruned(layer, self.bits.of, self.config.error))}
+            some = [each for each in self.candidates if str(each) in names]
+            choices.append(sorted(some, key=lambda each: self.bits.of(self._top(each)), reverse=True))
         plans: list[CachePlan] = []
-        with _progress() as progress:
+        with progress_bar() as progress:
             task = progress.add_task("refining", total=self.config.rounds + 1)
             rounds = refine(start, choices, self.bits, self.loss, self.config.rounds, self.model.config)
             for plan, loss in rounds:
@@ -242,9 +252,10 @@ class Search:
 
     def _nsga2(self) -> list[CachePlan]:
         groups, choices = self.groups()
-        config, identity = self.config, [self.evaluations.identity, [[str(s) for s in c] for c in choices], groups]
-        name = hashlib.sha256(json.dumps([*identity, config.objective, self.bits.kind, self.bits.budget]).encode())
-        with _progress() as progress:
+        config, names = self.config, [[str(spec) for spec in choice] for choice in choices]
+        identity = [self.evaluations.identity, names, groups, config.objective, self.bits.kind, self.bits.budget]
+        name = hashlib.sha256(json.dumps([*identity, config.seed]).encode())
+        with progress_bar() as progress:
             task = progress.add_task("NSGA-II", total=config.trials)
             return evolve(
                 *(self.workdir / "journal.log", name.hexdigest()[:16], groups, choices, self.bits, self.loss),
@@ -265,12 +276,14 @@ class Search:
         return cluster(choices, errors, self.config.cluster), choices
 
     def _pruned(self, layer: int, bits: Callable[[CacheSpec], float], error: str) -> list[CacheSpec]:
-        return pareto(self.candidates, bits, lambda spec: self._row(layer, spec)[error])
+        return pareto(self.candidates, lambda spec: bits(self._top(spec)), lambda spec: self._row(layer, spec)[error])
 
-    def _row(self, layer: int, spec: CacheSpec) -> Row:
-        """A candidate's errors where all layers have it, at the top: above the base of a run."""
-        top = self.uniform[self.candidates.index(spec)].specs[-1] if spec in self.candidates else spec
-        return self.errors()[layer, _key(top.alone)]
+    def _top(self, candidate: CacheSpec) -> CacheSpec:
+        """The candidate where all layers have it, at the top: above the base of a run."""
+        return self.uniform[self.candidates.index(candidate)].specs[-1]
+
+    def _row(self, layer: int, candidate: CacheSpec) -> Row:
+        return self.errors()[layer, _key(self._top(candidate).alone)]
 
     # ---- what is handed over
 
@@ -303,10 +316,12 @@ class Search:
         """The pictures."""
         tune_pictures.front(rows, self.workdir / "front.png")
         if self._errors:
-            errors = list(self._errors.values())
+            layers = range(self.model.config.layers)
+            errors = [self._errors[layer, _key(spec)] for layer in layers for spec in self._places()]
             tune_pictures.heat_map(errors, self.config.error, self.workdir / "sensitivity.png")
             groups, choices = self.groups()
-            named = [{"layers": g, "candidates": [str(s) for s in choices[g[0]]]} for g in groups]
+            kept = [[_key(self._top(spec).alone) for spec in choices[group[0]]] for group in groups]
+            named = [{"layers": g, "candidates": names} for g, names in zip(groups, kept, strict=True)]
             tune_pictures.clusters(errors, named, self.workdir / "clusters.png")
 
 
@@ -359,7 +374,7 @@ def _bits(spec: CacheSpec, shape: CacheShape) -> dict[str, float]:
     return {"bits_nominal": spec.bits_nominal, "bits_asymptotic": spec.bits_asymptotic(shape)}
 
 
-def _progress() -> Progress:
+def progress_bar() -> Progress:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     return Progress(*columns, console=Console(stderr=True))
 

@@ -13,6 +13,7 @@ LAYERS = [
     "configs",
     "kvjax",  # the package's own front door
     "kvjax.tasks",
+    "kvjax.tuner",
     "kvjax.resume",
     "kvjax.generate",
     "kvjax.evaluate",

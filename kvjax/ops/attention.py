@@ -95,11 +95,13 @@ def attend_exact(
     k_positions: Int[Array, "B N"],
     window: int | None,
     own: bool = True,
+    edges: Int[Array, "B T"] | None = None,
 ) -> Partial:
     """Attention of q over exact keys (both after RoPE).
 
     k_positions: -1 where there is no key.
     own: whether the last T keys are the queries' own tokens, so that early queries need not visit late keys.
+    edges: a query sees only positions below its edge; up to its own where None.
     """
     count, tokens, kv_heads, head_dim = k.shape[1], q.shape[1], k.shape[2], k.shape[3]
     size = count if tokens == 1 else block_size(count, kv_heads * head_dim, tokens)
@@ -120,7 +122,7 @@ def attend_exact(
         lo = jnp.where(jnp.asarray(lo) > 0, before + lo, 0)
         return lo // size, -(-(before + last_query + 1) // size)
 
-    return attend_keys(q, q_positions, kv_heads, Keys(k.shape[2] // size, load, span), window)
+    return attend_keys(q, q_positions, kv_heads, Keys(k.shape[2] // size, load, span), window, edges)
 
 
 def attend_streamed(
@@ -137,52 +139,25 @@ def attend_streamed(
       0 to T - 1 first, in order, and then any.
     own: the exact ones of tokens 0 to T - 1.
     """
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    batch, tokens, heads, head_dim = q.shape
-    kv_heads = own[0].shape[2]
-    # A tile holds whole blocks: what its queries read exactly lies in it.
-    tile = block * max(1, QUERY_TILE // block) if block else QUERY_TILE
-    (k, v), (own_k, own_v) = ([a.swapaxes(1, 2).astype(dtype) for a in pair] for pair in (stored[:2], own))
-    outputs = []
-    for start in range(0, tokens, tile):
-        stop = min(start + tile, tokens)
-        size = stop - start
-        at = jnp.arange(start, stop)[:, None]
-        edge = at // block * block if block else at + 1  # first position that is read exactly
-        columns = [jnp.concatenate([a[:, :, :stop], a[:, :, tokens:]], 2) for a in (k, v)]
-        positions = jnp.concatenate([stored[2][:, :stop], stored[2][:, tokens:]], 1)[:, None]
-        mask = (positions >= 0) & (positions < edge)
-        here = jnp.arange(start, stop)
-        exact = (here >= edge) & (here <= at)
-        if window is not None:
-            mask, exact = mask & (positions > at - window), exact & (here > at - window)
-        rows = (q[:, start:stop].astype(dtype) * head_dim**-0.5).reshape(batch, size, kv_heads, -1, head_dim)
-        rows = rows.transpose(0, 2, 3, 1, 4)
-        scores = jnp.where(mask[:, None, None], _columns(rows, columns[0]), MASKED)
-        if block:
-            # Each of the tile's own tokens is read in one way or the other: one column serves both.
-            both = jnp.where(exact, _columns(rows, own_k[:, :, start:stop]), scores[..., start:stop])
-            scores = jnp.concatenate([scores[..., :start], both, scores[..., stop:]], -1)
-        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-        total = weights.sum(-1, keepdims=True)
-        if block:
-            late = weights[..., start:stop]
-            early = jnp.concatenate([weights[..., :start], jnp.where(exact, 0, late), weights[..., stop:]], -1)
-            output = _rows(early, columns[1]) + _rows(jnp.where(exact, late, 0), own_v[:, :, start:stop])
-        else:
-            output = _rows(weights, columns[1])
-        outputs.append((output / total).transpose(0, 3, 1, 2, 4).reshape(batch, size, heads, head_dim))
-    return jnp.concatenate(outputs, 1).astype(q.dtype)
+    batch, tokens = q.shape[:2]
+    at = jnp.broadcast_to(jnp.arange(tokens), (batch, tokens))
+    edges = at // block * block if block else at + 1
+    k, v, positions = stored
+    parts = [attend_exact(q, at, k[:, :tokens], v[:, :tokens], positions[:, :tokens], window, edges=edges)]
+    if k.shape[1] > tokens:
+        more = k[:, tokens:], v[:, tokens:], positions[:, tokens:]
+        parts.append(attend_exact(q, at, *more, window, own=False, edges=edges))
+    if block:
 
+        def blocks(a: Array) -> Array:
+            a = jnp.pad(a, ((0, 0), (0, -tokens % block), (0, 0), (0, 0)))
+            return a.reshape(-1, block, *a.shape[2:])
 
-def _columns(q: Float[Array, "B K G Q D"], k: Float[Array, "B K n D"]) -> Float[Array, "B K G Q n"]:
-    scores = q.reshape(*q.shape[:2], -1, q.shape[4]) @ jax.lax.optimization_barrier(k.swapaxes(2, 3))
-    return scores.reshape(*q.shape[:4], -1)
-
-
-def _rows(weights: Float[Array, "B K G Q n"], v: Float[Array, "B K n D"]) -> Float[Array, "B K G Q D"]:
-    out = weights.reshape(*weights.shape[:2], -1, weights.shape[4]) @ v
-    return out.reshape(*weights.shape[:4], -1)
+        inside = blocks(at[:, :, None, None] + 1)[..., 0, 0] - 1  # -1 at padding
+        late = attend_exact(blocks(q), inside, blocks(own[0]), blocks(own[1]), inside, window)
+        output, lse = (a.reshape(batch, -1, *a.shape[2:])[:, :tokens] for a in late)
+        parts.append(Partial(output, lse))
+    return merge(parts).astype(q.dtype)
 
 
 def block_size(tokens: int, channels: int, queries: int) -> int:
@@ -197,9 +172,15 @@ def few_rows(rows: int) -> bool:
 
 
 def attend_keys(
-    q: Float[Array, "B T H D"], q_positions: Int[Array, "B T"], kv_heads: int, keys: Keys, window: int | None
+    q: Float[Array, "B T H D"],
+    q_positions: Int[Array, "B T"],
+    kv_heads: int,
+    keys: Keys,
+    window: int | None,
+    edges: Int[Array, "B T"] | None = None,
 ) -> Partial:
-    """Attention of q (after RoPE) over keys that come block by block."""
+    """Attention of q (after RoPE) over keys that come block by block; `edges` as in `attend_exact`."""
+    edges = q_positions + 1 if edges is None else edges
     batch, tokens, heads, head_dim = q.shape
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     q = q.astype(dtype) * head_dim**-0.5
@@ -207,17 +188,17 @@ def attend_keys(
     count = -(-tokens // tile)
     pad = count * tile - tokens
     q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
-    q_positions = jnp.pad(q_positions, ((0, 0), (0, pad)))
+    q_positions, edges = (jnp.pad(a, ((0, 0), (0, pad))) for a in (q_positions, edges))
 
     def one_tile(index):
         first = index * tile
         q_tile = jax.lax.dynamic_slice_in_dim(q, first, tile, 1)
-        positions = jax.lax.dynamic_slice_in_dim(q_positions, first, tile, 1)
+        ends = (jax.lax.dynamic_slice_in_dim(a, first, tile, 1) for a in (q_positions, edges))
         lo, hi = keys.span(first, jnp.minimum(first + tile, tokens) - 1)
         rows = q_tile.reshape(batch, tile, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
         rows = rows.reshape(batch, kv_heads, -1, head_dim)
-        row_positions = jnp.tile(positions, (1, heads // kv_heads))
-        out, lse = _online_softmax(rows, row_positions, keys, lo, hi, window)
+        row_positions, row_edges = (jnp.tile(a, (1, heads // kv_heads)) for a in ends)
+        out, lse = _online_softmax(rows, row_positions, row_edges, keys, lo, hi, window)
         out = out.reshape(batch, heads, tile, -1).transpose(0, 2, 1, 3)
         return out, lse.reshape(batch, heads, tile).transpose(0, 2, 1)
 
@@ -229,13 +210,19 @@ def attend_keys(
 
 
 def _online_softmax(
-    q: Float[Array, "B K Q D"], q_positions: Int[Array, "B Q"], keys: Keys, lo, hi, window: int | None
+    q: Float[Array, "B K Q D"],
+    q_positions: Int[Array, "B Q"],
+    edges: Int[Array, "B Q"],
+    keys: Keys,
+    lo,
+    hi,
+    window: int | None,
 ) -> tuple[Float[Array, "B K Q D"], Float[Array, "B K Q"]]:
     def step(i, state):
         top, total, acc = state
         k, v, positions = keys.load(i)
         positions = positions[:, None, :]
-        visible = (positions >= 0) & (positions <= q_positions[:, :, None])
+        visible = (positions >= 0) & (positions < edges[:, :, None])
         if window is not None:
             visible &= positions > q_positions[:, :, None] - window
         scores = jnp.where(visible[:, None], _scores(q, k), MASKED)

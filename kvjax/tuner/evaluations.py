@@ -6,15 +6,16 @@ import contextlib
 import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
 from kvjax.files import read_json, write_json
 
-Figures = dict[str, float]
+Figures = dict[str, Any]  # numbers by name, or lists and objects of them
 
 
 class Evaluations:
@@ -24,9 +25,15 @@ class Evaluations:
       made: how many this process computed.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], evaluate: Callable[[CachePlan], Figures]):
-        """identity: what two runs must share for their figures to be the same."""
-        self.folder, self.identity, self.evaluate = folder, identity, evaluate
+    def __init__(
+        self,
+        folder: Path,
+        identity: dict[str, Any],
+        evaluate: Callable[[CachePlan], Figures],
+        names: Sequence[str] = (),
+    ):
+        """identity: what two runs must share for their figures to be the same. names: numbers among the figures."""
+        self.folder, self.identity, self.evaluate, self.names = folder, identity, evaluate, names
         self.made = 0
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -38,29 +45,55 @@ class Evaluations:
         """
         file = self._file(plan)
         if not file.exists():
-            with _locked(file.with_suffix(".lock")):
+            with locked(file.with_suffix(".lock")):
                 if not file.exists():
                     figures = self.evaluate(plan)
                     write_json(file, {"identity": self.identity, "cache": str(plan), "figures": figures})
                     self.made += 1
-        row = read_json(file)
-        if row.get("cache") != str(plan) or not isinstance(row.get("figures"), dict):
-            raise KvjaxError(f"{file} is no evaluation of {plan}; remove it to compute it again")
-        return row["figures"]
+        return self._read(file, plan)
+
+    def _read(self, file: Path, plan: CachePlan) -> Figures:
+        try:
+            row = read_json(file)
+        except KvjaxError as error:
+            raise KvjaxError(f"{error}; remove it to compute it again") from None
+        figures = row.get("figures")
+        if self._key(row.get("identity"), row.get("cache")) != self._key(self.identity, str(plan)):
+            raise KvjaxError(f"{file} is no evaluation of {plan} here; remove it to compute it again")
+        if not isinstance(figures, dict) or not all(isinstance(figures.get(n), float | int) for n in self.names):
+            raise KvjaxError(f"{file} lacks figures; expected {', '.join(self.names)}: remove it to compute it again")
+        return figures
 
     def known(self, plan: CachePlan) -> bool:
         """Whether the plan was evaluated."""
         return self._file(plan).exists()
 
     def _file(self, plan: CachePlan) -> Path:
-        key = json.dumps([self.identity, str(plan)], sort_keys=True)
+        key = self._key(self.identity, str(plan))
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+    @staticmethod
+    def _key(identity: Any, cache: Any) -> str:
+        return json.dumps([identity, cache], sort_keys=True)
 
 
 @contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Holds the file's lock, which ends with the process however it ends."""
-    with file.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-        file.unlink(missing_ok=True)
+def locked(file: Path) -> Iterator[None]:
+    """Holds the file's lock, which ends with the process however it ends, and then removes the file."""
+    while True:
+        with file.open("w") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            if not _is_at(stream, file):
+                continue  # the one before removed it
+            try:
+                yield
+            finally:
+                file.unlink(missing_ok=True)
+            return
+
+
+def _is_at(stream: IO[str], file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), file.stat())
+    except FileNotFoundError:
+        return False

@@ -1,21 +1,29 @@
 """KVTuner's own search: NSGA-II over groups of layers, bits against loss (section 5.3), in Optuna.
 
-Trials live in a journal file that any number of processes share; one that is killed loses only the trial it was in.
+Trials live in a journal file that any number of processes share. One that is killed loses only the trial it was in,
+and a process that goes on alone comes to the plans that it would have come to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
-from optuna.storages.journal import JournalFileBackend
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.samplers import NSGAIISampler, RandomSampler
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
 
 from kvjax.caches.base import CacheSpec, ModelShapes
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
+from kvjax.files import brief
 from kvjax.tuner.space import Bits
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -40,43 +48,90 @@ def evolve(
       candidates: of every layer; those of a group's first layer are the group's.
       seed: the search's, and this process's number.
       advance: hears how many trials have ended.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
 
-    def plan_of(params: dict[str, int]) -> CachePlan:
+    Raises:
+      KvjaxError: the journal is damaged or cannot be written; whatever `loss` raises.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    choices: dict[str, BaseDistribution] = {
+        f"group_{i}": IntDistribution(0, len(candidates[group[0]]) - 1) for i, group in enumerate(groups)
+    }
+
+    def plan_of(params: dict[str, int]) -> CachePlan | None:
         specs: dict[int, CacheSpec] = {}
         for i, group in enumerate(groups):
             specs |= dict.fromkeys(group, candidates[group[0]][params[f"group_{i}"]])
-        return CachePlan.of([specs[i] for i in range(model.layers)], model)
-
-    def objective(trial: optuna.Trial) -> tuple[float, float]:
-        params = {
-            f"group_{i}": trial.suggest_int(f"group_{i}", 0, len(candidates[g[0]]) - 1) for i, g in enumerate(groups)
-        }
         try:
-            plan = plan_of(params)
+            return CachePlan.of([specs[i] for i in range(model.layers)], model)
         except KvjaxError:  # layers that do not go together
-            raise optuna.TrialPruned from None
-        trial.set_user_attr("over", bits.of_plan(plan) - bits.budget)
-        return bits.of_plan(plan), loss(plan)
+            return None
 
-    study = optuna.create_study(
-        storage=storage, study_name=name, directions=["minimize", "minimize"], load_if_exists=True
-    )
-    ended = lambda: study.get_trials(deepcopy=False, states=ENDED)  # noqa: E731
-    # A process that goes on draws other numbers than before, and than the others.
-    drawn = np.random.SeedSequence([*seed, len(ended())]).generate_state(1)[0]
-    study.sampler = optuna.samplers.NSGAIISampler(
-        seed=int(drawn), constraints_func=lambda trial: [trial.user_attrs.get("over", np.inf)]
-    )
+    with _named(journal):
+        storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal), _Lock(str(journal))))
+        study = optuna.create_study(
+            storage=storage, study_name=name, directions=["minimize", "minimize"], load_if_exists=True
+        )
+    while True:
+        with _named(journal):
+            ended = study.get_trials(deepcopy=False, states=ENDED)
+            advance(len(ended))
+            if len(ended) >= trials:
+                return [plan for trial in ended if (plan := plan_of(trial.params))]
+            study.sampler = _Sampler(*seed, len(ended))
+            trial = study.ask(choices)
+        plan = plan_of(trial.params)
+        figures = (bits.of_plan(plan), loss(plan)) if plan else None
+        with _named(journal):
+            if plan and figures:
+                trial.set_constraint("bits", 0.0 if bits.fits(plan) else figures[0] - bits.budget)
+            study.tell(trial, figures, TrialState.COMPLETE if figures else TrialState.PRUNED)
 
-    def heard(study: optuna.Study, _: optuna.trial.FrozenTrial) -> None:
-        advance(len(ended()))
-        if len(ended()) >= trials:
-            study.stop()
 
-    advance(len(ended()))
-    if len(ended()) < trials:
-        study.optimize(objective, callbacks=[heard])
-    return [plan_of(trial.params) for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+class _Sampler(NSGAIISampler):
+    """Draws that follow from the search's seed, the process's number and that of the trial: kills change none."""
+
+    def __init__(self, *numbers: int):
+        own, other = np.random.SeedSequence(numbers).generate_state(2)
+        super().__init__(seed=int(own))
+        self._new = RandomSampler(seed=int(other))  # the parent's would draw what decides on crossover
+
+    def sample_independent(self, *args: Any) -> Any:
+        return self._new.sample_independent(*args)
+
+
+class _Lock(JournalFileOpenLock):
+    """The journal's lock, which ends with its process however that ends. A torn line is cut off."""
+
+    def __init__(self, journal: str):
+        super().__init__(journal)
+        self._journal = Path(journal)
+
+    def acquire(self) -> bool:
+        self._stream = self._journal.open("r+b")
+        fcntl.flock(self._stream, fcntl.LOCK_EX)
+        self._mend()
+        return True
+
+    def release(self) -> None:
+        self._mend()
+        self._stream.close()
+
+    def _mend(self) -> None:
+        if self._stream.seek(0, os.SEEK_END) and not self._ends_whole():
+            self._stream.seek(0)
+            self._stream.truncate(self._stream.read().rfind(b"\n") + 1)
+
+    def _ends_whole(self) -> bool:
+        self._stream.seek(-1, os.SEEK_END)
+        return self._stream.read() == b"\n"
+
+
+@contextlib.contextmanager
+def _named(journal: Path) -> Iterator[None]:
+    """Says of which file the library speaks."""
+    try:
+        yield
+    except OSError as error:
+        raise KvjaxError(f"{journal} cannot be read or written: {error.strerror}") from None
+    except Exception as error:  # the library raises many kinds
+        raise KvjaxError(f"{journal} is damaged ({brief(error)}); remove it, evaluated plans are kept") from None

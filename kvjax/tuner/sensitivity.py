@@ -157,14 +157,15 @@ def _relative(exact: Array, other: Array) -> Array:
 
 @struct.dataclass
 class _Moved(LayerCache):
-    """Exact attention, its output moved by `by`."""
+    """Exact attention, its output moved by `by`; the blockwise one has no gradient."""
 
     by: Float[Array, "1 N H d"]
 
     def attend(self, chunk: Chunk, carry: Any):
-        own = rotate_heads(chunk.k, chunk.rotation), chunk.v
-        stored = (*own, chunk.positions)
-        return attention.attend_streamed(chunk.q, stored, own, 0, chunk.window) + self.by, self, carry
+        k, v, window = rotate_heads(chunk.k, chunk.rotation), chunk.v, chunk.window
+        reach = None if window is None else (window - 1, 0)
+        output = jax.nn.dot_product_attention(chunk.q, k, v, is_causal=True, local_window_size=reach)
+        return output + self.by, self, carry
 
     def materialize(self, chunk: Chunk, carry: Any):
         raise NotImplementedError

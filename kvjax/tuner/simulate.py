@@ -31,6 +31,7 @@ from kvjax.ops import attention, store
 from kvjax.ops.rotate import rotate_heads
 
 
+@functools.cache
 def form_of(spec: CacheSpec) -> CacheSpec:
     """The spec with its widths at 8, unquantised ones as they are: specs of one form share a program."""
     return spec.each_width(lambda bits: bits if bits == store.EXACT else 8)
@@ -41,6 +42,7 @@ def exact_form(spec: CacheSpec) -> CacheSpec:
     return spec.each_width(lambda bits: store.EXACT)
 
 
+@functools.cache
 def levels_of(spec: CacheSpec, shape: CacheShape) -> Float[np.ndarray, "s"]:
     """2^b - 1 of every quantised stream that the spec stores."""
     cache = jax.eval_shape(lambda: spec.init(shape))

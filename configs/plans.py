@@ -1,0 +1,48 @@
+"""Searched plans at several budgets against uniform caches, on texts that the search never saw, see docs/tuning.md.
+
+    python -m experiments.plans --config=configs/plans.py --config.text=FILE --workdir=runs/plans
+    python -m experiments.plans --config=configs/plans.py:widths --config.text=FILE --workdir=runs/widths
+    python -m experiments.plans --config=configs/plans.py:families --config.text=FILE --workdir=runs/families
+
+The first compares KVTuner's pairs in both modes with the uniform pairs that fit each budget, the second those of six
+widths; the third searches key-value pairs, latents of X and XQuant-CL alone and together. Ten to thirty minutes each
+on two CPU cores. Judged on WikiText-2's test split and the demo essays: calibrate on something else.
+"""
+
+from ml_collections import config_dict
+
+from configs import tune
+
+WIDTHS = (2, 3, 4, 5, 6, 8)
+
+
+def pairs(mode: str, widths: tuple[int, ...]) -> str:
+    return ",".join(f"k{k}v{v}@{mode}" for k in widths for v in widths)
+
+
+SEARCHES = {
+    "pairs": {"kivi": pairs("kivi", (2, 4, 8)), "token": pairs("token", (2, 4, 8))},
+    "widths": {"kivi, six widths": pairs("kivi", WIDTHS), "token, six widths": pairs("token", WIDTHS)},
+    "families": {
+        "K and V": pairs("kivi", (2, 3, 4, 8)),
+        "X latents": ",".join(f"x{b}@latent" for b in WIDTHS),
+        "XQuant-CL": ",".join(f"xclr{b}" for b in WIDTHS),
+    },
+}
+SEARCHES["families"]["all three"] = ",".join(SEARCHES["families"].values())
+BUDGETS = {"pairs": "3,3.25,3.5,4,4.5,5,6", "widths": "3,3.5,4,5", "families": "3,3.5,4,4.5,5,6"}
+
+
+def get_config(variant: str = "pairs") -> config_dict.ConfigDict:
+    config = tune.get_config()
+    config.update(text="demo", windows=1, points=6)
+    config.update(
+        {
+            "searches": SEARCHES[variant],  # candidates by the search's name
+            "budgets": BUDGETS[variant],
+            "budget_of": "asymptotic" if variant == "families" else "nominal",  # bits
+            "judged_on": "wikitext-2,demo",
+            "judged_windows": 4,  # of each text, of `context` tokens
+        }
+    )
+    return config

@@ -1,0 +1,203 @@
+"""Searched plans at several budgets against uniform caches, on texts that the search never saw.
+
+    python -m experiments.plans --config=configs/plans.py --workdir=DIR
+
+Every search shares DIR with the others: what one measured, none measures again. Where the knapsack finds nothing
+better than a uniform plan on the text it is calibrated on, its plan is refined. The plans go to DIR/plans, rows to
+DIR/plans.jsonl, a picture to DIR/plans.png. Differences between two caches are paired: of the same tokens, in
+segments of 128, whose means give the 95 % interval.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from ml_collections import config_dict
+from rich.console import Console
+from rich.table import Table
+
+from experiments import program
+from experiments.perplexity import identity_of
+from experiments.tune import Search, calibration, progress_bar
+from kvjax.caches.base import REAL_DTYPE, CacheShape
+from kvjax.caches.plan import CachePlan, split_list
+from kvjax.checkpoints.model import Model
+from kvjax.errors import KvjaxError
+from kvjax.load import load
+from kvjax.tuner.evaluations import Evaluations
+from kvjax.tuner.simulate import Simulator
+from kvjax.tuner.space import pareto
+
+SEGMENT = 128  # tokens: neighbours' errors go together
+Row = dict[str, Any]
+
+
+def main(config: config_dict.ConfigDict, workdir: Path) -> None:
+    model = load(config.model, config.dtype)
+    found = _search(config, model, workdir)
+    rows = []
+    for text in split_list(config.judged_on):
+        judge = _judge(config, model, text, workdir)
+        plans = list(dict.fromkeys(plan for _, _, plan, uniform in found for plan in [plan, *uniform]))
+        with progress_bar() as progress:
+            for plan in progress.track(plans, description=f"judging on {Path(text).name}"):
+                judge(plan)
+        rows += [row for each in found for row in _rows(config, model, judge, *each)]
+    rows = [row | program.provenance() for row in rows]
+    program.write_atomically(workdir / "plans.jsonl", b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+    draw(rows, workdir / "plans.png")
+    Console(width=160).print(_table(rows))
+
+
+def _search(
+    config: config_dict.ConfigDict, model: Model, workdir: Path
+) -> list[tuple[str, float, CachePlan, list[CachePlan]]]:
+    """Name, budget, plan and the uniform plans that fit the budget, of every search."""
+    windows, shared, found = calibration(config, model), None, []
+    for name, candidates in config.searches.items():
+        for budget in map(float, config.budgets.split(",")):
+            own = config_dict.ConfigDict(config.to_dict())
+            asymptotic = budget if config.budget_of == "asymptotic" else 0.0
+            own.update(candidates=candidates, budget=budget, budget_asymptotic=asymptotic)
+            try:
+                search = Search(own, model, windows, workdir)
+            except KvjaxError as error:
+                print(f"{name}: {error}")
+                continue
+            if shared:
+                search.share(shared)
+            shared = search
+            uniform = [plan for plan in search.uniform if search.bits.fits(plan)]
+            plan = _best(search, uniform)
+            if plan in uniform:
+                own.method = "refine"
+                refined = Search(own, model, windows, workdir)
+                refined.share(search)
+                plan = _best(refined, uniform)
+            file = workdir / "plans" / f"{name.replace(', ', '-').replace(' ', '-')}-{budget:g}.yaml"
+            program.write_atomically(file, f"plan: {plan}\n".encode())
+            found.append((name, budget, plan, uniform))
+    return found
+
+
+def _best(search: Search, uniform: list[CachePlan]) -> CachePlan:
+    return min([*filter(search.bits.fits, search.plans()), *uniform], key=search.loss)
+
+
+def _judge(config: config_dict.ConfigDict, model: Model, text: str, workdir: Path) -> Evaluations:
+    """Evaluations on a text of its own; `segments` are means of kld and of nll."""
+    own = config_dict.ConfigDict(config.to_dict())
+    own.update(text=text, windows=config.judged_windows, offset=0)
+    windows = calibration(own, model)
+    made: list[Simulator] = []
+
+    def evaluate(plan: CachePlan) -> dict[str, Any]:
+        made[:] = made or [Simulator(model, windows)]
+        scores = made[0].score(plan)
+        segments = {name: _segments(getattr(scores, name)) for name in ("kld", "nll")}
+        means = {"kld": scores.kld, "nll": scores.nll, "top1": scores.agree}
+        return {name: float(each.mean()) for name, each in means.items()} | {"segments": segments}
+
+    return Evaluations(workdir / "judged", identity_of(own, model, windows, "streaming"), evaluate)
+
+
+def _segments(scores: np.ndarray) -> list[float]:
+    """Means of whole segments of each window."""
+    whole = scores[:, : scores.shape[1] // SEGMENT * SEGMENT]
+    return whole.reshape(-1, SEGMENT).mean(1).tolist()
+
+
+def _rows(
+    config: config_dict.ConfigDict,
+    model: Model,
+    judge: Evaluations,
+    name: str,
+    budget: float,
+    plan: CachePlan,
+    uniform: list[CachePlan],
+) -> list[Row]:
+    """The plan's row, and one for every uniform plan that fits its budget, with what the plan is better by."""
+    dense = judge(CachePlan.parse("dense", model.config))
+    common = {"experiment": "plans", **judge.identity, "calibrated_on": _names(config.text)}
+    common |= {"search": name, "budget": budget, "budget_of": config.budget_of}
+    rows: list[Row] = []
+    for other in [plan, *uniform]:
+        figures = judge(other)
+        row = common | {"kind": "uniform" if other in uniform and rows else "searched", "cache": str(other)}
+        row |= {"bits_nominal": other.bits_nominal, "bits_asymptotic": other.bits_asymptotic(_shape(model))}
+        row |= {key: figures[key] for key in ("kld", "nll", "top1")}
+        row |= {"nll_increase": figures["nll"] - dense["nll"], "nll_dense": dense["nll"]}
+        better = np.subtract(figures["segments"]["kld"], judge(plan)["segments"]["kld"])
+        row |= {"better_by": float(better.mean()), "ci95": 1.96 * float(better.std(ddof=1)) / math.sqrt(len(better))}
+        rows.append(row)
+    return rows
+
+
+def _shape(model: Model) -> CacheShape:
+    return CacheShape.of(model.config, 1, SEGMENT, REAL_DTYPE)
+
+
+def _names(text: str) -> str:
+    return ",".join(Path(name).name if Path(name).exists() else name for name in split_list(text))
+
+
+def draw(rows: list[Row], file: Path) -> None:
+    """KL over bits with scales on every judged text: a line a search, uniform caches as points."""
+    texts = list(dict.fromkeys(row["text"] for row in rows))
+    figure, axes = plt.subplots(1, len(texts), figsize=(6.6 * len(texts), 4.8), squeeze=False, layout="constrained")
+    for axis, text in zip(axes[0], texts, strict=True):
+        here = [row for row in rows if row["text"] == text]
+        for name in dict.fromkeys(row["search"] for row in here):
+            mine = [row for row in here if row["kind"] == "searched" and row["search"] == name]
+            own = sorted((row["bits_asymptotic"], row["kld"]) for row in mine)
+            axis.plot(*zip(*own, strict=True), "o-", ms=4, label=name)
+        uniform = {row["cache"]: (row["bits_asymptotic"], row["kld"]) for row in here if row["kind"] == "uniform"}
+        best = pareto(uniform.values(), lambda point: point[0], lambda point: point[1])
+        for cache, point in uniform.items():
+            axis.plot(*point, "x", color="tab:gray", ms=5 if point in best else 3)
+            if point in best:
+                axis.annotate(cache, point, xytext=(4, 4), textcoords="offset points", fontsize=7, color="tab:gray")
+        axis.set(yscale="log", xlabel="bits per cached element, scales included", title=text)
+        axis.set_ylabel("KL divergence from the dense run (nats per token)")
+        axis.grid(alpha=0.3, which="both")
+    axes[0][0].legend(title="searched", fontsize=8)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130, format="png")
+    plt.close(figure)
+    program.write_atomically(file, picture.getvalue())
+
+
+def best_uniform(rows: list[Row], searched: Row) -> Row | None:
+    """Of the uniform plans within a searched plan's budget, on its text, the one with the least KL."""
+    keys = ("search", "budget", "text")
+    same = [row for row in rows if row["kind"] == "uniform" and all(row[key] == searched[key] for key in keys)]
+    return min(same, key=lambda row: row["kld"], default=None)
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(title="{model}, calibrated on {calibrated_on}".format(**rows[0]), title_justify="left")
+    for name in ("text", "search", "budget", "with scales", "KL", "nll +%", "best uniform", "its KL", "better by"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        if row["kind"] == "searched":
+            other = best_uniform(rows, row)
+            nll = f"{100 * row['nll_increase'] / row['nll_dense']:.2f}"
+            figures = f"{row['budget']:g}", f"{row['bits_asymptotic']:.2f}", f"{row['kld']:.5f}", nll
+            than = (other["cache"], f"{other['kld']:.5f}", difference(other)) if other else ("", "", "")
+            table.add_row(row["text"], row["search"], *figures, *than)
+    return table
+
+
+def difference(row: Row) -> str:
+    """What a uniform plan's KL is above the searched one's, with its 95 % interval."""
+    return f"{row['better_by']:.5f} ± {row['ci95']:.5f}"
+
+
+if __name__ == "__main__":
+    program.run(main, "configs/plans.py")
