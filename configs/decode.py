@@ -12,6 +12,10 @@ form is for caches that rebuild keys, at depth 4096; the third for a searched pl
 
 from ml_collections import config_dict
 
+SEARCHED = (  # for 3.25 bits, see docs/tuning.md
+    "0+6+11+28-29:k2v2@kivi;1+8+12+14-15+17-21+23-24:k4v4@kivi;2-5+7+9-10+13+16+22+25-27:k4v2@kivi"
+)
+
 
 def get_config(variant: str = "") -> config_dict.ConfigDict:
     config = _packed()

@@ -384,8 +384,7 @@ def _write_plan(search: Search, chosen: Row, rows: list[Row], seconds: float) ->
     config = search.config
     plan = CachePlan.parse(chosen["cache"], search.model.config)
     calibration = {key: search.identity[key] for key in ("text", "tokens_sha256", "context", "windows", "offset")}
-    own = [row for row in rows if row["kind"] == "search"]
-    front = pareto(own, lambda row: row["bits_asymptotic"], lambda row: row["kld"])
+    front = pareto(rows[:-1], lambda row: row["bits_asymptotic"], lambda row: row["kld"])
     card = {
         "model": search.identity["model"],
         "model_sha256": search.identity["model_sha256"],
@@ -397,18 +396,17 @@ def _write_plan(search: Search, chosen: Row, rows: list[Row], seconds: float) ->
             "budget_of": f"{search.bits.kind} bits",
             "seconds": round(seconds, 1),
         },
-        "expected": {
-            key: chosen[key] for key in ("kld", "nll", "top1", "bits_nominal", "bits_asymptotic", "bits_real")
-        },
+        "expected": {key: chosen[key] for key in EXPECTED},
         "front": [[row["bits_asymptotic"], row["kld"]] for row in front],
         "made_with": {key: chosen[key] for key in ("device", "versions", "git")},
     }
     text = yaml.safe_dump({"plan": str(plan), "card": card}, sort_keys=False, width=1000)
     program.write_atomically(search.workdir / "plan.yaml", text.encode())
-    modes = {spec.mode for spec in plan.specs if type(spec) is KV}
-    if all(type(spec) is KV for spec in plan.specs) and len(modes) == 1:
-        name = {"token": "kvtuner_pertoken.yaml", "kivi": "kvtuner_kivi.yaml"}[modes.pop()]
-        program.write_atomically(search.workdir / name, plan.preset().encode())
+    for mode, name in {"token": "kvtuner_pertoken.yaml", "kivi": "kvtuner_kivi.yaml"}.items():
+        file = search.workdir / name
+        file.unlink(missing_ok=True)  # of an earlier plan
+        if all(type(spec) is KV and spec == KV(spec.key_bits, spec.value_bits, mode) for spec in plan.specs):
+            program.write_atomically(file, plan.preset().encode())
 
 
 def _table(rows: list[Row]) -> Table:

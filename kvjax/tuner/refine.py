@@ -35,19 +35,17 @@ def refine(
     best, least = start, loss(start)
     yield best, least
     for _ in range(rounds):
-        choices, change = _measure(best, least, candidates, loss, model)
+        choices, change, measured = _measure(best, least, candidates, loss, model)
         front = knapsack(choices, bits.of, lambda layer, spec, change=change: change[layer, str(spec)])  # type: ignore[misc]
         plan = min((each for each in front if bits.fits(each[0])), key=lambda each: each[1], default=(best, 0.0))[0]
         # What changes together does not add up exactly: half the changes may be better than all.
         tried = [plan, *(_part(best, plan, change, model, share) for share in (2, 4))]
-        better = min(
-            ((loss(p), i) for i, p in enumerate(tried) if p is not None and bits.fits(p)), default=(least, 0)
-        )
-        if better[0] >= least:
+        found = [(p, loss(p)) for p in tried if p is not None and bits.fits(p)]
+        found += [each for each in measured if bits.fits(each[0])]  # or one change may be better than more
+        plan, better = min(found, key=lambda each: each[1], default=(best, least))
+        if better >= least:
             return
-        chosen = tried[better[1]]
-        assert chosen is not None
-        best, least = chosen, better[0]
+        best, least = plan, better
         yield best, least
 
 
@@ -57,9 +55,9 @@ def _measure(
     candidates: Sequence[Sequence[CacheSpec]],
     loss: Callable[[CachePlan], float],
     model: ModelShapes,
-) -> tuple[list[list[CacheSpec]], dict[tuple[int, str], float]]:
-    """Each layer's choices around a plan, and by how much each alone changes its loss."""
-    choices, change = [], {}
+) -> tuple[list[list[CacheSpec]], dict[tuple[int, str], float], list[tuple[CachePlan, float]]]:
+    """Each layer's choices around a plan, by how much each alone changes its loss, and the plans with one change."""
+    choices, change, measured = [], {}, []
     for layer, (here, choice) in enumerate(zip(best.specs, candidates, strict=True)):
         names = [str(spec) for spec in choice]
         at = names.index(str(here))
@@ -68,9 +66,10 @@ def _measure(
         for i in (at - 1, at + 1):
             if 0 <= i < len(choice) and (plan := swapped(best, layer, choice[i], model)):
                 near.append(choice[i])
-                change[layer, names[i]] = loss(plan) - least
+                measured.append((plan, loss(plan)))
+                change[layer, names[i]] = measured[-1][1] - least
         choices.append(near)
-    return choices, change
+    return choices, change, measured
 
 
 def _part(
