@@ -4,8 +4,8 @@
     python -m experiments.plans --config=configs/plans.py:widths --config.text=FILE --workdir=runs/widths
     python -m experiments.plans --config=configs/plans.py:families --config.text=FILE --workdir=runs/families
 
-The first compares KVTuner's pairs in both modes with the uniform pairs that fit each budget, the second those of 2 to 6
-bits; the third searches key-value pairs, latents of X and XQuant-CL alone and together. Ten to thirty minutes each
+The first compares KVTuner's pairs in both modes with the uniform pairs that fit each budget, the second those of 2 to
+6 bits; the third searches key-value pairs, latents of X and XQuant-CL alone and together. Ten to thirty minutes each
 on two CPU cores. Judged on WikiText-2's test split and the demo essays: calibrate on something else.
 """
 
