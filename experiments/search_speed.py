@@ -215,7 +215,7 @@ def _growing(plan: CachePlan):
         keys: Any
         values: Any
 
-        def __init__(self, spec: CacheSpec):
+        def __init__(self, spec: Any):
             super().__init__()
             self.spec = spec
 
