@@ -2,7 +2,7 @@
 
     python -m experiments.bad_input --config=configs/bad_input.py --workdir=runs/bad_input
 
-gives no faults; about three minutes on two CPU cores.
+gives no faults; about six minutes on two CPU cores.
 """
 
 from ml_collections import config_dict

@@ -22,18 +22,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from ml_collections import config_dict
 from safetensors.numpy import load_file, save_file
 
 import kvjax
 from experiments import program
 from experiments.fuzz import write_gguf
+from kvjax.files import read_json
 
 ROOT = Path(__file__).parent.parent
 TINY, SHARDED, SCALED = "llama-linear", "qwen3", "llama-llama3"  # of the models' folder
 DEFAULTS = {
     "perplexity": ("text=text.txt", "caches=dense,k4v4@token", "context=16", "windows=2"),
     "generate": ("cache=k4v4@token", "prompt=the quick brown fox", "max_new_tokens=8"),
+    "tune": ("text=text.txt", "candidates=k8v8@token,k4v4@token", "budget=6.0", "context=64", "windows=1"),
 }
 LIMITED = """
 import resource, runpy, sys
@@ -52,7 +55,7 @@ class Case:
 
     Attributes:
       name: what is bad. says: what the line must hold.
-      program: perplexity or generate. arguments: what is given to it beside DEFAULTS.
+      program: perplexity, generate or tune. arguments: what is given to it beside DEFAULTS.
       prepare: makes the input bad, given the case's folder and the folder of tiny models.
       environment: variables that differ. disk: bytes that no file may grow beyond, as if the disk were full there.
     """
@@ -157,8 +160,13 @@ def _is_whole(file: Path) -> bool:
     try:
         if file.suffix == ".npz":
             return bool(program.load_arrays(file))
-        return file.suffix == ".jsonl" and file.read_bytes().endswith(b"\n") and bool(program.read_rows(file))
-    except kvjax.KvjaxError:
+        if file.suffix == ".json":
+            return bool(read_json(file))
+        if file.suffix == ".yaml":
+            return bool(yaml.safe_load(file.read_text()))
+        lines = file.suffix == ".jsonl" or file.name == "journal.log"
+        return lines and file.read_bytes().endswith(b"\n") and bool(program.read_rows(file))
+    except (kvjax.KvjaxError, yaml.YAMLError):
         return False
 
 
@@ -226,6 +234,22 @@ def _damage_windows(folder: Path, _: Path) -> None:
         file.write_bytes(_half(file.read_bytes()))
 
 
+def _search(folder: Path) -> Path:
+    """A search that has ended: its folder of evaluations."""
+    done = _run(_tune("", ""), folder, 120.0)
+    assert done.returncode == 0, done.stderr
+    return folder / "out/evaluations"
+
+
+def _damage_evaluations(folder: Path, _: Path) -> None:
+    for file in _search(folder).iterdir():
+        file.write_bytes(_half(file.read_bytes()))
+
+
+def _lose_evaluations(folder: Path, _: Path) -> None:
+    shutil.rmtree(_search(folder))
+
+
 def _damage_bases(folder: Path, _: Path) -> None:
     done = _run(_generate("", "", *BASES, workdir=None, environment=NO_PIP), folder, 120.0)
     assert done.returncode == 0, done.stderr
@@ -265,6 +289,10 @@ def _generate(name: str, says: str, *arguments: str, **others: Any) -> Case:
     return Case(name, says, "generate", arguments, **others)
 
 
+def _tune(name: str, says: str, *arguments: str, **others: Any) -> Case:
+    return Case(name, says, "tune", arguments, **others)
+
+
 OFFLINE = (("HF_HUB_OFFLINE", "1"), ("HF_HOME", "hub"))
 BASES = ("--config.cache=x4@latent",)
 NO_PIP = (("PIP_NO_INDEX", "1"), ("KVJAX_CACHE", "fetched"))
@@ -273,6 +301,10 @@ EARLIER_TEXT = _write(
     "out/generate.jsonl", json.dumps({"experiment": "earlier", "x": "x" * PADDING}).encode() + b"\n"
 )
 WEIGHTS = "tiny/model.safetensors"
+NSGA2 = ("--config.method=nsga2", "--config.trials=3")
+UNGROUPED = ("--config.prune=none", "--config.cluster=none")
+AGREEMENT = ("--config.objective=agreement", "--config.problems=problems.jsonl", "--config.count=2")
+ASKED = json.dumps({"question": "How many?", "answer": "#### 3"}).encode() + b"\n"
 CASES = (
     # settings
     _sweep("an unknown flag", "frobnicate", "--frobnicate=1"),
@@ -374,6 +406,62 @@ CASES = (
         "--config.max_new_tokens=60",
         prepare=_make_state(TINY),
     ),
+    # searches
+    _tune("a budget below every candidate", "expected at least 4, the least", "--config.budget=3.5"),
+    _tune("a budget with scales below every candidate", "asymptotic bits", "--config.budget_asymptotic=4.0"),
+    _tune("a budget that is no number", "expected bits above 0", "--config.budget=nan"),
+    _tune("a budget below 0", "expected bits above 0", "--config.budget=-3"),
+    _tune("a budget without end", "expected bits above 0", "--config.budget=inf"),
+    _tune("a budget with scales below 0", "budget_asymptotic=0", "--config.budget_asymptotic=-3"),
+    _tune("an unknown search", "expected one of knapsack, nsga2, refine", "--config.method=random"),
+    _tune("an unknown mode of candidates", "expected one of kivi, token", "--config.mode=block"),
+    _tune("an unknown error of layers", "expected one of predicted, kld, e_o", "--config.error=e_k"),
+    _tune("an unknown objective", "expected one of kld, nll, top1", "--config.objective=ppl"),
+    _tune("an unknown pruning", "expected one of nominal, asymptotic, none", "--config.prune=all"),
+    _tune("an unknown clustering", "expected one of group, singletons, none", "--config.cluster=kmeans"),
+    _tune("no points", "expected at least 1", "--config.points=0"),
+    _tune("no trials", "expected at least 1", "--config.trials=0"),
+    _tune("no rounds", "expected at least 1", "--config.rounds=0"),
+    _tune("a seed below 0", "expected at least 0", "--config.seed=-1"),
+    _tune("a seed beyond 32 bits", "a seed below 2**32", "--config.seed=4294967296"),
+    _tune("a worker below 0", "expected at least 0", "--config.worker=-1"),
+    _tune("no windows to calibrate on", "at least 2 tokens, 1 window", "--config.windows=0"),
+    _tune("a context beyond the model's, calibrating", "the model's 256", "--config.context=300"),
+    _tune("too few tokens to calibrate on", "expected at least 1280", "--config.windows=20"),
+    _tune("one of two texts is missing", "no text 'nowhere.txt'", "--config.text=text.txt,nowhere.txt"),
+    _tune("candidates with an empty name", "single commas", "--config.candidates=k4v4,,k2v2"),
+    _tune("an unknown candidate", "expected dense, k{bits}v{bits}", "--config.candidates=k4v4,zip"),
+    _tune("a plan for a candidate", "expected dense, k{bits}v{bits}", "--config.candidates=0:k4v4;1:k2v2"),
+    _tune("a candidate twice", "k4v4@kivi is there twice", "--config.candidates=k4v4,k2v2,k4v4@kivi"),
+    _tune("a candidate that the model cannot hold", "does not divide", "--config.candidates=k4v4@token(group=16)"),
+    _tune("a candidate with its base beyond the model", "has no base layer 2", "--config.candidates=k2v2,xcl3"),
+    _tune("a workdir that is a file, searching", "expected a folder", "--workdir=text.txt"),
+    _tune("no problems to agree on", "expected GSM8K's jsonl file", "--config.objective=agreement"),
+    _tune("problems that are missing", "problems.jsonl cannot be read: No such file", *AGREEMENT),
+    _tune("problems that are a folder", "Is a directory", *AGREEMENT, "--config.problems=tiny"),
+    _tune(
+        "damaged problems",
+        "problems.jsonl, line 2: expected a JSON object",
+        *AGREEMENT,
+        prepare=_write("problems.jsonl", ASKED + ASKED[:20]),
+    ),
+    _tune("fewer problems than asked for", "count + shots = 6", *AGREEMENT, prepare=_write("problems.jsonl", ASKED)),
+    _tune(
+        "a problem longer than the model reads",
+        "the model's 256 tokens",
+        *AGREEMENT,
+        "--config.shots=0",
+        prepare=_write("problems.jsonl", ASKED + ASKED.replace(b"many", b"many" * 100)),
+    ),
+    _tune("NaN in the weights, searching", "not finite", prepare=_change_tensors(_spoil)),
+    _tune("torn errors of layers", "sensitivity.jsonl, line 2", prepare=_write("out/sensitivity.jsonl", b'{}\n{"la')),
+    _tune("damaged evaluations", "remove it to compute it again", prepare=_damage_evaluations),
+    _tune(
+        "a damaged journal",
+        "journal.log is damaged",
+        *(*NSGA2, *UNGROUPED),
+        prepare=_write("out/journal.log", b"trials\n[]\n"),
+    ),
     # a full disk
     _sweep("a full disk at the first windows", "File too large", disk=1000),
     _sweep("a full disk at a row", "results.jsonl", prepare=EARLIER, disk=PADDING + 200),
@@ -383,6 +471,12 @@ CASES = (
         "a full disk at a cache's bases", "cannot be written", *BASES, environment=NO_PIP, disk=1000, workdir=None
     ),
     _generate("a full disk at a state", "state cannot be written", "--config.save=state", disk=1000, workdir=None),
+    _tune("a full disk at a layer's errors", "sensitivity.jsonl cannot be written: File too large", disk=1000),
+    _tune(
+        "a full disk at an evaluation", "json cannot be written: File too large", prepare=_lose_evaluations, disk=300
+    ),
+    _tune("a full disk at a journal", "journal.log cannot be", *NSGA2, *UNGROUPED, disk=2000),
+    _tune("a full disk at a picture of a search", "front.png cannot be written", disk=20_000),
 )
 
 

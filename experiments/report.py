@@ -14,7 +14,7 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from experiments import closed_loop, pareto, plans
+from experiments import closed_loop, pareto, plans, tune_pictures
 from experiments.program import read_rows, write_atomically
 from kvjax.caches.base import REAL_DTYPE, CacheShape
 from kvjax.caches.plan import CachePlan
@@ -337,6 +337,13 @@ def main() -> None:
     gqa = [row for row in read_rows(ROOT / "results/xquant-gqa.jsonl") if row["text"] != "demo"]
     pareto.draw(gqa, ROOT / "docs/xquant-gqa.png")
     closed_loop.draw(read_rows(ROOT / "results/closed_loop.jsonl"), ROOT / "docs/closed_loop.png")
+    tuned = {
+        name: read_rows(ROOT / f"results/{name}.jsonl") for name in ("plans-pairs", "plans-families", "searches")
+    }
+    plans.draw(tuned["plans-pairs"], ROOT / "docs/tune-plans.png")
+    plans.draw(tuned["plans-families"], ROOT / "docs/tune-families.png")
+    search_courses.draw(tuned["searches"], ROOT / "docs/tune-searches.png")
+    tune_pictures.heat_map(read_rows(ROOT / "results/sensitivity.jsonl"), "kld", ROOT / "docs/tune-sensitivity.png")
     rows = [read_rows(ROOT / "results" / name) for name in ("bad_input.jsonl", "fuzz.jsonl")]
     write_atomically(ROOT / "docs/bad_inputs.md", bad_inputs(*rows).encode())
 

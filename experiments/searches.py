@@ -104,7 +104,7 @@ def draw(rows: list[Row], file: Path) -> None:
     for axis in axes:
         axis.grid(alpha=0.3, which="both")
     axes[1].legend()
-    figure.suptitle("{model}, {text}, {windows} windows of {context} tokens each".format(**rows[0]), fontsize=10)
+    figure.suptitle("{model}, {text}, {windows} × {context} tokens of each text".format(**rows[0]), fontsize=10)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=130, format="png")
     plt.close(figure)

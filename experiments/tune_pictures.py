@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ ERRORS = {
 KINDS = ("search", "uniform", "chosen")
 SEARCH, UNIFORM, CHOSEN = "#0072B2", "#D55E00", "#F0E442"  # of Okabe and Ito's colours, told apart by all
 DPI = 130
+LONG = 24  # characters of a name
 SIDES = [(x, y) for y in (1, 0, -1, 2, -2, 3, -3, 4, -4) for x in (1, -1, 0) if x or y]  # of a point, best first
 
 
@@ -146,7 +148,13 @@ def undominated(bits: Float[np.ndarray, "n"], kld: Float[np.ndarray, "n"]) -> li
 
 
 def short_names(caches: Sequence[str]) -> tuple[list[str], str]:
-    """The caches' names without the mode that all of them share, and that mode as it stands behind a word."""
+    """The caches' names without the mode that all of them share, and that mode as it stands behind a word.
+
+    Long ones also without their fields, where they can be told apart without.
+    """
+    plain = [re.sub(r"^([^;(]*)\([^()]*\)([^;]*)$", r"\1(…)\2", cache) for cache in caches]
+    if max(map(len, caches), default=0) > LONG and len({*plain}) == len({*caches}):
+        caches = plain
     modes = {"".join(cache.partition("@")[1:]) for cache in caches}
     shared = modes.pop() if len(modes) == 1 else ""
     return [cache.removesuffix(shared) for cache in caches], shared and f" {shared}"

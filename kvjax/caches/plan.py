@@ -212,8 +212,9 @@ class CachePlan:
 
     def init_carry(self, shape: CacheShape) -> Any:
         """What runs across the layers within one step, the same tree at every layer; () where nothing does."""
-        carries = (spec.init_carry(shape) for spec in self.specs)
-        return next((carry for carry in carries if carry), ())
+        carries = [spec.init_carry(shape) for spec in self._counts()]
+        sizes = [sum(leaf.size for leaf in jax.tree.leaves(carry)) for carry in carries]
+        return carries[sizes.index(max(sizes))]  # runs with residuals of their own: the longest serves all
 
     def init_shapes(self, shape: CacheShape) -> Any:
         """The tree of `init` without its arrays. Raises KvjaxError where a spec does not fit the shape."""

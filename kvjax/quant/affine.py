@@ -76,7 +76,7 @@ def quantize_to(
         low, high = jnp.where(empty, 0.0, low), jnp.where(empty, 0.0, high)
     scale, zero = _divide(high - low, levels).astype(jnp.float16), low.astype(jnp.float16)
     finite = jnp.isfinite(scale) & jnp.isfinite(zero)
-    if not isinstance(x, jax.core.Tracer) and not bool(finite.all()):
+    if not isinstance(finite, jax.core.Tracer) and not bool(finite.all()):
         raise KvjaxError("cannot quantise values that are not finite or do not fit float16")
     scale, zero = jnp.where(finite, scale, jnp.nan), jnp.where(finite, zero, jnp.nan)
     s, z = scale.astype(jnp.float32), zero.astype(jnp.float32)

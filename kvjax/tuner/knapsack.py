@@ -57,13 +57,17 @@ def knapsack(
                     continue
                 more_bits, more_error = bits(placed), error(layer, placed)
                 grown.setdefault(placed.place, []).extend(
-                    Partial(round(p.bits + more_bits, 6), p.error + more_error, placed, p) for p in partials
+                    Partial(p.bits + more_bits, p.error + more_error, placed, p) for p in partials
                 )
-        states = {state: pareto(each, lambda p: p.bits, lambda p: p.error) for state, each in grown.items()}
+        states = {state: _front(each) for state, each in grown.items()}
     ended = [p for each in states.values() for p in each if p.spec is not None and _goes_under(p.spec, None)]
     if not ended:
         raise KvjaxError("no plan can be made of these candidates")
-    return [(CachePlan(p.specs), p.error) for p in pareto(ended, lambda p: p.bits, lambda p: p.error)]
+    return [(CachePlan(p.specs), p.error) for p in _front(ended)]
+
+
+def _front(partials: list[Partial]) -> list[Partial]:
+    return pareto(partials, lambda p: round(p.bits, 6), lambda p: p.error)  # sums of thirds are not exact
 
 
 def _goes_under(spec: CacheSpec, above: CacheSpec | None) -> bool:

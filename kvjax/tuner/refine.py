@@ -75,12 +75,12 @@ def _measure(
 def _part(
     best: CachePlan, plan: CachePlan, change: dict[tuple[int, str], float], model: ModelShapes, share: int
 ) -> CachePlan | None:
-    """The plan that keeps of the changes from `best` to `plan` one part in `share`: the most rewarding ups and the
-    least harmful downs, as many of both."""
-    moves = [i for i, (a, b) in enumerate(zip(best.specs, plan.specs, strict=True)) if str(a) != str(b)]
-    gains = sorted(moves, key=lambda i: change[i, str(plan.specs[i])])
-    count = len(moves) // (2 * share)
-    kept = {*gains[:count], *[i for i in gains if change[i, str(plan.specs[i])] >= 0][:count]}
+    """The plan that keeps of the changes from `best` to `plan` one part in `share`: the most rewarding ones of those
+    that reward, the least harmful ones of those that harm."""
+    pairs = enumerate(zip(best.specs, plan.specs, strict=True))
+    by = {i: change[i, str(b)] for i, (a, b) in pairs if str(a) != str(b)}
+    good, bad = (sorted((i for i in by if (by[i] < 0) == rewards), key=by.__getitem__) for rewards in (True, False))
+    kept = {*good[: len(good) // share], *bad[: -(-len(bad) // share)]}
     if not kept:
         return None
     specs = [b if i in kept else a for i, (a, b) in enumerate(zip(best.specs, plan.specs, strict=True))]

@@ -49,7 +49,8 @@ def _exact(simulator: Simulator, spec: CacheSpec) -> CachePlan:
     """The run that the spec is measured on."""
     if not spec.init_carry(simulator.shape):
         return simulator.dense_plan
-    return CachePlan((exact_form(spec),) * simulator.model.config.layers)
+    config = simulator.model.config
+    return CachePlan.of((exact_form(spec),) * config.layers, config)
 
 
 def measured(simulator: Simulator, layer: int, spec: CacheSpec) -> float:
@@ -86,7 +87,7 @@ def local_errors(
             for trace, g in zip(simulator.keep(_exact(simulator, form)), gradients, strict=True)
         ]
         for i, spec in enumerate(same):
-            found[spec] = {name: float(np.mean([part[name][i] for part in parts])) for name in ERRORS}
+            found[spec] = {name: float(np.mean([float(part[name][i]) for part in parts])) for name in ERRORS}
     return [found[spec] for spec in specs]
 
 
@@ -108,7 +109,8 @@ class _Probe(LayerCache):
         dtype = jnp.promote_types(chunk.q.dtype, jnp.float32)
         own = rotate_heads(chunk.k, chunk.rotation).astype(dtype), chunk.v.astype(dtype)
         exact = attention.attend_streamed(chunk.q, (*own, chunk.positions), own, 0, chunk.window)
-        a, o = _late_attention(chunk, *own, chunk.positions)
+        a, o = _late_attention(chunk, *own)
+        seen = visible(chunk, chunk.positions)[:, chunk.q.shape[1] // 2 :].sum() * chunk.q.shape[2]
 
         def candidate(levels):
             cache = Streamed(levels, self.form, self.shape)
@@ -116,11 +118,11 @@ class _Probe(LayerCache):
             streamed = attention.attend_streamed(chunk.q, (k, v, positions), own, self.form.block, chunk.window)
             moved = jnp.einsum("snhd,nhd->sn", self.g, (streamed - exact)[0])
             k, v = (_by_position(x[0], positions[0], self.shape.max_len) for x in (k, v))
-            a_hat, o_hat = _late_attention(chunk, k[None], v[None], chunk.positions)
+            a_hat, o_hat = _late_attention(chunk, k[None], v[None])
             return {
                 "e_k": _relative(own[0][0], k),
                 "e_v": _relative(own[1][0], v),
-                "e_a": jnp.abs(a - a_hat).sum() / (a > 0).sum(),
+                "e_a": jnp.abs(a - a_hat).sum() / seen,
                 "e_o": _relative(o, o_hat),
                 "predicted": 0.5 * (moved**2).sum(1).mean() / (moved.shape[1] - 1),
             }
@@ -137,11 +139,11 @@ def _by_position(x: Float[Array, "n K d"], positions: Int[Array, "n"], tokens: i
 
 
 def _late_attention(
-    chunk: Chunk, k: Float[Array, "1 N K d"], v: Float[Array, "1 N K d"], positions: Int[Array, "1 N"]
+    chunk: Chunk, k: Float[Array, "1 N K d"], v: Float[Array, "1 N K d"]
 ) -> tuple[Float[Array, "1 H T N"], Float[Array, "1 T H d"]]:
     """Attention weights and outputs of the queries of the second half."""
     late = chunk.q.shape[1] // 2
-    mask: Bool[Array, "1 T N"] = visible(chunk, positions)[:, late:]
+    mask: Bool[Array, "1 T N"] = visible(chunk, chunk.positions)[:, late:]
     k, v = (jnp.repeat(a, chunk.q.shape[2] // a.shape[2], 2) for a in (k, v))
     scores = jnp.einsum("bthd,bnhd->bhtn", chunk.q[:, late:].astype(k.dtype), k) * k.shape[-1] ** -0.5
     a = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf))

@@ -209,7 +209,8 @@ class Simulator:
     def _trace(self, plan: CachePlan, window: int, whole: bool) -> Trace:
         """Runs a window; from where a kept plan leaves this one, with all inputs where `whole`, else the last."""
         config, params = self.model.config, self.model.params
-        best = max((kept[window] for kept in self._kept.values()), key=lambda t: t.shared(plan), default=None)
+        kept = (traces[window] for plan_kept, traces in self._kept.items() if self._carries_alike(plan_kept, plan))
+        best = max(kept, key=lambda trace: trace.shared(plan), default=None)
         start = best.shared(plan) if best else 0
         if best and start:
             hs, carries = best.h[: start + 1], best.carry[: start + 1]
@@ -227,6 +228,11 @@ class Simulator:
             if whole:
                 hs, carries = [*hs, h], [*carries, carry]
         return Trace(plan, hs if whole else [h], carries)
+
+    def _carries_alike(self, a: CachePlan, b: CachePlan) -> bool:
+        """Whether b may go on with what runs across a's layers."""
+        here, there = (jax.eval_shape(lambda plan=plan: plan.init_carry(self.shape)) for plan in (a, b))
+        return here in ((), there)
 
     def program(self, layer: int) -> int:
         """The first layer that differs from this one in its weights only."""

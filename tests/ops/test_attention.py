@@ -24,6 +24,7 @@ FORMATS = {"kivi": KIVI, "token": TOKEN, "odd": ODD, "exact-keys": EXACT_KEYS, "
 
 attend_packed = jax.jit(attention.attend_packed, static_argnums=(4, 6))
 attend_exact = jax.jit(attention.attend_exact, static_argnums=5)
+attend_streamed = jax.jit(attention.attend_streamed, static_argnums=(3, 4))
 
 
 def random(seed, *shape):
@@ -286,3 +287,70 @@ def test_far_blocks_of_a_chunk_are_never_read(before):
     k[:, :400], v[:, :400], k[:, -400:], v[:, -400:] = 0, 0, np.nan, np.nan
     late = attend_exact(q, seen[:, before:], k, v, seen, None).output
     assert np.isfinite(late[:, : tokens - 400 - 512]).all()  # the causal half
+
+
+def streamed_reference(q, stored, own, block, window):
+    """Query by query, in float64, for one sequence: q [T, H, D], stored and own keys and values [n, K, D]."""
+    (k, v, positions), (own_k, own_v) = stored, own
+    out, per_head = np.empty(q.shape), q.shape[1] // k.shape[1]
+    for p in range(len(q)):
+        edge = p // block * block if block else p + 1
+        first = 0 if window is None else max(0, p - window + 1)
+        read = (positions >= first) & (positions < edge)
+        keys, values = (np.concatenate([a[read], b[max(first, edge) : p + 1]]) for a, b in ((k, own_k), (v, own_v)))
+        for h in range(q.shape[1]):
+            scores = keys[:, h // per_head] @ q[p, h] / np.sqrt(q.shape[2])
+            weights = np.exp(scores - scores.max())
+            out[p, h] = weights @ values[:, h // per_head] / weights.sum()
+    return out
+
+
+STREAMED_CASES = [  # block, tokens, heads per kv head, sinks, allocated beyond the tokens, window
+    (0, 300, 2, 0, 0, None),
+    (0, 75, 3, 5, 21, 13),
+    (32, 300, 2, 4, 20, None),
+    (32, 20, 1, 3, 12, None),  # no block is complete
+    (24, 515, 1, 0, 13, 50),  # divides neither 256 nor the tokens
+    (96, 203, 4, 3, 85, 130),
+    (32, 64, 2, 40, 0, 40),  # more sinks than a block has tokens
+    (320, 700, 1, 6, 260, 90),
+    (320, 970, 2, 0, 0, None),
+]
+
+
+@pytest.mark.parametrize("case", STREAMED_CASES, ids=str)
+def test_attend_streamed(case):
+    """Rows that are absent, those of a partial block, and those beyond the tokens, are far off."""
+    block, tokens, per_head, sinks, more, window = case
+    rng = np.random.default_rng(tokens)
+    q = 2 * rng.standard_normal((B, tokens, K * per_head, 8))
+    own = rng.standard_normal((2, B, tokens, K, 8))
+    stored = rng.standard_normal((2, B, tokens + more + sinks, K, 8))
+    positions = np.concatenate([np.arange(tokens), np.full(more, -1), np.arange(sinks)])
+    positions = np.tile(positions, (B, 1))
+    positions[:, :sinks] = -1  # read from the end instead
+    if block:  # else a query that reads nothing would be left
+        positions[:, :tokens][rng.random((B, tokens)) < 0.2] = -1
+        positions[1, tokens + more :][: sinks // 2] = -1
+    stored[:, positions < 0] = 50.0
+    if block:
+        stored[:, :, tokens // block * block : tokens] = 50.0
+    with jax.enable_x64(True):
+        output = attend_streamed(q, (*stored, positions.astype(np.int32)), tuple(own), block, window)
+        assert output.dtype == np.float64
+    for b in range(B):
+        wanted = streamed_reference(q[b], (*stored[:, b], positions[b]), own[:, b], block, window)
+        np.testing.assert_allclose(output[b], wanted, atol=1e-12)
+
+
+def test_attend_streamed_in_bfloat16():
+    """Scores and sums are float32 or wider, and what is stored may be."""
+    q, k, v, own_k, own_v = (random(i, B, 75, K, D) for i in range(5))
+    q, own_k, own_v = (jnp.asarray(a).astype(jnp.bfloat16) for a in (q, own_k, own_v))
+    positions = np.tile(np.arange(75, dtype=np.int32), (B, 1))
+    output = attend_streamed(q, (k, v, positions), (own_k, own_v), 32, None)
+    assert output.dtype == jnp.bfloat16
+    q, own_k, own_v = (np.asarray(a, np.float64) for a in (q, own_k, own_v))
+    for b in range(B):
+        wanted = streamed_reference(q[b], (k[b], v[b], positions[b]), (own_k[b], own_v[b]), 32, None)
+        np.testing.assert_allclose(np.asarray(output[b], np.float64), wanted, rtol=2**-8, atol=1e-5)

@@ -1,5 +1,6 @@
 """Packed stores: what is read is what was written, quantised once, and nothing else ever changes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -233,6 +234,81 @@ def test_float64_and_bfloat16_inputs(format):
             else:
                 packed = write_tokens(packed, value, np.zeros(B, np.int32), np.full(B, 32, np.int32))
             np.testing.assert_array_equal(read(packed), reading(value, format))
+
+
+WIDTHS = (1, 2, 3, 4, 5, 6, 8)
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@quick_jit
+def codes_of(history):
+    """Codes, scales and zero points of everything."""
+    block = store.read_block(history, 0, history.tokens, jnp.uint8)
+    return block.codes, block.scale, block.zero
+
+
+def empty_pair(format):
+    """Empty stores: packed, and with the width as data in a format of 8 bits."""
+    packed, eight = (
+        store.init(f, B, K, TOKENS, D, jnp.float32) for f in (format, dataclasses.replace(format, bits=8))
+    )
+    return packed, store.unpacked(eight, jnp.float32(2**format.bits - 1))
+
+
+def check_pair(packed, other):
+    leaves_equal(codes_of(packed), codes_of(other))
+    assert (packed.tokens, packed.heads) == (other.tokens, other.heads) == (TOKENS, K)
+
+
+def test_tokens_with_the_width_as_data():
+    """Ragged chunks, the last partly beyond the end; one program for all widths."""
+    write = quick_jit(lambda *args: store.write_tokens(*args))
+    chunks = [([0, 0, 0], [37, 5, 0]), ([37, 5, 0], [0, 37, 20]), ([90, 42, 20], [37, 37, 37])]
+    for bits in WIDTHS:
+        packed, other = empty_pair(Format(bits, "token", 8, 0))
+        for seed, chunk in enumerate(chunks):
+            x, (at, lengths) = random(seed, B, 37, K, D), np.array(chunk, np.int32)
+            packed, other = write_tokens(packed, x, at, lengths), write(other, x, at, lengths)
+            check_pair(packed, other)
+        assert np.asarray(other.codes).max() == 2**bits - 1
+    assert write._cache_size() == 1
+    np.testing.assert_array_equal(read(packed), read(other))
+
+
+@pytest.mark.parametrize(
+    ("format", "widths"),
+    [
+        (Format(8, "channel", 8, 24), WIDTHS),
+        (Format(8, "channel", 32, 32), (1,)),
+        (Format(8, "token", 8, 24), (2,)),
+        (Format(8, "token", 16, 32), (6,)),
+    ],
+    ids=str,
+)
+def test_blocks_with_the_width_as_data(format, widths):
+    """Some entries masked, some blocks dropped, some written twice; one program for all widths."""
+    write, write_packed = (quick_jit(lambda *args: store.write_blocks(*args)) for _ in range(2))
+    rng = np.random.default_rng(format.group)
+    count = TOKENS // format.block
+    for bits in widths:
+        packed, other = empty_pair(dataclasses.replace(format, bits=bits))
+        for keep in (1.0, 0.5, 0.02):
+            x, mask = random(bits, B, 2, format.block, K, D), rng.random((B, 2, format.block)) < keep
+            index = np.stack([rng.permutation(count + 1)[:2] for _ in range(B)])  # `count` is beyond the end
+            packed, other = write_packed(packed, x, mask, index), write(other, x, mask, index)
+            check_pair(packed, other)
+        assert np.asarray(other.codes).max() == 2**bits - 1
+    assert write._cache_size() == 1
+    np.testing.assert_array_equal(read(packed), read(other))
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_unpacked_goes_on_from_what_is_there(bits):
+    packed = full_store(Format(bits, "token", 8, 0))
+    other = store.unpacked(packed, jnp.float32(2**bits - 1))
+    check_pair(packed, other)
+    x, at, lengths = random(5, B, 37, K, D), np.array([3, 40, 90]), np.array([37, 1, 37])
+    check_pair(write_tokens(packed, x, at, lengths), write_tokens(other, x, at, lengths))
 
 
 @pytest.mark.parametrize(

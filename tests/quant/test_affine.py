@@ -1,6 +1,7 @@
 """The quantiser equals a numpy oracle written from DESIGN's text, bit for bit."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,15 @@ def oracle(x, bits, axis, group, mask=None):
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def quantize(x, bits, axis, group, mask=None):
     return affine.quantize(x, bits, axis, group, mask)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def quantize_to(x, levels, axis, group, mask=None):
+    return affine.quantize_to(x, levels, axis, group, mask)
+
+
+def width_as_data(x, bits, axis, group, mask=None):
+    return quantize_to(x, np.float32(2**bits - 1), axis, group, mask)
 
 
 def same_bits(a, b):
@@ -93,7 +103,7 @@ def test_eager_equals_oracle(bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("run", [quantize, affine.quantize], ids=["jit", "eager"])
+@pytest.mark.parametrize("run", [quantize, affine.quantize, width_as_data], ids=["jit", "eager", "data"])
 def test_ties_at_every_mantissa(bits, run):
     """Scales half way between two float16 numbers, and values half way between two codes: only true division and
     rounding half to even give them."""
@@ -105,6 +115,35 @@ def test_ties_at_every_mantissa(bits, run):
     between = np.zeros((1024, 8))
     between[:, -1] = ((mantissa + 1 / 2048) * levels)[:, 0]
     check(between.astype(np.float32), bits, -1, 8, run=run)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_width_as_data_is_one_program_and_the_same_bits(layout):
+    """Masked codes too, and groups that float16 cannot hold."""
+    shape, axis, group = layout
+    quantize_to.clear_cache()
+    stored = []
+    for seed, bits in itertools.product(range(6), BITS):
+        exponent, grid = (0, 15, -20)[seed % 3], (0, 0.5)[seed % 2]
+        x = values(seed, shape, exponent, 3.0, grid)
+        mask = np.random.default_rng(seed).random(shape) < (0.9, 0.02)[seed // 3]
+        one, other = width_as_data(x, bits, axis, group, mask), quantize(x, bits, axis, group, mask)
+        same_bits(one.scale, other.scale)
+        same_bits(one.zero, other.zero)
+        real = np.repeat(np.isfinite(np.asarray(one.scale)), group, axis)
+        stored.append(real.mean())
+        np.testing.assert_array_equal(np.asarray(one.codes)[real], np.asarray(other.codes)[real])
+        assert one.codes.dtype == np.uint8
+    assert quantize_to._cache_size() == 1
+    assert min(stored) < max(stored) == 1
+
+
+def test_width_as_data_alone():
+    """Traced where the values are not."""
+    x, bits = jnp.asarray(values(0, (3, 16), 0, 0.0, 0)), jnp.asarray(BITS)
+    q = jax.vmap(lambda levels: affine.quantize_to(x, levels, -1, 8))(2.0**bits - 1)
+    for i, width in enumerate(BITS):
+        check(x, width, -1, 8, run=lambda *_, i=i: jax.tree.map(lambda a: a[i], q))
 
 
 def test_half_to_even():
