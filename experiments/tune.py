@@ -165,10 +165,10 @@ class Search:
         """The rows of a file and, appended to it, those that it lacked."""
         layers, specs = self.model.config.layers, self._places()
         common = {"experiment": "sensitivity", **self.identity, "samples": SAMPLES, "seed": self.config.seed}
-        found = {
-            (row["layer"], row["cache"]): row for row in program.read_rows(file) if common.items() <= row.items()
-        }
-        missing = [[s for s in specs if not self._has_errors(found.get((i, _key(s))))] for i in range(layers)]
+        needed = {"layer", "cache", "bits_asymptotic", "e_o", self.config.error}
+        rows = [row for row in program.read_rows(file) if common.items() <= row.items() and needed <= row.keys()]
+        found = {(row["layer"], row["cache"]): row for row in rows}
+        missing = [[spec for spec in specs if (layer, _key(spec)) not in found] for layer in range(layers)]
         gradients = None
         with progress_bar() as progress:
             task = progress.add_task("sensitivity", total=layers, completed=sum(not m for m in missing))
@@ -193,9 +193,6 @@ class Search:
                 row["kld"] = sensitivity.measured(self.simulator, layer, spec)
             rows.append(row)
         return rows
-
-    def _has_errors(self, row: Row | None) -> bool:
-        return row is not None and (self.config.error in row)
 
     def _places(self) -> list[CacheSpec]:
         """What the candidates store in all their places."""

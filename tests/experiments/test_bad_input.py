@@ -23,9 +23,11 @@ SOME = (
     "a fetched model that is damaged, without a network",
     "NaN in the weights",
     "a state of another model",
+    "a damaged journal",
     "a full disk at the first windows",
     "a full disk at a row",
     "a full disk at a state",
+    "a full disk at a journal",
 )
 
 

@@ -85,6 +85,12 @@ def test_undominated() -> None:
         (["k4v2@kivi", "k8v8@kivi"], ["k4v2", "k8v8"], " @kivi"),
         (["k4v2@kivi", "k4v2@token"], ["k4v2@kivi", "k4v2@token"], ""),
         (["k4v2@kivi(sink=4)", "k2v2@kivi(sink=4)"], ["k4v2", "k2v2"], " @kivi(sink=4)"),
+        (["xcl3@input(sink=4,fold=1) above its base", "x3"], ["xcl3@input(…) above its base", "x3"], ""),
+        (
+            ["xcl3@input(sink=4,fold=1)", "xcl3@input(fold=1)"],
+            ["xcl3@input(sink=4,fold=1)", "xcl3@input(fold=1)"],
+            "",
+        ),
         (["dense", "k4v2@kivi"], ["dense", "k4v2@kivi"], ""),
         (["xcl4"], ["xcl4"], ""),
         ([], [], ""),
