@@ -30,7 +30,7 @@ SEARCHES = {
     },
 }
 SEARCHES["families"]["all three"] = ",".join(SEARCHES["families"].values())
-BUDGETS = {"pairs": "3,3.25,3.5,4,4.5,5,6", "widths": "3,4", "families": "3.5,4,4.5,5"}
+BUDGETS = {"pairs": "3,3.25,3.5,4,4.5,5,6", "widths": "3,4", "families": "3.5,4.5"}
 
 
 def get_config(variant: str = "pairs") -> config_dict.ConfigDict:

@@ -15,6 +15,7 @@ from typing import Any
 from scipy.stats import spearmanr
 
 from experiments import closed_loop, pareto, plans, tune_pictures
+from experiments import searches as search_courses
 from experiments.program import read_rows, write_atomically
 from kvjax.caches.base import REAL_DTYPE, CacheShape
 from kvjax.caches.plan import CachePlan
@@ -278,7 +279,7 @@ def _count(layers: str) -> int:
 
 def _calibration(rows: list[Row]) -> str:
     row = rows[0]
-    size = f"{row['windows']} windows of {row['context']} tokens"
+    size = f"{row['windows']} × {row['context']} tokens"
     if "calibrated_on" in row:
         return f"Calibrated on {row['calibrated_on']}, judged on {size} of each text."
     return f"Calibrated on {size} of {row['text']}."

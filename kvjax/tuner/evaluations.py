@@ -64,10 +64,6 @@ class Evaluations:
             raise KvjaxError(f"{file} lacks figures; expected {', '.join(self.names)}: remove it to compute it again")
         return figures
 
-    def known(self, plan: CachePlan) -> bool:
-        """Whether the plan was evaluated."""
-        return self._file(plan).exists()
-
     def _file(self, plan: CachePlan) -> Path:
         key = self._key(self.identity, str(plan))
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"

@@ -55,6 +55,10 @@ def ask(folder: Path, evaluate: Callable[[CachePlan], dict[str, Any]], plans: li
         answers.put((os.getpid(), str(plan), evaluations(plan)))
 
 
+def known(evaluations: Evaluations) -> bool:
+    return evaluations._file(PLAN).exists()
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., BaseProcess]]:
     """Starts processes that ask for plans; none outlives the test."""
@@ -80,8 +84,8 @@ def lines(log: Path) -> list[tuple[int, str]]:
 def test_once(tmp_path: Path) -> None:
     log, folder = tmp_path / "log", tmp_path / "a/b/e"
     first = Evaluations(folder, IDENTITY, functools.partial(logged, log))
-    assert not first.known(PLAN)
-    assert first(PLAN) == first(PLAN) == figures(PLAN) and first.made == 1 and first.known(PLAN)
+    assert not known(first)
+    assert first(PLAN) == first(PLAN) == figures(PLAN) and first.made == 1 and known(first)
     second = Evaluations(folder, dict(reversed(IDENTITY.items())), functools.partial(logged, log))
     assert second(PLAN) == figures(PLAN) and second.made == 0  # to the last digit
     assert len(lines(log)) == 1
@@ -93,7 +97,7 @@ def test_identities_do_not_share(tmp_path: Path) -> None:
     others = [IDENTITY, {"model": "m"}, {**IDENTITY, "context": 65}, {**IDENTITY, "objective": "gsm8k"}]
     for identity in others:
         evaluations = Evaluations(tmp_path, identity, functools.partial(logged, log))
-        assert not evaluations.known(PLAN) and evaluations(PLAN) == figures(PLAN)
+        assert not known(evaluations) and evaluations(PLAN) == figures(PLAN)
     assert len(lines(log)) == len(others)
     for plan in PLANS:
         assert Evaluations(tmp_path, IDENTITY, functools.partial(logged, log))(plan) == figures(plan)
@@ -163,7 +167,7 @@ def test_what_fails_is_not_kept(tmp_path: Path) -> None:
     with pytest.raises(KvjaxError, match="not finite"):
         Evaluations(tmp_path, IDENTITY, fail)(PLAN)
     evaluations = Evaluations(tmp_path, IDENTITY, figures)
-    assert not evaluations.known(PLAN) and evaluations(PLAN) == figures(PLAN)
+    assert not known(evaluations) and evaluations(PLAN) == figures(PLAN)
 
 
 WHOLE = {"identity": IDENTITY, "cache": str(PLAN), "figures": {"kld": 0.5}}
