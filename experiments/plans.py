@@ -25,6 +25,7 @@ from rich.table import Table
 from experiments import program
 from experiments.perplexity import identity_of
 from experiments.tune import Search, calibration, progress_bar
+from experiments.tune_pictures import short_names
 from kvjax.caches.base import REAL_DTYPE, CacheShape
 from kvjax.caches.plan import CachePlan, split_list
 from kvjax.checkpoints.model import Model
@@ -158,12 +159,15 @@ def draw(rows: list[Row], file: Path) -> None:
             own = sorted((row["bits_asymptotic"], row["kld"]) for row in mine)
             axis.plot(*zip(*own, strict=True), "o-", ms=4, label=name)
         uniform = {row["cache"]: (row["bits_asymptotic"], row["kld"]) for row in here if row["kind"] == "uniform"}
-        best = pareto(uniform.values(), lambda point: point[0], lambda point: point[1])
-        for cache, point in uniform.items():
-            axis.plot(*point, "x", color="tab:gray", ms=5 if point in best else 3)
-            if point in best:
-                axis.annotate(cache, point, xytext=(4, 4), textcoords="offset points", fontsize=7, color="tab:gray")
+        best = pareto(uniform.items(), lambda item: item[1][0], lambda item: item[1][1])
+        axis.plot(*zip(*uniform.values(), strict=True), "x", color="tab:gray", ms=4)
+        for name, (_, point) in zip(short_names([cache for cache, _ in best])[0], best, strict=True):
+            label = axis.annotate(
+                name, point, xytext=(4, 4), textcoords="offset points", fontsize=7, color="tab:gray"
+            )
+            label.set_in_layout(False)
         axis.set(yscale="log", xlabel="bits per cached element, scales included", title=text)
+        axis.margins(x=0.16)
         axis.set_ylabel("KL divergence from the dense run (nats per token)")
         axis.grid(alpha=0.3, which="both")
     axes[0][0].legend(title="searched", fontsize=8)
