@@ -3,7 +3,7 @@
     python -m experiments.perplexity --config=configs/perplexity.py --workdir=runs/sweep
 
 scores a 135M-parameter model on four windows of 1024 tokens of the demo text under seven caches: about five minutes
-on two CPU cores. WIKITEXT_COMMAND_AND_NUMBER
+on two CPU cores.
 """
 
 from ml_collections import config_dict
