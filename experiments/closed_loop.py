@@ -8,7 +8,6 @@ warns against. Writes one row per layer to DIR/closed_loop.jsonl and draws DIR/c
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import jax
@@ -18,6 +17,7 @@ from jaxtyping import Array, Float
 from ml_collections import config_dict
 
 from experiments import program
+from experiments.pareto import save_figure
 from kvjax.caches.base import CacheShape
 from kvjax.caches.plan import CachePlan
 from kvjax.caches.x import default_group
@@ -76,10 +76,7 @@ def draw(rows: list[dict], file: Path) -> None:
     axis.title.set_fontsize(10)
     axis.grid(alpha=0.3, which="both")
     axis.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=130, format="png")
-    plt.close(figure)
-    program.write_atomically(file, picture.getvalue())
+    save_figure(figure, file)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from experiments.program import write_atomically
 
@@ -51,8 +52,13 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     if rows:
         title = "{model}, {text}, {windows} windows of {context} tokens, {protocol}; lower left is better"
         figure.suptitle(title.format(**rows[0]), fontsize=10)
+    save_figure(figure, file)
+
+
+def save_figure(figure: Figure, file: Path) -> None:
+    """Writes the picture and closes it."""
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=130)
+    figure.savefig(picture, dpi=130, format="png")
     plt.close(figure)
     write_atomically(file, picture.getvalue())
 

@@ -70,10 +70,13 @@ def identity_of(config: config_dict.ConfigDict, model: Model, windows: np.ndarra
     """What two runs must share for their windows to be the same."""
     tokens = hashlib.sha256(windows.astype(np.int32).tobytes()).hexdigest()
     values = {**config.to_dict(), "model_sha256": model.checksum, "tokens_sha256": tokens, "protocol": protocol}
-    for key in ("model", "text"):  # where a file lies says nothing to others; its checksum does
-        names = split_list(values[key])
-        values[key] = ",".join(Path(name).name if Path(name).exists() else name for name in names)
+    values |= {key: shown(values[key]) for key in ("model", "text")}
     return {key: values[key] for key in SAME_RUN}
+
+
+def shown(names: str) -> str:
+    """Names separated by commas, paths cut: where a file lies says nothing to others; its checksum does."""
+    return ",".join(Path(name).name if Path(name).exists() else name for name in split_list(names))
 
 
 class Sweep:

@@ -10,8 +10,6 @@ segments of 128, whose means give the 95 % interval.
 
 from __future__ import annotations
 
-import io
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -23,13 +21,15 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import program
-from experiments.perplexity import identity_of
+from experiments.pareto import save_figure
+from experiments.perplexity import identity_of, shown
 from experiments.tune import Search, calibration, progress_bar
 from experiments.tune_pictures import short_names
 from kvjax.caches.base import REAL_DTYPE, CacheShape
 from kvjax.caches.plan import CachePlan, split_list
 from kvjax.checkpoints.model import Model
 from kvjax.errors import KvjaxError
+from kvjax.evaluate.perplexity import Score
 from kvjax.load import load
 from kvjax.tuner.evaluations import Evaluations
 from kvjax.tuner.simulate import Simulator
@@ -51,7 +51,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
                 judge(plan)
         rows += [row for each in found for row in _rows(config, model, judge, *each)]
     rows = [row | program.provenance() for row in rows]
-    program.write_atomically(workdir / "plans.jsonl", b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+    program.write_rows(workdir / "plans.jsonl", rows)
     draw(rows, workdir / "plans.png")
     Console(width=160).print(_table(rows))
 
@@ -102,8 +102,8 @@ def _judge(config: config_dict.ConfigDict, model: Model, text: str, workdir: Pat
         made[:] = made or [Simulator(model, windows)]
         scores = made[0].score(plan)
         segments = {name: _segments(getattr(scores, name)) for name in ("kld", "nll")}
-        means = {"kld": scores.kld, "nll": scores.nll, "top1": scores.agree}
-        return {name: float(each.mean()) for name, each in means.items()} | {"segments": segments}
+        score = Score.of(scores)
+        return {"kld": score.kld, "nll": score.nll, "top1": score.top1, "segments": segments}
 
     return Evaluations(workdir / "judged", identity_of(own, model, windows, "streaming"), evaluate)
 
@@ -125,7 +125,7 @@ def _rows(
 ) -> list[Row]:
     """The plan's row, and one for every uniform plan that fits its budget, with what the plan is better by."""
     dense = judge(CachePlan.parse("dense", model.config))
-    common = {"experiment": "plans", **judge.identity, "calibrated_on": _names(config.text)}
+    common = {"experiment": "plans", **judge.identity, "calibrated_on": shown(config.text)}
     common |= {"search": name, "budget": budget, "budget_of": config.budget_of}
     rows: list[Row] = []
     for other in [plan, *uniform]:
@@ -142,10 +142,6 @@ def _rows(
 
 def _shape(model: Model) -> CacheShape:
     return CacheShape.of(model.config, 1, SEGMENT, REAL_DTYPE)
-
-
-def _names(text: str) -> str:
-    return ",".join(Path(name).name if Path(name).exists() else name for name in split_list(text))
 
 
 def draw(rows: list[Row], file: Path) -> None:
@@ -171,10 +167,7 @@ def draw(rows: list[Row], file: Path) -> None:
         axis.set_ylabel("KL divergence from the dense run (nats per token)")
         axis.grid(alpha=0.3, which="both")
     axes[0][0].legend(title="searched", fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=130, format="png")
-    plt.close(figure)
-    program.write_atomically(file, picture.getvalue())
+    save_figure(figure, file)
 
 
 def best_uniform(rows: list[Row], searched: Row) -> Row | None:

@@ -150,7 +150,16 @@ def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Appends all rows or, where that fails or is killed, none."""
     old = file.read_bytes() if file.exists() else b""
     end = b"\n" if old and not old.endswith(b"\n") else b""  # an editor may have left out the last newline
-    write_atomically(file, old + end + b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+    write_atomically(file, old + end + _lines(rows))
+
+
+def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replaces a file by these rows."""
+    write_atomically(file, _lines(rows))
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
 def provenance() -> dict[str, Any]:
@@ -162,6 +171,7 @@ def provenance() -> dict[str, Any]:
     return {"device": kind, "versions": {"python": platform.python_version(), **versions}, "git": _commit()}
 
 
+@functools.cache  # two processes a call, and the code that runs is that of the start
 def _commit() -> str | None:
     """The checkout's commit, with + where files differ from it; None outside a checkout."""
     here = Path(__file__).parent

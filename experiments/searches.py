@@ -8,7 +8,6 @@ the worst uniform cache. Writes DIR/searches.jsonl and draws DIR/searches.png.
 
 from __future__ import annotations
 
-import io
 import math
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ import matplotlib.pyplot as plt
 from ml_collections import config_dict
 
 from experiments import program
+from experiments.pareto import save_figure
 from experiments.tune import Search, calibration
 from kvjax.caches.plan import CachePlan
 from kvjax.load import load
@@ -105,10 +105,7 @@ def draw(rows: list[Row], file: Path) -> None:
         axis.grid(alpha=0.3, which="both")
     axes[1].legend()
     figure.suptitle("{model}, {text}, {windows} × {context} tokens of each text".format(**rows[0]), fontsize=10)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=130, format="png")
-    plt.close(figure)
-    program.write_atomically(file, picture.getvalue())
+    save_figure(figure, file)
 
 
 if __name__ == "__main__":

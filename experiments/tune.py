@@ -34,7 +34,7 @@ from kvjax.caches.plan import CachePlan, split_list
 from kvjax.caches.xcl import XCL
 from kvjax.checkpoints.model import Model
 from kvjax.errors import KvjaxError
-from kvjax.evaluate.perplexity import cut_windows
+from kvjax.evaluate.perplexity import Score, cut_windows
 from kvjax.evaluate.text import load_text
 from kvjax.generate import generate
 from kvjax.load import load
@@ -73,7 +73,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     rows = search.front(plans)
     chosen = next(row for row in rows if row["kind"] == "chosen")
     _write_plan(search, chosen, rows, time.perf_counter() - started)
-    program.write_atomically(workdir / "front.jsonl", b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+    program.write_rows(workdir / "front.jsonl", rows)
     search.draw(rows)
     Console(width=150).print(_table(rows))
     print(f"plan: {workdir / 'plan.yaml'}\nfront: {workdir / 'front.jsonl'}\npictures: {workdir}/*.png")
@@ -141,9 +141,8 @@ class Search:
 
     def _evaluate(self, plan: CachePlan) -> dict[str, float]:
         simulator, start = self.simulator, time.perf_counter()
-        scores = simulator.score(plan)
-        means = {"kld": scores.kld, "nll": scores.nll, "top1": scores.agree}
-        figures = {name: float(each.mean()) for name, each in means.items()} | self.objective.measure(plan)
+        score = Score.of(simulator.score(plan))
+        figures = {"kld": score.kld, "nll": score.nll, "top1": score.top1} | self.objective.measure(plan)
         return figures | {"seconds": time.perf_counter() - start}
 
     def loss(self, plan: CachePlan) -> float:
@@ -294,10 +293,9 @@ class Search:
         return [*rows, common | {"kind": "chosen", "was": kinds[best]} | self._describe(best)]
 
     def _describe(self, plan: CachePlan) -> Row:
-        bits = {"bits_nominal": plan.bits_nominal, "bits_asymptotic": plan.bits_asymptotic(self.shape)}
         return {
             "cache": str(plan),
-            **bits,
+            **_bits(plan, self.shape),
             "bits_real": plan.bits_real(self.shape),
             "predicted": self.predicted(plan),
             **self.evaluations(plan),
@@ -367,7 +365,7 @@ def _key(spec: CacheSpec) -> str:
     return str(spec)
 
 
-def _bits(spec: CacheSpec, shape: CacheShape) -> dict[str, float]:
+def _bits(spec: CacheSpec | CachePlan, shape: CacheShape) -> dict[str, float]:
     return {"bits_nominal": spec.bits_nominal, "bits_asymptotic": spec.bits_asymptotic(shape)}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import math
 import re
 import textwrap
@@ -20,12 +19,11 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
-from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
-from experiments.program import write_atomically
+from experiments.pareto import save_figure
 
 ERRORS = {
     "kld": "KL of the model with this layer quantised alone (nats per token)",
@@ -65,7 +63,7 @@ def heat_map(rows: Sequence[dict[str, Any]], error: str, file: Path) -> None:
     extend, note = ("min", "; black: 0") if (values <= 0).any() else ("neither", "")
     scale: dict[str, Any] = {"location": "top", "aspect": 6 * width, "pad": 0.1 / height}  # as thick in any figure
     figure.colorbar(mesh, label=ERRORS[error] + note, extend=extend, **scale)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def clusters(rows: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]], file: Path) -> None:
@@ -92,7 +90,7 @@ def clusters(rows: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]], f
     figure.supxlabel(f"candidates{shared} kept for the group, by bits", fontsize=10)
     figure.supylabel(ERRORS["e_o"], fontsize=10)
     figure.colorbar(depth, ax=axes, label="layer", aspect=40, ticks=MaxNLocator(integer=True))
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def front(rows: Sequence[dict[str, Any]], file: Path) -> None:
@@ -120,7 +118,7 @@ def front(rows: Sequence[dict[str, Any]], file: Path) -> None:
     names = [name if len(name) <= 32 else name[:31] + "…" for name in names]
     names = [f"{name} (KL 0)" if rows[i]["kld"] <= 0 else name for i, name in zip(uniform, names, strict=True)]
     _name_points(axis, list(zip(bits[uniform], kld[uniform], strict=True)), names)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def grid(rows: Sequence[dict[str, Any]], error: str) -> tuple[list[int], list[str], Float[np.ndarray, "C L"]]:
@@ -220,10 +218,3 @@ def _name_points(axis: Axes, points: Sequence[tuple[float, float]], names: Seque
         leader = {"arrowstyle": "-", "lw": 0.5, "color": "0.4", "shrinkA": 0, "shrinkB": 3}
         note = axis.annotate(name, point, (0, 0), textcoords="offset points", fontsize=8, arrowprops=leader)
         taken.append(place(note, min(SIDES, key=functools.partial(covered, note))))
-
-
-def _save(figure: Figure, file: Path) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=DPI, format="png")
-    plt.close(figure)
-    write_atomically(file, picture.getvalue())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from kvjax.checkpoints.tokenizer import AnyTokenizer
 from kvjax.models.config import ModelConfig
@@ -21,3 +22,8 @@ class Model:
     tokenizer: AnyTokenizer
     dtype: jnp.dtype  # of the parameters
     checksum: str  # sha256 of the source files, of the name where the weights are random
+
+    @property
+    def head(self) -> Float[Array, "V D"]:
+        """The rows that give the logits: the embedding where they are tied."""
+        return self.params["embed" if self.config.tied else "head"]

@@ -128,8 +128,7 @@ class Scorer:
         hidden, timing = self._hidden(plan, tokens)
         scored = hidden[:, :-1].reshape(-1, hidden.shape[-1])
         targets = tokens[:, 1:].reshape(-1)
-        params = self.model.params
-        head = params["embed"] if self.model.config.tied else params["head"]
+        head = self.model.head
         if dense is None:
             (scores, dense), more = self._call("dense", vocabulary.dense_run, scored, head, targets)
         else:

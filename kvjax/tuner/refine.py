@@ -6,18 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 from kvjax.caches.base import CacheSpec, ModelShapes
 from kvjax.caches.plan import CachePlan
-from kvjax.errors import KvjaxError
 from kvjax.tuner.knapsack import knapsack
-from kvjax.tuner.space import Bits
+from kvjax.tuner.space import Bits, together
 
 
 def swapped(plan: CachePlan, layer: int, spec: CacheSpec, model: ModelShapes) -> CachePlan | None:
     """The plan with another spec at one layer, None where the layers then do not go together."""
-    specs = [*plan.specs[:layer], spec, *plan.specs[layer + 1 :]]
-    try:
-        return CachePlan.of(specs, model)
-    except KvjaxError:
-        return None
+    return together([*plan.specs[:layer], spec, *plan.specs[layer + 1 :]], model)
 
 
 def refine(
@@ -84,7 +79,4 @@ def _part(
     if not kept:
         return None
     specs = [b if i in kept else a for i, (a, b) in enumerate(zip(best.specs, plan.specs, strict=True))]
-    try:
-        return CachePlan.of(specs, model)
-    except KvjaxError:
-        return None
+    return together(specs, model)

@@ -177,9 +177,10 @@ def gradients(simulator: Simulator, window: int, samples: int, seed: int) -> Flo
     """Gradients of sum_t log p(y_t) with respect to every layer's attention output, for `samples` draws of all y."""
     config, params = simulator.model.config, simulator.model.params
     trace, dense = simulator.keep(simulator.dense_plan)[window], simulator.dense(window)
-    head = params["embed"] if config.tied else params["head"]
     key = jax.random.fold_in(jax.random.key(seed), window)
-    g = _pull_head(config, head, params["norm"], trace.h[-1], dense.mean, jax.random.split(key, samples))
+    g = _pull_head(
+        config, simulator.model.head, params["norm"], trace.h[-1], dense.mean, jax.random.split(key, samples)
+    )
     found = []
     for layer in reversed(range(config.layers)):
         g, moved = _pull_layer(config, simulator.program(layer), params[f"layer_{layer}"], trace.h[layer], g)

@@ -203,8 +203,7 @@ class Simulator:
         """Final hidden states, the head and the targets of a window."""
         params, config = self.model.params, self.model.config
         hidden = _final_norm(self._trace(plan, window, False).h[-1], params["norm"], config.norm_eps)
-        head = params["embed"] if config.tied else params["head"]
-        return hidden[0, :-1], head, jnp.asarray(self.windows[window, 1:], jnp.int32)
+        return hidden[0, :-1], self.model.head, jnp.asarray(self.windows[window, 1:], jnp.int32)
 
     def _trace(self, plan: CachePlan, window: int, whole: bool) -> Trace:
         """Runs a window; from where a kept plan leaves this one, with all inputs where `whole`, else the last."""

@@ -45,6 +45,14 @@ def settled(names: Sequence[str], model: ModelShapes) -> tuple[CacheSpec, ...]:
     return tuple(specs)
 
 
+def together(specs: Sequence[CacheSpec], model: ModelShapes) -> CachePlan | None:
+    """The plan of one spec per layer, None where the layers do not go together."""
+    try:
+        return CachePlan.of(specs, model)
+    except KvjaxError:
+        return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Bits:
     """What a plan's bits are counted by, and how many it may have.

@@ -630,6 +630,8 @@ def test_two_workers_in_a_fresh_folder(started: Started, tmp_path: Path) -> None
     ended = [row for row in rows_of(workdir / "journal.log") if "values" in row]
     assert 25 <= len(ended) <= 26
     front = rows_of(workdir / "front.jsonl")
-    assert {row["cache"] for row in front} == evaluations(workdir).keys()
+    # The one that writes last may have counted its plans while the other still evaluated its last.
+    plans = {row["cache"] for row in front}
+    assert plans <= evaluations(workdir).keys() and len(evaluations(workdir)) - len(plans) <= 1
     fitting = [row["kld"] for row in front if row["bits_nominal"] <= 4]
     assert front[-1]["kld"] == min(fitting)
