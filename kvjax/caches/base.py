@@ -19,6 +19,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.errors import KvjaxError
+from kvjax.ops.norm import normalize
 
 REAL_DTYPE = jnp.bfloat16  # what an unquantised element counts as in every figure of bits
 
@@ -85,13 +86,8 @@ class KVWeights:
     head_dim: int = struct.field(pytree_node=False, default=0)
 
     def normalize(self, x: Float[Array, "... n"]) -> Float[Array, "... n"]:
-        """x / rms(x), the mean of squares in float32 or wider."""
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.norm_eps)).astype(x.dtype)
-
-    def normalize_keys(self, k: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        """qk-norm, where the model has it."""
-        return k if self.k_norm is None else self.normalize(k) * self.k_norm
+        """x / rms(x), with the layer's epsilon."""
+        return normalize(x, self.norm_eps)
 
 
 @struct.dataclass

@@ -201,6 +201,7 @@ class XCache(LayerCache):
             after.sink,
             after.packed_stop(chunk),
             chunk.window,
+            None if self.spec.outlier else (after.packed[0], after.packed[-1]),
         )
         exact = attend_kept(self.history, after, chunk, lambda streams: rebuilt(streams, remat, kv_heads))
         return attention.merge([part, *exact]).astype(chunk.q.dtype), XCache(after, self.spec), carry
@@ -252,11 +253,8 @@ def rebuilt(streams: tuple[Array, ...], remat: Remat, kv_heads: int) -> tuple[Ar
 def remat_of(chunk: Chunk, key: Float[Array, "G r m"], value: Float[Array, "G s m"]) -> Remat:
     """What rebuilds the layer's keys and values, with its biases and its qk-norm."""
     weights, kv_heads = chunk.weights, chunk.k.shape[2]
-    dtype = jnp.promote_types(chunk.q.dtype, jnp.float32)
-    k_bias, v_bias = (
-        b if b is None else b.reshape(kv_heads, -1).astype(dtype) for b in (weights.k_bias, weights.v_bias)
-    )
-    return Remat(key.astype(dtype), value.astype(dtype), k_bias, v_bias, weights.normalize_keys)
+    k_bias, v_bias = (b if b is None else b.reshape(kv_heads, -1) for b in (weights.k_bias, weights.v_bias))
+    return Remat(key, value, k_bias, v_bias, weights.k_norm, weights.norm_eps)
 
 
 def rope_table(chunk: Chunk, tokens: int) -> tuple[Array, Array]:

@@ -34,9 +34,11 @@ from kvjax.caches.x import (
 )
 from kvjax.errors import KvjaxError
 from kvjax.ops import attention, store
+from kvjax.ops.dispatch import dispatch
 from kvjax.ops.remat import Remat, attend_latents
 from kvjax.ops.rotate import rotate_heads
 from kvjax.quant.basis import rotation, svd_basis
+from pallas_kernels.remat_attention import reconstruct
 
 _BLOCK_ELEMENTS = 2**16  # of one block of the accumulator while it is rebuilt
 ALIGN = 32  # tokens that the accumulator is a multiple of
@@ -240,6 +242,7 @@ class XCLCache(LayerCache):
             after.sink,
             after.packed_stop(chunk),
             chunk.window,
+            None if self.spec.norm == "pre" else (store.exact(acc[:, None]),) * 2,
         )
         exact = attend_kept(self.history, after, chunk, lambda streams: self._exact(streams, remat, chunk))
         output = attention.merge([part, *exact]).astype(chunk.q.dtype)
@@ -299,6 +302,20 @@ class XCLCache(LayerCache):
         packed, block = after.packed[0], self.spec.block
         end = chunk.positions[:, 0] + chunk.lengths
         stop = end if self.history.reads_stored(chunk) else end // block * block
+
+        def kernel(name: str, interpret: bool) -> Array:
+            if not self.spec.delta or not chunk.factors or acc.dtype == jnp.float64:
+                raise NotImplementedError("base layers, whole deltas and float64 are XLA's")
+            up = chunk.factors[0].T.astype(acc.dtype)
+            delta = store.for_kernels(packed)
+            return reconstruct(acc, delta, up, stop, implementation=name, interpret=interpret)
+
+        return dispatch("remat_attention", kernel, lambda: self._rebuild_blocks(packed, acc, chunk, stop))
+
+    def _rebuild_blocks(
+        self, packed: store.Stored, acc: Float[Array, "B S D"], chunk: Chunk, stop: Int[Array, "B"]
+    ) -> Float[Array, "B S D"]:
+        """`_reconstruct` in XLA."""
         pack = store.capacity(1, packed.format)
         size = 1 << max((_BLOCK_ELEMENTS // acc.shape[2]).bit_length() - 1, 0)
         size = min(packed.tokens, -(-size // pack) * pack)

@@ -21,13 +21,13 @@ from jaxtyping import Array, Float, Int
 from kvjax.caches.base import Cache, Chunk, KVWeights, LayerCache
 from kvjax.models.config import ModelConfig
 from kvjax.models.rope import Rope, make_rope
+from kvjax.ops.norm import normalize
 from kvjax.ops.rotate import rotate_heads
 
 
 def rms_norm(x: Float[Array, "... n"], weight: Float[Array, "n"], eps: float) -> Float[Array, "... n"]:
-    """x / rms(x) * weight, the mean of squares in float32 or wider."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)).astype(x.dtype) * weight
+    """x / rms(x) * weight."""
+    return normalize(x, eps) * weight
 
 
 def linear(x: Float[Array, "... i"], weight: Float[Array, "o i"]) -> Float[Array, "... o"]:

@@ -8,18 +8,21 @@ B batch, T queries, H heads, K kv heads, Q = T*H/K query rows per kv head, N key
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax.ops import store
+from kvjax.ops.dispatch import dispatch
 from kvjax.ops.rotate import rotate
 from kvjax.ops.store import Block
+from pallas_kernels.layout import MASKED
+from pallas_kernels.packed_attention import packed_attention
 
 QUERY_TILE = 256  # queries that share a pass over the keys
-MASKED = -1e30  # a score that no softmax sees; finite, so that a row with no key yet stays free of NaN
+
 _FEW_ROWS = 16  # query rows per kv head up to which folding scales costs less than applying them
 _BLOCK_ELEMENTS = 2**17  # of one block of codes: 512 KiB of float32 stay in a core's cache
 
@@ -60,9 +63,35 @@ def attend_packed(
 ) -> Partial:
     """Attention of q (after RoPE) over the stored positions [first, stop) of each sequence.
 
+    q_positions: consecutive in each sequence.
     window: a query at position p sees only positions > p - window.
     table: cos and sin of every position, for keys that are stored before RoPE.
     """
+
+    def kernel(name: str, interpret: bool) -> Partial:
+        if table is not None or q.dtype == jnp.float64 or not few_rows(q.shape[1] * q.shape[2] // keys.heads):
+            raise NotImplementedError("keys before RoPE, float64 and many queries are XLA's")
+        packed = store.for_kernels(keys), store.for_kernels(values)
+        where: dict[str, Any] = {"first": first, "window": window, "implementation": name, "interpret": interpret}
+        output, lse = packed_attention(q, *packed, q_positions[:, 0], stop, **where)
+        return Partial(output, lse)
+
+    return dispatch(
+        "packed_attention", kernel, lambda: _attend_blocks(q, q_positions, keys, values, first, stop, window, table)
+    )
+
+
+def _attend_blocks(
+    q: Float[Array, "B T H D"],
+    q_positions: Int[Array, "B T"],
+    keys: store.Stored,
+    values: store.Stored,
+    first: int,
+    stop: Int[Array, "B"],
+    window: int | None,
+    table: tuple[Float[Array, "S D"], Float[Array, "S D"]] | None,
+) -> Partial:
+    """`attend_packed` in XLA."""
     kv_heads, head_dim = keys.heads, q.shape[-1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     exact = keys.format.bits == values.format.bits == store.EXACT
@@ -247,7 +276,7 @@ def _scores(q: Float[Array, "B K Q D"], k: Block) -> Float[Array, "B K Q n"]:
         columns = jax.lax.optimization_barrier(k.dequantize().swapaxes(2, 3))
         return jnp.einsum("bkqd,bkdn->bkqn", q, columns)
     if k.scale_per_token:
-        scale, zero = (a[..., 0][:, :, None].astype(q.dtype) for a in (k.scale, k.zero))
+        scale, zero = (a.astype(q.dtype) for a in (k.scale, k.zero))
         return _few_scores(q, k.codes) * scale + q.sum(-1, keepdims=True) * zero
     if k.scale is None:
         return jnp.einsum("bkqd,bknd->bkqn", q, k.codes)
@@ -263,7 +292,7 @@ def _few_scores(q: Float[Array, "B K Q D"], k: Float[Array, "B K n D"]) -> Float
 
 def _weighted(p: Float[Array, "B K Q n"], v: Block) -> Float[Array, "B K Q D"]:
     if few_rows(p.shape[2]) and v.scale_per_token:
-        scale, zero = (a[..., 0][:, :, None].astype(p.dtype) for a in (v.scale, v.zero))
+        scale, zero = (a.astype(p.dtype) for a in (v.scale, v.zero))
         return jnp.einsum("bkqn,bknd->bkqd", p * scale, v.codes) + (p * zero).sum(-1, keepdims=True)
     x = v.dequantize()
     if x.shape[1] < p.shape[1]:  # all heads share them

@@ -10,15 +10,20 @@ r and s widths of a latent of keys and of values.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kvjax.ops import store
 from kvjax.ops.attention import Keys, Partial, attend_keys, block_size, few_rows
+from kvjax.ops.dispatch import dispatch
+from kvjax.ops.norm import normalize
 from kvjax.ops.rotate import rotate
 from kvjax.ops.store import Block
+from pallas_kernels.remat_attention import remat_attention
+from pallas_kernels.remat_attention.weights import Rebuild
 
 Latents = Callable[[Array | int, int], tuple[Float[Array, "B G n r"], Float[Array, "B G n s"]]]
 Table = tuple[Float[Array, "S D"], Float[Array, "S D"]]
@@ -31,15 +36,18 @@ class Remat(NamedTuple):
     value: Float[Array, "G s m"]
     key_bias: Float[Array, "K D"] | None
     value_bias: Float[Array, "K D"] | None
-    key_norm: Callable[[Array], Array]  # qk-norm, or nothing
+    key_norm: Float[Array, "D"] | None = None  # the weight of qk-norm, where the model has it
+    eps: float = 1e-6
 
     def keys(self, latents: Float[Array, "B G n r"], kv_heads: int) -> Float[Array, "B K n D"]:
         k = _rebuild(latents, self.key, kv_heads)
-        return self.key_norm(k if self.key_bias is None else k + self.key_bias[:, None])
+        if self.key_bias is not None:
+            k = k + self.key_bias[:, None].astype(k.dtype)
+        return k if self.key_norm is None else normalize(k, self.eps) * self.key_norm
 
     def values(self, latents: Float[Array, "B G n s"], kv_heads: int) -> Float[Array, "B K n D"]:
         v = _rebuild(latents, self.value, kv_heads)
-        return v if self.value_bias is None else v + self.value_bias[:, None]
+        return v if self.value_bias is None else v + self.value_bias[:, None].astype(v.dtype)
 
     def absorbed(self, output: Float[Array, "B T H s"], kv_heads: int) -> Float[Array, "B T H D"]:
         """Attention output over values, from the same attention over their latents."""
@@ -47,9 +55,9 @@ class Remat(NamedTuple):
         rows = output.reshape(batch, tokens, kv_heads, heads // kv_heads, -1)
         weight = self.value.reshape(self.value.shape[0], self.value.shape[1], -1, self._head_dim(kv_heads))
         weight = weight[0].swapaxes(0, 1) if weight.shape[0] == 1 else weight[:, :, 0]  # [K, s, D]
-        out = jnp.einsum("btkqs,ksd->btkqd", rows, weight)
+        out = jnp.einsum("btkqs,ksd->btkqd", rows, weight.astype(rows.dtype))
         if self.value_bias is not None:
-            out = out + self.value_bias[:, None]
+            out = out + self.value_bias[:, None].astype(out.dtype)
         return out.reshape(batch, tokens, heads, -1)
 
     def _head_dim(self, kv_heads: int) -> int:
@@ -59,7 +67,7 @@ class Remat(NamedTuple):
 def _rebuild(
     latents: Float[Array, "B G n r"], weight: Float[Array, "G r m"], kv_heads: int
 ) -> Float[Array, "B K n D"]:
-    out = jnp.einsum("bgnr,grm->bgnm", latents, weight)
+    out = jnp.einsum("bgnr,grm->bgnm", latents, weight.astype(latents.dtype))
     if weight.shape[0] == kv_heads:
         return out
     batch, _, count, width = out.shape
@@ -78,15 +86,52 @@ def attend_latents(
     first: int,
     stop: Int[Array, "B"],
     window: int | None,
+    stored: tuple[store.Stored, store.Stored] | None = None,
 ) -> Partial:
     """Attention of q (after RoPE) over positions [first, stop) of each sequence.
 
     latents: tokens [start, start + size) as they are read, both multiples of `pack`, of `tokens` allocated ones.
     table: cos and sin of every position.
     window: a query at position p sees only positions > p - window.
+    stored: what `latents` reads, of keys and of values (the same object where one serves both), where it is nothing
+      but packed tensors: kernels take those.
     """
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
     absorb = few_rows(q.shape[1] * q.shape[2] // kv_heads)
+
+    def kernel(name: str, interpret: bool) -> Partial:
+        if stored is None or q.dtype == jnp.float64 or not absorb:
+            raise NotImplementedError("other streams, float64 and many queries are XLA's")
+        keys = store.for_kernels(stored[0])
+        values = keys if stored[1] is stored[0] else store.for_kernels(stored[1])
+        rebuild = Rebuild(remat.key, *table, remat.key_bias, remat.key_norm, remat.eps)
+        where: dict[str, Any] = {"first": first, "window": window, "implementation": name, "interpret": interpret}
+        output, lse = remat_attention(q, keys, values, rebuild, q_positions[:, 0], stop, **where)
+        return Partial(remat.absorbed(output, kv_heads), lse)
+
+    def xla() -> Partial:
+        return _attend_rebuilt(
+            q, q_positions, latents, tokens, pack, remat, kv_heads, table, first, stop, window, absorb
+        )
+
+    return dispatch("remat_attention", kernel, xla)
+
+
+def _attend_rebuilt(
+    q: Float[Array, "B T H D"],
+    q_positions: Int[Array, "B T"],
+    latents: Latents,
+    tokens: int,
+    pack: int,
+    remat: Remat,
+    kv_heads: int,
+    table: Table,
+    first: int,
+    stop: Int[Array, "B"],
+    window: int | None,
+    absorb: bool,
+) -> Partial:
+    """`attend_latents` in XLA. absorb: whether values stay latents until their weighted sums are made."""
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
     width = remat.value.shape[1] if absorb else q.shape[3]
     size = block_size(tokens, max(remat.key.shape[1] * remat.key.shape[0], kv_heads * q.shape[3]), q.shape[1])
     size = min(tokens, -(-size // pack) * pack)

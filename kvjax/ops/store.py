@@ -1,8 +1,9 @@
 """A packed history of one tensor (keys or values): written by token or by block, read by block.
 
-The layout is private to this file and quant/packing: [B, K, rows, D], codes planar along the tokens of a packing
-block, so that a block unpacks with a shift and a mask of whole rows. Where single tokens are written, their bytes
-are blended into the block's. B batch, K kv heads, S allocated tokens, D head_dim.
+The layout is that of pallas_kernels/layout.py: codes [B, K, rows, D], planar along the tokens of a packing block, so
+that a block unpacks with a shift and a mask of whole rows; scales and zero points [B, K, D/group, S] per token,
+[B, K, S/group, D] per channel. Where single tokens are written, their bytes are blended into the block's. B batch,
+K kv heads, S allocated tokens, D head_dim.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from kvjax.errors import KvjaxError
+from kvjax.ops.dispatch import dispatch
 from kvjax.quant import affine, packing
+from pallas_kernels import layout
+from pallas_kernels.layout import EXACT
+from pallas_kernels.quantize_pack import quantize_pack
 
-EXACT = 16  # the width that means unquantised
 PACK = 32  # tokens per packing block where tokens are written one by one
 
 
@@ -104,6 +108,19 @@ class Unpacked:
 Stored = Packed | Unpacked
 
 
+def exact(x: Float[Array, "B K S D"]) -> Packed:
+    """Values as they are, as a history."""
+    return Packed((x,), None, None, Format(EXACT, "token", 1, 0))
+
+
+def for_kernels(stored: Stored) -> layout.Packed:
+    """The same arrays as kernels take them. Raises NotImplementedError for codes that are not packed."""
+    if isinstance(stored, Unpacked):
+        raise NotImplementedError("widths that are data")
+    form = stored.format
+    return layout.Packed(stored.planes, stored.scale, stored.zero, form.bits, form.per, form.group, form.pack)
+
+
 def unpacked(packed: Packed, levels: Float[Array, ""]) -> Unpacked:
     """A packed history unpacked, that goes on with codes 0 to `levels`."""
     codes = read_block(packed, 0, packed.tokens, jnp.uint8).codes
@@ -125,7 +142,7 @@ def init(format: Format, batch: int, kv_heads: int, tokens: int, head_dim: int, 
     if format.bits == EXACT:
         return Packed((rows(tokens, head_dim, dtype),), None, None, format)
     planes = tuple(rows(tokens * width // 8, head_dim, jnp.uint8) for width in packing.PLANES[format.bits])
-    groups = (tokens, head_dim // format.group) if format.per == "token" else (tokens // format.group, head_dim)
+    groups = (head_dim // format.group, tokens) if format.per == "token" else (tokens // format.group, head_dim)
     return Packed(planes, rows(*groups, jnp.float16), rows(*groups, jnp.float16), format)
 
 
@@ -143,11 +160,8 @@ def write_tokens(
     at = jnp.where(step < lengths[:, None], start[:, None] + step, packed.tokens)  # out of range: dropped
     if isinstance(packed, Unpacked):
         q = affine.quantize_to(x, packed.levels, -1, format.group)
-        codes, scale, zero = (
-            _put(old, new, at)
-            for old, new in ((packed.codes, q.codes), (packed.scale, q.scale), (packed.zero, q.zero))
-        )
-        return dataclasses.replace(packed, codes=codes, scale=scale, zero=zero)
+        scale, zero = _put_last(packed.scale, q.scale, at), _put_last(packed.zero, q.zero, at)
+        return dataclasses.replace(packed, codes=_put(packed.codes, q.codes, at), scale=scale, zero=zero)
     if format.bits == EXACT:
         return dataclasses.replace(packed, planes=(_put(packed.planes[0], x, at),))
     q = affine.quantize(x, format.bits, -1, format.group)
@@ -166,9 +180,8 @@ def write_tokens(
             packed.planes, _pack_blocks(codes, format), _pack_blocks(full, format), strict=True
         )
     )
-    return dataclasses.replace(
-        packed, planes=planes, scale=_put(packed.scale, q.scale, at), zero=_put(packed.zero, q.zero, at)
-    )
+    scale, zero = _put_last(packed.scale, q.scale, at), _put_last(packed.zero, q.zero, at)
+    return dataclasses.replace(packed, planes=planes, scale=scale, zero=zero)
 
 
 def _pack_blocks(codes: Array, format: Format) -> tuple[Array, ...]:
@@ -190,28 +203,41 @@ def write_blocks(
     counted = mask[:, :, None, :, None]
     if isinstance(packed, Unpacked):
         q = affine.quantize_to(blocks, packed.levels, format.group_axis, format.group, counted)
-        codes, scale, zero = (
-            _put_rows(old, new, index)
-            for old, new in ((packed.codes, q.codes), (packed.scale, q.scale), (packed.zero, q.zero))
-        )
+        codes, scale, zero = _put_rows(packed.codes, q.codes, index), *_put_scales(packed, q.scale, q.zero, index)
         return dataclasses.replace(packed, codes=codes, scale=scale, zero=zero)
     if format.bits == EXACT:
         return dataclasses.replace(packed, planes=(_put_rows(packed.planes[0], blocks, index),))
 
-    def encode():
+    def xla():
         q = affine.quantize(blocks, format.bits, format.group_axis, format.group, counted)
         return packing.pack(q.codes, format.bits), q.scale, q.zero
+
+    def kernel(name: str, interpret: bool):
+        how: dict[str, Any] = {"bits": format.bits, "per": format.per, "group": format.group}
+        flat, each = blocks.reshape(-1, *blocks.shape[2:]), mask.reshape(-1, mask.shape[2])
+        made = quantize_pack(flat, each, **how, implementation=name, interpret=interpret)
+        planes, scale, zero = jax.tree.map(lambda a: a.reshape(*index.shape, *a.shape[1:]), made)
+        return planes, *((scale, zero) if format.per == "channel" else (a.swapaxes(3, 4) for a in (scale, zero)))
+
+    def encode():
+        return dispatch("quantize_pack", kernel, xla)
 
     # Most steps of a decode complete no block. The condition spans the small new rows only: XLA copies whatever
     # a conditional returns, and would copy the history.
     nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(encode))
     planes, scale, zero = jax.lax.cond((index * format.block < packed.tokens).any(), encode, lambda: nothing)
-    return dataclasses.replace(
-        packed,
-        planes=tuple(_put_rows(old, new, index) for old, new in zip(packed.planes, planes, strict=True)),
-        scale=_put_rows(packed.scale, scale, index),
-        zero=_put_rows(packed.zero, zero, index),
-    )
+    planes = tuple(_put_rows(old, new, index) for old, new in zip(packed.planes, planes, strict=True))
+    scale, zero = _put_scales(packed, scale, zero, index)
+    return dataclasses.replace(packed, planes=planes, scale=scale, zero=zero)
+
+
+def _put_scales(packed: Stored, scale: Array, zero: Array, index: Int[Array, "B N"]) -> tuple[Array, Array]:
+    """Scales and zero points of blocks, [B, N, K, R, G] per token or [B, N, K, R/group, D] per channel."""
+    if packed.format.per == "channel":
+        return _put_rows(packed.scale, scale, index), _put_rows(packed.zero, zero, index)
+    at = _rows(index, packed.format.block)
+    scale, zero = (a.swapaxes(2, 3).reshape(*at.shape, a.shape[2], a.shape[4]) for a in (scale, zero))
+    return _put_last(packed.scale, scale, at), _put_last(packed.zero, zero, at)
 
 
 def _put(store: Array, rows: Float[Array, "B T K W"], positions: Int[Array, "B T"]) -> Array:
@@ -221,6 +247,13 @@ def _put(store: Array, rows: Float[Array, "B T K W"], positions: Int[Array, "B T
     if store.dtype == jnp.bfloat16:  # scattered as integers: XLA's CPU backend would widen the whole store
         return _put(store.view(jnp.uint16), rows.view(jnp.uint16), positions).view(jnp.bfloat16)
     return store.at[batch, head, positions[:, :, None]].set(rows, mode="drop")
+
+
+def _put_last(store: Array, values: Float[Array, "B T K G"], positions: Int[Array, "B T"]) -> Array:
+    """Into [B, K, G, S]."""
+    batch, head, group = jnp.ogrid[: store.shape[0], : store.shape[1], : store.shape[2]]
+    at = batch[:, None], head[:, None], group[:, None], positions[:, :, None, None]
+    return store.at[at].set(values, mode="drop")
 
 
 def _rows(index: Int[Array, "B N"], count: int) -> Int[Array, "B N*count"]:
@@ -241,7 +274,10 @@ def _get_rows(store: Array, index: Int[Array, "B N"], rows: int) -> Array:
 
 @struct.dataclass
 class Block:
-    """n tokens as stored: x = codes * scale + zero in groups of `group` along `axis`; no scale where exact."""
+    """n tokens as stored: x = codes * scale + zero in groups of `group` along `axis`; no scale where exact.
+
+    scale, zero: [B, K, D/group, n] where groups lie along channels (axis -1), else [B, K, n/group, D].
+    """
 
     codes: Float[Array, "B K n D"]
     scale: Any = None
@@ -257,7 +293,8 @@ class Block:
     def dequantize(self) -> Float[Array, "B K n D"]:
         if self.scale is None:
             return self.codes
-        q = affine.Quantized(self.codes, self.scale, self.zero)
+        scale, zero = (a.swapaxes(2, 3) if self.axis == -1 else a for a in (self.scale, self.zero))
+        q = affine.Quantized(self.codes, scale, zero)
         return affine.dequantize(q, self.axis, self.group, self.codes.dtype)
 
 
@@ -265,8 +302,9 @@ def read_block(packed: Stored, start: Int[Array, ""] | int, size: int, dtype) ->
     """Tokens [start, start + size), codes as `dtype`; both are multiples of `format.pack`."""
     format = packed.format
 
-    def rows(a: Array, numerator: int, denominator: int) -> Array:
-        return jax.lax.dynamic_slice_in_dim(a, start * numerator // denominator, size * numerator // denominator, 2)
+    def rows(a: Array, numerator: int, denominator: int, axis: int = 2) -> Array:
+        first, count = start * numerator // denominator, size * numerator // denominator
+        return jax.lax.dynamic_slice_in_dim(a, first, count, axis)
 
     if isinstance(packed, Unpacked):
         return _block(rows, packed, rows(packed.codes, 1, 1).astype(dtype))
@@ -280,8 +318,8 @@ def read_block(packed: Stored, start: Int[Array, ""] | int, size: int, dtype) ->
     return _block(rows, packed, codes.reshape(*codes.shape[:2], size, codes.shape[-1]).astype(dtype))
 
 
-def _block(rows: Callable[[Array, int, int], Array], packed: Stored, codes: Float[Array, "B K n D"]) -> Block:
+def _block(rows: Callable[..., Array], packed: Stored, codes: Float[Array, "B K n D"]) -> Block:
     format = packed.format
-    per = format.group if format.per == "channel" else 1
-    scale, zero = rows(packed.scale, 1, per), rows(packed.zero, 1, per)
+    where = (1, 1, 3) if format.per == "token" else (1, format.group, 2)
+    scale, zero = rows(packed.scale, *where), rows(packed.zero, *where)
     return Block(codes, scale, zero, format.group_axis, format.group)

@@ -70,12 +70,13 @@ def quantize_to(
     if mask is not None:
         valid = _split(jnp.broadcast_to(mask, x.shape), axis, group)
         low, high = jnp.where(valid, grouped, jnp.inf), jnp.where(valid, grouped, -jnp.inf)
+    unknown = jnp.isnan(low).any(axis, keepdims=True)  # XLA's minima on CPU pass NaN over
     low, high = low.min(axis, keepdims=True), high.max(axis, keepdims=True)
     if mask is not None:
         empty = ~valid.any(axis, keepdims=True)
         low, high = jnp.where(empty, 0.0, low), jnp.where(empty, 0.0, high)
     scale, zero = _divide(high - low, levels).astype(jnp.float16), low.astype(jnp.float16)
-    finite = jnp.isfinite(scale) & jnp.isfinite(zero)
+    finite = jnp.isfinite(scale) & jnp.isfinite(zero) & ~unknown
     if not isinstance(finite, jax.core.Tracer) and not bool(finite.all()):
         raise KvjaxError("cannot quantise values that are not finite or do not fit float16")
     scale, zero = jnp.where(finite, scale, jnp.nan), jnp.where(finite, zero, jnp.nan)

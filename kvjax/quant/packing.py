@@ -13,7 +13,7 @@ import operator
 import jax.numpy as jnp
 from jaxtyping import Array, UInt8
 
-PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+from pallas_kernels.layout import PLANES
 
 
 def pack(codes: UInt8[Array, "... n D"], bits: int) -> tuple[UInt8[Array, "... _ D"], ...]:

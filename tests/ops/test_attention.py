@@ -261,13 +261,14 @@ def test_far_blocks_are_never_read(name, window, tokens):
     clean = attend_packed(q, positions, keys, values, 0, stop, window)
 
     def poison(packed):
-        rows = packed.scale.shape[2]
+        axis = 3 if packed.format.per == "token" else 2
+        rows = packed.scale.shape[axis]
         position = np.arange(rows) * (total // rows)
         far = position > start.max() + FAR
         if window is not None:
             far |= position < start.min() - window - FAR
         assert far.any()
-        return packed.replace(scale=jnp.where(far[:, None], jnp.nan, packed.scale))
+        return packed.replace(scale=jnp.where(far if axis == 3 else far[:, None], jnp.nan, packed.scale))
 
     dirty = attend_packed(q, positions, poison(keys), poison(values), 0, stop, window)
     np.testing.assert_array_equal(dirty.output, clean.output)

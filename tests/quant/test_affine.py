@@ -188,6 +188,7 @@ def test_masked_entries_enter_no_minimum_or_maximum(bits):
 
 BAD = [  # values of one group of 8, bits
     ([np.nan], 4),
+    ([0.5, 1.0, np.nan, 2.0], 4),
     ([np.inf], 4),
     ([-np.inf], 8),
     ([np.nan, np.inf], 2),

@@ -1,0 +1,28 @@
+"""What the kernels compile to, without the device: legality, memory and a static cost.
+
+    python -m experiments.aot --config=configs/aot.py:tpu --workdir=runs/aot
+
+compiles every kernel for five generations of TPU with libtpu (pip install 'jax[tpu]'), no TPU needed: about ten
+minutes on two CPU cores.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config(variant: str = "tpu") -> config_dict.ConfigDict:
+    if variant != "tpu":
+        raise ValueError(f"variant {variant!r}; expected tpu")
+    return config_dict.create(
+        platform=variant,
+        targets="v4:2x2x1,v5e:2x2,v5p:2x2x1,v6e:2x2,tpu7x:2x2x1",
+        ops="packed_attention,quantize_pack,remat_attention,reconstruct",
+        bits="1/1,2/2,3/3,4/4,5/5,6/6,8/8,16/16,4/2,8/4,16/4",  # of keys/values; all: every pair
+        batch=8,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        tokens=32768,
+        queries=1,
+        rank=512,  # of the latents
+        model_dim=4096,
+    )

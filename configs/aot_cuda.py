@@ -1,0 +1,26 @@
+"""What the GPU kernels compile to, without a GPU: legality, registers, spills and shared memory.
+
+    python -m experiments.aot_cuda --config=configs/aot_cuda.py --workdir=runs/aot
+
+compiles them for three generations with what pip install 'jax[cuda13]' brings: about forty minutes on two CPU cores.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+    return config_dict.create(
+        targets="a100,h100,b200",
+        ops="packed_attention,quantize_pack,remat_attention,reconstruct",
+        bits="1/1,2/2,3/3,4/4,5/5,6/6,8/8,16/16,2/4,4/2,2/8,8/2,4/8,8/4,16/4",  # of keys/values; all: every pair
+        modes="token,token32,kivi32",
+        batch=1,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        tokens=32768,
+        queries=1,
+        rank=512,  # of the latents
+        model_dim=4096,
+        dtype="bfloat16",  # of queries and weights
+    )

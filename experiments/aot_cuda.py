@@ -1,0 +1,383 @@
+"""Compiles the GPU kernels for devices that are not there: what is legal, what fits registers and what spills.
+
+    python -m experiments.aot_cuda --config=configs/aot_cuda.py --workdir=DIR
+
+Needs jax[cuda13], but neither GPU nor driver. Appends a row per op, setting and target to DIR/aot-cuda.jsonl and
+prints a table. What is there already is not compiled again. Some refusals of the compiler end its process: it runs in
+one of its own, which is then started anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from ml_collections import config_dict
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from experiments import program
+from kvjax.caches.plan import split_list
+from kvjax.errors import KvjaxError
+from kvjax.files import brief
+from pallas_kernels.layout import EXACT, PLANES, Packed
+from pallas_kernels.packed_attention import triton as packed_attention
+from pallas_kernels.quantize_pack import triton as quantize_pack
+from pallas_kernels.remat_attention import triton as remat_attention
+from pallas_kernels.remat_attention.weights import Rebuild
+
+MODES = {  # per, group of keys; per, group of values; 0 is the whole width of a head
+    "token": ("token", 0, "token", 0),
+    "token32": ("token", 32, "token", 32),
+    "kivi32": ("channel", 32, "token", 32),
+}
+WIDTHS = (*PLANES, EXACT)
+PACK = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Facts of a GPU, as its vendor's data sheets have them."""
+
+    name: str
+    capability: tuple[int, int]
+    accelerated: bool  # has features of this capability alone
+    cores: int
+    lanes: int  # of a core, float32
+    memory: int  # bytes
+    bandwidth: int  # bytes a second
+    l2: int
+    clock: float  # GHz
+    shared: int  # bytes a block may have
+    shared_core: int  # bytes of a core
+
+    @property
+    def architecture(self) -> str:
+        return "sm_{}{}".format(*self.capability) + ("a" if self.accelerated else "")
+
+    def config(self) -> str:
+        """XLA's GpuTargetConfigProto as text."""
+        feature = "feature_extension: ACCELERATED_FEATURES" if self.accelerated else ""
+        return f"""
+            gpu_device_info {{
+              threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+              shared_memory_per_block: 49152 shared_memory_per_block_optin: {self.shared}
+              shared_memory_per_core: {self.shared_core}
+              core_count: {self.cores} fpus_per_core: {self.lanes} clock_rate_ghz: {self.clock}
+              memory_bandwidth: {self.bandwidth} l2_cache_size: {self.l2} device_memory_size: {self.memory}
+              block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+              thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+              registers_per_core_limit: 65536 registers_per_block_limit: 65536 device_address_bits: 64
+              cuda_compute_capability {{ major: {self.capability[0]} minor: {self.capability[1]} {feature} }}
+              driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
+              dnn_version: "9.10.0"
+            }}
+            platform_name: "CUDA"
+            dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+            device_description_str: "{self.name}"
+        """
+
+
+TARGETS = {
+    "a100": Device("A100", (8, 0), False, 108, 64, 40 << 30, 1_555 * 10**9, 40 << 20, 1.41, 166_912, 167_936),
+    "h100": Device("H100", (9, 0), True, 132, 128, 80 << 30, 3_350 * 10**9, 50 << 20, 1.98, 232_448, 233_472),
+    "b200": Device("B200", (10, 0), True, 148, 128, 180 << 30, 8_000 * 10**9, 126 << 20, 1.965, 232_448, 233_472),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is compiled: its name in a row and its arguments' shapes."""
+
+    point: dict[str, Any]
+    function: Callable
+    arguments: tuple
+
+
+def main(config: config_dict.ConfigDict, workdir: Path) -> None:
+    targets = split_list(config.targets)
+    for target in targets:
+        _device(target)
+    results = workdir / "aot-cuda.jsonl"
+    names = ("batch", "heads", "kv_heads", "head_dim", "tokens", "queries", "rank", "model_dim", "dtype")
+    shape = {name: config[name] for name in names}
+    todo = [
+        (target, case, {"experiment": "aot_cuda", "target": target, **shape, **case.point})
+        for target in targets
+        for case in _cases(config)
+    ]
+    missing = [entry for entry in todo if program.find_row(results, entry[2]) is None]
+    with Compiler() as compiler:
+        for target, case, point in track(missing, "compile", console=Console(stderr=True)):
+            figures = compiler.compile_for(target, case.function, *case.arguments)
+            program.append_row(results, point | figures | program.provenance())
+    Console(width=140).print(_table([row for entry in todo if (row := program.find_row(results, entry[2]))]))
+
+
+def compile_for(target: str, function: Callable, *shaped: Any) -> dict[str, Any]:
+    """What `function`, which can be pickled, of arguments like `shaped` compiles to for a target, in a new process.
+
+    Returns:
+      compiled; if it is, kernels (each with name, registers, spill_stores, spill_loads and shared_memory), seconds
+      and argument, output, alias and temp bytes; otherwise error.
+    """
+    with Compiler() as compiler:
+        return compiler.compile_for(target, function, *shaped)
+
+
+class Compiler:
+    """A process that compiles, one thing after another, and is replaced where that ends it."""
+
+    def __init__(self) -> None:
+        self._process: Any = None
+        self._connection: Any = None
+
+    def __enter__(self) -> Compiler:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._end()
+
+    def compile_for(self, target: str, function: Callable, *shaped: Any) -> dict[str, Any]:
+        _device(target)
+        if self._process is None:
+            self._begin()
+        try:
+            self._connection.send((target, function, shaped))
+            return self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            code = self._process.exitcode
+            self._end()
+            return {"compiled": False, "error": f"the compiler ended its process with {code}"}
+
+    def _begin(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        dump = tempfile.TemporaryDirectory(prefix="aot-cuda-")
+        # Both are read once, at the latest when jax starts; without the first, the plugin looks for a driver.
+        settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_dump_to={dump.name} --xla_dump_hlo_as_text"}
+        with mock.patch.dict(os.environ, settings):
+            self._process = context.Process(target=_serve, args=(theirs, Path(dump.name)), daemon=True)
+            self._process.start()
+        self._dump = dump
+        theirs.close()
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._connection.close()
+            self._process.join()
+            self._dump.cleanup()
+            self._process = None
+
+
+def _serve(connection: Connection, dump: Path) -> None:
+    while True:
+        try:
+            target, function, shaped = connection.recv()
+        except EOFError:
+            return
+        try:
+            figures = _compile(target, function, shaped, dump)
+        except Exception as error:  # the compiler raises many kinds
+            figures = {"compiled": False, "error": brief(error)}
+        connection.send(figures)
+
+
+def _compile(target: str, function: Callable, shaped: tuple, dump: Path) -> dict[str, Any]:
+    for file in dump.iterdir():
+        file.unlink()
+    device = TARGETS[target]
+    topology = topologies.get_topology_desc(target, "cuda", target_config=device.config(), topology="1x1x1")
+    sharding = SingleDeviceSharding(topology.devices[0])
+    shaped = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shaped)
+    began = time.perf_counter()
+    compiled = jax.jit(function).lower(*shaped).compile()
+    seconds = time.perf_counter() - began
+    memory: Any = compiled.memory_analysis()
+    shared = dict(re.findall(r"(\S+) grid: .*shared_memory: (\d+)", _read(dump.glob("*thunk_sequence.txt"))))
+    kernels = [
+        kernel | {"shared_memory": int(shared.get(kernel["name"], 0))}
+        for ptx in sorted(dump.glob("*.ptx"))
+        for kernel in _resources(ptx, device.architecture)
+    ]
+    return {
+        "compiled": True,
+        "kernels": kernels,
+        "seconds": seconds,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+    }
+
+
+def _read(files: Iterator[Path]) -> str:
+    return "".join(file.read_text() for file in files)
+
+
+def _resources(ptx: Path, architecture: str) -> list[dict[str, Any]]:
+    """Registers and spilled bytes of each kernel of a file, by the assembler's word."""
+    if not ptx.stat().st_size:
+        return []
+    command: list[Any] = [_assembler(), "-v", "-arch", architecture, ptx, "-o", os.devnull]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    names = re.findall(r"Compiling entry function '(\w+)'", text)
+    registers = re.findall(r"Used (\d+) registers", text)
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
+    return [
+        {"name": name, "registers": int(used), "spill_stores": int(stores), "spill_loads": int(loads)}
+        for name, used, (stores, loads) in zip(names, registers, spills, strict=True)
+    ]
+
+
+@functools.cache
+def _assembler() -> Path:
+    import nvidia  # of the wheels that come with jax[cuda13]
+
+    return next(file for folder in nvidia.__path__ for file in Path(folder).glob("cu*/bin/ptxas"))
+
+
+def _device(target: str) -> Device:
+    if target not in TARGETS:
+        raise KvjaxError(f"target {target!r}; expected one of {', '.join(TARGETS)}")
+    return TARGETS[target]
+
+
+def _cases(config: config_dict.ConfigDict) -> Iterator[Case]:
+    makers = {
+        "packed_attention": _packed_attention,
+        "quantize_pack": _quantize_pack,
+        "remat_attention": _remat_attention,
+        "reconstruct": _reconstruct,
+    }
+    for op in split_list(config.ops):
+        if op not in makers:
+            raise KvjaxError(f"op {op!r}; expected one of {', '.join(makers)}")
+        yield from makers[op](config)
+
+
+def _pairs(config: config_dict.ConfigDict) -> list[tuple[int, int]]:
+    if config.bits == "all":
+        return list(itertools.product(WIDTHS, WIDTHS))
+    try:
+        pairs = [tuple(map(int, pair.split("/"))) for pair in split_list(config.bits)]
+    except ValueError:
+        pairs = [()]
+    if any(len(pair) != 2 or not set(pair) <= set(WIDTHS) for pair in pairs):
+        raise KvjaxError(f"bits {config.bits!r}; expected all or pairs like 4/2 of {', '.join(map(str, WIDTHS))}")
+    return pairs  # type: ignore[return-value]
+
+
+def packed(batch: int, heads: int, tokens: int, width: int, bits: int, per: str, group: int) -> Packed:
+    """Shapes of a packed tensor; group 0 is the whole width."""
+    if bits == EXACT:
+        values: Any = jax.ShapeDtypeStruct((batch, heads, tokens, width), jnp.bfloat16)
+        return Packed((values,), None, None, bits, "token", width, PACK)
+    group = min(group or width, width if per == "token" else tokens)
+    groups = (width // group, tokens) if per == "token" else (tokens // group, width)
+    planes: Any = tuple(jax.ShapeDtypeStruct((batch, heads, tokens * n // 8, width), jnp.uint8) for n in PLANES[bits])
+    scale: Any = jax.ShapeDtypeStruct((batch, heads, *groups), jnp.float16)
+    return Packed(planes, scale, scale, bits, per, group, PACK)
+
+
+def _queries(config: config_dict.ConfigDict) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Queries, and what start and stop look like."""
+    shape = (config.batch, config.queries, config.heads, config.head_dim)
+    return jax.ShapeDtypeStruct(shape, config.dtype), jax.ShapeDtypeStruct((config.batch,), jnp.int32)
+
+
+def _packed_attention(config: config_dict.ConfigDict) -> Iterator[Case]:
+    settings = {"first": 0, "window": None, "scale": config.head_dim**-0.5}
+    run = functools.partial(packed_attention.packed_attention, **settings)
+    q, lengths = _queries(config)
+    stored = functools.partial(packed, config.batch, config.kv_heads, config.tokens, config.head_dim)
+    for mode, (k, v) in itertools.product(split_list(config.modes), _pairs(config)):
+        if mode not in MODES:
+            raise KvjaxError(f"mode {mode!r}; expected one of {', '.join(MODES)}")
+        if (k, v) == (EXACT, EXACT) and mode != "token":
+            continue
+        keys, values = stored(k, *MODES[mode][:2]), stored(v, *MODES[mode][2:])
+        yield Case(
+            {"op": "packed_attention", "bits": f"{k}/{v}", "mode": mode}, run, (q, keys, values, lengths, lengths)
+        )
+
+
+def _quantize_pack(config: config_dict.ConfigDict) -> Iterator[Case]:
+    blocks = config.batch * config.tokens // PACK
+    x = jax.ShapeDtypeStruct((blocks, config.kv_heads, PACK, config.head_dim), jnp.bfloat16)
+    counted = jax.ShapeDtypeStruct((blocks, PACK), jnp.bool_)
+    widths = sorted({width for pair in _pairs(config) for width in pair} - {EXACT})
+    for bits, (per, group) in itertools.product(widths, (("token", config.head_dim), ("token", 32), ("channel", 32))):
+        run = functools.partial(quantize_pack.quantize_pack, bits=bits, per=per, group=group)
+        yield Case({"op": "quantize_pack", "bits": str(bits), "mode": f"{per}{group}"}, run, (x, counted))
+
+
+def _remat_attention(config: config_dict.ConfigDict) -> Iterator[Case]:
+    """Latents that all heads share, inputs, and latents of each head."""
+    heads, head_dim = config.kv_heads, config.head_dim
+    q, lengths = _queries(config)
+    table: Any = jax.ShapeDtypeStruct((config.tokens, head_dim), jnp.float32)
+    norm: Any = jax.ShapeDtypeStruct((head_dim,), jnp.float32)
+    settings = {"first": 0, "window": None, "scale": head_dim**-0.5}
+    run = functools.partial(remat_attention.remat_attention, **settings)
+    streams = {"shared": (1, config.rank), "inputs": (1, config.model_dim), "per head": (heads, head_dim)}
+    for (name, (groups, rank)), per, bits in itertools.product(streams.items(), ("token", "channel"), (2, 3, 4, 8)):
+        rows = functools.partial(packed, config.batch, groups, config.tokens, rank, bits)
+        up: Any = jax.ShapeDtypeStruct((groups, rank, heads * head_dim // groups), config.dtype)
+        rebuild = Rebuild(up, table, table, norm=norm)
+        keys, values = rows(per, 128 if per == "token" else 32), rows("token", 128)
+        point = {"op": "remat_attention", "bits": f"{bits}/{bits}", "mode": f"{per}, {name}"}
+        yield Case(point, run, (q, keys, values, rebuild, lengths, lengths))
+
+
+def _reconstruct(config: config_dict.ConfigDict) -> Iterator[Case]:
+    below = jax.ShapeDtypeStruct((config.batch, config.tokens, config.model_dim), config.dtype)
+    up = jax.ShapeDtypeStruct((config.rank, config.model_dim), config.dtype)
+    until = jax.ShapeDtypeStruct((config.batch,), jnp.int32)
+    for bits, per in itertools.product((2, 3, 4), ("token", "channel")):
+        delta = packed(config.batch, 1, config.tokens, config.rank, bits, per, 32)
+        point = {"op": "reconstruct", "bits": str(bits), "mode": f"{per}32"}
+        yield Case(point, remat_attention.reconstruct, (below, delta, up, until))
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="compiled ahead of time, no device", title_justify="left")
+    for name in ("target", "op", "bits", "mode", "kernel"):
+        table.add_column(name)
+    for name in ("registers", "spilled bytes", "shared KB", "MB", "temporary", "seconds"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        names = [row[name] for name in ("target", "op", "bits", "mode")]
+        if not row["compiled"]:
+            table.add_row(*names, row["error"][:60])
+            continue
+        memory = f"{row['argument_bytes'] / 1e6:.1f}", f"{row['temp_bytes'] / 1e6:.2f}", f"{row['seconds']:.1f}"
+        for kernel in row["kernels"]:
+            if not kernel["name"].endswith("_kernel"):  # XLA's own
+                continue
+            spilled = str(kernel["spill_stores"] + kernel["spill_loads"])
+            figures = str(kernel["registers"]), spilled, f"{kernel['shared_memory'] / 1e3:.1f}"
+            table.add_row(*names, kernel["name"], *figures, *memory)
+    return table
+
+
+if __name__ == "__main__":
+    program.run(main, "configs/aot_cuda.py")

@@ -1,0 +1,290 @@
+"""Ops against their floors and against bfloat16 attention, and whole decode steps; see configs/throughput.py.
+
+Attention reads each byte of a cache once, so its floor is bytes over the bandwidth of a copy, measured in the same
+run. Contestants take turns, and the median of the rounds counts. What does not fit the device's memory is a row that
+says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import config_dict
+from rich.console import Console
+from rich.table import Table
+
+from experiments import program
+from kvjax.caches.base import CacheShape, KVWeights
+from kvjax.caches.plan import CachePlan, parse_spec, split_list
+from kvjax.checkpoints.model import Model
+from kvjax.errors import KvjaxError
+from kvjax.load import load
+from kvjax.models.decoder import Decoder
+from kvjax.ops import attention, dispatch, store
+
+CALLS = 10  # of an op in a row: what starting one costs does not show
+STEPS = 16  # of a model in a row
+ROOM = 128  # tokens allocated beyond what the cache holds
+Row = dict[str, Any]
+
+
+class Contestant(NamedTuple):
+    """A compiled function with its arguments, and the bytes that it has to read."""
+
+    call: Callable
+    args: tuple
+    nbytes: int
+
+
+class Heads(NamedTuple):
+    """heads, kv_heads and head_dim."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+def main(config: config_dict.ConfigDict, workdir: Path) -> None:
+    deadline = time.monotonic() + 60 * config.minutes
+    results = workdir / "throughput.jsonl"
+    work = [*_ops(config, results), *_models(config, results)]
+    for number, (name, run) in enumerate(work):
+        if time.monotonic() > deadline:
+            print(f"{len(work) - number} of {len(work)} points are left: start again with the same folder")
+            break
+        Console(stderr=True).print(f"[{number + 1}/{len(work)}] {name}")
+        program.append_rows(results, [row | program.provenance() for row in run()])
+    rows = program.read_rows(results)
+    for part, columns in COLUMNS.items():
+        Console(width=160).print(_table([row for row in rows if row["part"] == part], part, columns))
+
+
+# ---- ops
+
+
+def _ops(config: config_dict.ConfigDict, results: Path) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
+    heads = _heads(config.heads)
+    for batch, tokens in _points(config.ops):
+        point = {"experiment": "throughput", "part": "op", "heads": config.heads, "batch": batch, "tokens": tokens}
+        if program.find_row(results, point) is None:
+            yield f"attention, {batch} x {tokens}", functools.partial(_attention, config, point, heads, batch, tokens)
+
+
+def _attention(config: config_dict.ConfigDict, point: Row, heads: Heads, batch: int, tokens: int) -> list[Row]:
+    """A row for each way to attend: bfloat16 in all forms at hand, then packed."""
+    q = jax.random.normal(jax.random.key(0), (batch, 1, heads.heads, heads.head_dim), jnp.bfloat16)
+    contestants = {"copy": _copy(batch * tokens * heads.kv_heads * heads.head_dim)}
+    contestants |= _bfloat16(q, heads, tokens)
+    own = q.astype(config.dtype)
+    for name in split_list(config.pairs):
+        contestants[f"{name} kernel"] = _packed(own, name, heads, batch, tokens)
+        with dispatch.using(packed_attention="xla"):
+            contestants[f"{name} xla"] = _packed(own, name, heads, batch, tokens)
+    seconds = _race(contestants, config.rounds, CALLS)
+    bandwidth = contestants["copy"].nbytes / seconds.pop("copy")
+    best = min(value for name, value in seconds.items() if name.startswith("bf16"))
+    rows = []
+    for name, value in seconds.items():
+        nbytes = contestants[name].nbytes
+        rate = nbytes / value
+        figures = {"ms": 1e3 * value, "bytes": nbytes, "gb_per_s": rate / 1e9, "share_of_copy": rate / bandwidth}
+        rows.append(point | {"name": name} | figures | {"copy_gb_per_s": bandwidth / 1e9, "times_bf16": best / value})
+    return rows
+
+
+def _copy(elements: int) -> Contestant:
+    """Reads and writes as many bytes as keys and values have in bfloat16."""
+    x = jnp.zeros((elements,), jnp.int32)
+    return Contestant(jax.jit(lambda x: x + 1).lower(x).compile(), (x,), 2 * x.nbytes)
+
+
+def _bfloat16(q: jax.Array, heads: Heads, tokens: int) -> dict[str, Contestant]:
+    """The forms of bfloat16 attention that this device has."""
+    shape = q.shape[0], tokens, heads.kv_heads, heads.head_dim
+    k, v = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in (1, 2))
+    by_head, channels = (0, 2, 1, 3), (0, 2, 3, 1)
+    forms: dict[str, tuple[Callable, tuple]] = {
+        "bf16 einsum": (_einsum("bknd"), (q, k.transpose(by_head), v.transpose(by_head))),
+        "bf16 einsum, values by channel": (_einsum("bkdn"), (q, k.transpose(by_head), v.transpose(channels))),
+    }
+    for implementation in ("xla", "cudnn"):
+        attend = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
+        forms[f"bf16 jax.nn, {implementation}"] = attend, (q, k, v)
+    if importlib.util.find_spec("tokamax"):
+        forms["bf16 tokamax"] = importlib.import_module("tokamax").dot_product_attention, (q, k, v)
+    contestants = {}
+    for name, (form, args) in forms.items():
+        try:
+            compiled = jax.jit(form).lower(*args).compile()
+            jax.block_until_ready(compiled(*args))
+        except (ValueError, RuntimeError, NotImplementedError):
+            continue  # a form that this device does not have
+        contestants[name] = Contestant(compiled, args, k.nbytes + v.nbytes)
+    return contestants
+
+
+def _einsum(values: str) -> Callable:
+    def attend(q, k, v):
+        batch, _, heads, head_dim = q.shape
+        rows = q.reshape(batch, k.shape[1], heads // k.shape[1], head_dim)
+        scores = jnp.einsum("bkqd,bknd->bkqn", rows, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+        p = jax.nn.softmax(scores, -1).astype(v.dtype)
+        return jnp.einsum(f"bkqn,{values}->bkqd", p, v, preferred_element_type=jnp.float32)
+
+    return attend
+
+
+def _packed(q: jax.Array, name: str, heads: Heads, batch: int, tokens: int) -> Contestant:
+    shape = CacheShape(batch, tokens, *heads, model_dim=heads.heads * heads.head_dim, dtype=q.dtype)
+    history = parse_spec(name).init(shape).history  # type: ignore[attr-defined]
+    keys, values = (_filled(stored, i) for i, stored in enumerate(history.packed))
+    at, stop = jnp.full((batch, 1), tokens - 1), jnp.full((batch,), tokens)
+    args = q, at, keys, values, stop
+    attend = jax.jit(lambda q, at, k, v, stop: attention.attend_packed(q, at, k, v, 0, stop, None))
+    return Contestant(attend.lower(*args).compile(), args, sum(a.nbytes for a in jax.tree.leaves((keys, values))))
+
+
+def _filled(stored: store.Packed, seed: int) -> store.Packed:
+    """Random codes, and scales that leave values near one."""
+    leaves, form = jax.tree.flatten(stored)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    fill = lambda key, a: (  # noqa: E731
+        jax.random.bits(key, a.shape, a.dtype)
+        if a.dtype == jnp.uint8
+        else (0.1 * jax.random.normal(key, a.shape)).astype(a.dtype)
+    )
+    return jax.tree.unflatten(form, [fill(*pair) for pair in zip(keys, leaves, strict=True)])
+
+
+# ---- decode steps
+
+
+def _models(config: config_dict.ConfigDict, results: Path) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
+    for name in split_list(config.models) if config.models else []:
+        made: list[Model] = []  # held while its points run
+        for batch, tokens in _points(config.points):
+            for cache in split_list(config.caches):
+                point = {"experiment": "throughput", "part": "step", "model": name, "dtype": config.dtype}
+                point |= {"cache": cache, "batch": batch, "tokens": tokens}
+                if program.find_row(results, point) is None:
+                    run = functools.partial(_step, config, point, made)
+                    yield f"{name}, {batch} x {tokens}, {cache}", run
+
+
+def _step(config: config_dict.ConfigDict, point: Row, made: list[Model]) -> list[Row]:
+    made[:] = made or [load(point["model"], config.dtype)]
+    model = made[0]
+    try:
+        plan = CachePlan.parse(point["cache"], model.config)
+    except KvjaxError as error:  # a plan of 32 layers on a model of 28
+        return [point | {"skipped": str(error)}]
+    shape = CacheShape.of(model.config, point["batch"], point["tokens"] + ROOM, jnp.dtype(config.dtype))
+    sizes = {"cache_bytes": plan.nbytes(shape), "bits_real": plan.bits_real(shape)}
+    try:
+        seconds, compile_seconds = _decode(model, plan, shape, point["tokens"], config.rounds)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return [point | sizes | {"out_of_memory": True}]
+    figures = {"step_ms": 1e3 * seconds, "tokens_per_second": point["batch"] / seconds}
+    return [point | sizes | figures | {"compile_seconds": compile_seconds}]
+
+
+def _decode(model: Model, plan: CachePlan, shape: CacheShape, tokens: int, rounds: int) -> tuple[float, float]:
+    """Seconds a step, median of the rounds, and of compiling. What the cache holds does not matter: it is empty."""
+    decoder, bases = Decoder(model.config), _bases(model, plan)
+    cache = dataclasses.replace(plan.init(shape), length=jnp.full((shape.batch,), tokens, jnp.int32))
+
+    def step(params, bases, token, cache):
+        hidden, cache = decoder.apply({"params": params}, token, cache, factors=bases)
+        logits = jnp.asarray(decoder.apply({"params": params}, hidden[:, -1:], method="logits"))
+        return logits.argmax(-1).astype(jnp.int32), cache
+
+    token = jnp.zeros((shape.batch, 1), jnp.int32)
+    began = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=3).lower(model.params, bases, token, cache).compile()
+    compile_seconds = time.perf_counter() - began
+    times = []
+    for _ in range(1 + max(1, rounds // 3)):
+        began = time.perf_counter()
+        cache = dataclasses.replace(cache, length=jnp.full((shape.batch,), tokens, jnp.int32))
+        for _ in range(STEPS):
+            token, cache = compiled(model.params, bases, token, cache)
+        jax.block_until_ready(token)
+        times.append((time.perf_counter() - began) / STEPS)
+    return statistics.median(times[1:]), compile_seconds
+
+
+def _bases(model: Model, plan: CachePlan) -> list[Any] | None:
+    """Factors of the first layer's weights for every layer: their values do not matter, only that each is read."""
+    made: dict[str, Any] = {}
+    first = model.params["layer_0"]
+    for spec in plan.specs:
+        if spec.factors_key and spec.factors_key not in made:
+            weights = KVWeights(k=first["k"], v=first["v"], head_dim=model.config.head_dim)
+            made[spec.factors_key] = spec.factors(weights, first["attention_norm"])
+    dtype = model.params["embed"].dtype
+    return [jax.tree.map(lambda a: jnp.asarray(a, dtype), made.get(spec.factors_key, [])) for spec in plan.specs]
+
+
+# ---- what both share
+
+
+def _race(contestants: dict[str, Contestant], rounds: int, calls: int) -> dict[str, float]:
+    """Median seconds a call of each, in turns."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(rounds + 1):
+        for name, contestant in contestants.items():
+            began = time.perf_counter()
+            done = [contestant.call(*contestant.args) for _ in range(calls)]
+            jax.block_until_ready(done)
+            if number:  # the first round warms up
+                times[name].append((time.perf_counter() - began) / calls)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _heads(text: str) -> Heads:
+    match = re.fullmatch(r"(\d+)/(\d+)x(\d+)", text)
+    if not match:
+        raise KvjaxError(f"heads={text}: expected query heads/kv heads x head_dim, as in 32/8x128")
+    return Heads(*map(int, match.groups()))
+
+
+def _points(text: str) -> list[tuple[int, int]]:
+    points = []
+    for part in filter(None, text.split(",")):
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part)
+        if not match:
+            raise KvjaxError(f"{part!r}: expected batch x tokens, as in 8x1024")
+        points.append((int(match[1]), int(match[2])))
+    return points
+
+
+COLUMNS = {
+    "op": ("name", "batch", "tokens", "ms", "gb_per_s", "share_of_copy", "times_bf16"),
+    "step": ("model", "cache", "batch", "tokens", "step_ms", "tokens_per_second", "out_of_memory", "cache_bytes"),
+}
+
+
+def _table(rows: list[Row], part: str, columns: tuple[str, ...]) -> Table:
+    table = Table(title=part, title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("name", "model", "cache") else "right", overflow="fold")
+    for row in rows:
+        cells = (row.get(name, "") for name in columns)
+        table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells))
+    return table
+
+
+if __name__ == "__main__":
+    program.run(main, "configs/throughput.py")

@@ -1,0 +1,115 @@
+"""Codes packed into bytes, as every kernel reads and writes them.
+
+A tensor [B, K, S, D] (batch, heads, tokens, channels) is stored in packing blocks of `pack` tokens. A width is a
+sum of power-of-two planes (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2), low bits first, so that b bits cost b bits. Within a
+plane of w bits a packing block is planar along its tokens: byte row i of it holds tokens i, i + pack*w/8, i +
+2*pack*w/8, ..., lowest bits first, so that unpacking is one shift and one mask of whole rows.
+
+Scales and zero points (float16) say x = code * scale + zero, in groups of `group` channels of a token (per "token",
+stored tokens last) or of `group` tokens of a channel (per "channel").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float16, Int, UInt8
+
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+EXACT = 16  # the width that means unquantised
+MASKED = -1e30  # a score that no softmax sees; finite, so that a row with no key yet stays free of NaN
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A packed tensor.
+
+    planes: one array [B, K, S*w/8, D] of bytes per plane; at 16 bits the values themselves, [B, K, S, D].
+    scale, zero: [B, K, D/group, S] per token, [B, K, S/group, D] per channel; None at 16 bits.
+    """
+
+    planes: tuple[UInt8[Array, "B K _ D"], ...]
+    scale: Float16[Array, "B K _ _"] | None
+    zero: Float16[Array, "B K _ _"] | None
+    bits: int = dataclasses.field(metadata={"static": True})
+    per: str = dataclasses.field(metadata={"static": True})
+    group: int = dataclasses.field(metadata={"static": True})
+    pack: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """B, K, S, D of the values."""
+        batch, heads, rows, channels = self.planes[0].shape
+        width = 8 if self.bits == EXACT else PLANES[self.bits][0]
+        return batch, heads, rows * 8 // width, channels
+
+
+def dequantize(packed: Packed) -> Float[Array, "B K S D"]:
+    """All values, in float32: slow and plain."""
+    if packed.scale is None or packed.zero is None:
+        return packed.planes[0].astype(jnp.float32)
+    batch, heads, tokens, channels = packed.shape
+    codes, low = jnp.zeros((batch, heads, tokens, channels), jnp.uint8), 0
+    for width, plane in zip(PLANES[packed.bits], packed.planes, strict=True):
+        blocks = plane.reshape(batch, heads, tokens // packed.pack, 1, -1, channels)
+        shifts = jnp.arange(0, 8, width, dtype=jnp.uint8)[:, None, None]
+        part = (blocks >> shifts) & ((1 << width) - 1)
+        codes, low = codes | (part.reshape(codes.shape) << low), low + width
+    scale, zero = (a.astype(jnp.float32) for a in (packed.scale, packed.zero))
+    if packed.per == "token":
+        scale, zero = (jnp.repeat(a.swapaxes(2, 3), packed.group, 3) for a in (scale, zero))
+    else:
+        scale, zero = (jnp.repeat(a, packed.group, 2) for a in (scale, zero))
+    return codes.astype(jnp.float32) * scale + zero
+
+
+def check(name: str, packed: Packed) -> None:
+    """Raises ValueError, naming the argument, where the arrays of a packed tensor do not fit one another."""
+    if packed.bits != EXACT and packed.bits not in PLANES:
+        raise ValueError(f"{name}: {packed.bits} bits; expected one of {', '.join(map(str, PLANES))} or {EXACT}")
+    if packed.per not in ("token", "channel"):
+        raise ValueError(f"{name}: per {packed.per!r}; expected token or channel")
+    widths = (8,) if packed.bits == EXACT else PLANES[packed.bits]
+    if len(packed.planes) != len(widths) or any(plane.ndim != 4 for plane in packed.planes):
+        raise ValueError(f"{name}: expected {len(widths)} planes [B, K, rows, D]")
+    batch, heads, tokens, channels = packed.shape
+    for plane, width in zip(packed.planes, widths, strict=True):
+        if plane.shape != (batch, heads, tokens * width // 8, channels):
+            raise ValueError(
+                f"{name}: a plane of {plane.shape}; expected {(batch, heads, tokens * width // 8, channels)}"
+            )
+        if packed.bits != EXACT and plane.dtype != jnp.uint8:
+            raise ValueError(f"{name}: a plane of {plane.dtype}; expected uint8")
+    if packed.bits == EXACT:
+        return
+    if packed.pack % 8 or packed.pack < 8 or tokens % packed.pack:
+        raise ValueError(f"{name}: pack {packed.pack}; expected a multiple of 8 that divides the {tokens} tokens")
+    size, what = (channels, "channels") if packed.per == "token" else (tokens, "tokens")
+    if packed.group < 1 or size % packed.group:
+        raise ValueError(f"{name}: group {packed.group} does not divide the {size} {what}")
+    groups = (channels // packed.group, tokens) if packed.per == "token" else (tokens // packed.group, channels)
+    for part, array in (("scale", packed.scale), ("zero", packed.zero)):
+        if array is None or array.shape != (batch, heads, *groups) or array.dtype != jnp.float16:
+            found = "nothing" if array is None else f"{array.dtype}{list(array.shape)}"
+            raise ValueError(f"{name}.{part}: {found}; expected float16{[batch, heads, *groups]}")
+
+
+def check_bound(name: str, lengths: Int[Array, "B"], tokens: int) -> None:
+    """Raises ValueError where a length, if it is known before the launch, lies beyond the buffer."""
+    if not isinstance(lengths, jax.core.Tracer) and bool((lengths > tokens).any()):
+        raise ValueError(f"{name}: {int(lengths.max())} is beyond the buffer of {tokens} tokens")
+
+
+def implementation_of(op: str, name: str, names: Sequence[str], function: str | None = None) -> Callable:
+    """The function of an op's folder that one of its implementations has; imported only when it is asked for.
+
+    Raises ValueError where there is no such implementation.
+    """
+    if name not in names:
+        raise ValueError(f"implementation {name!r}; expected one of {', '.join(names)}")
+    return getattr(importlib.import_module(f"{op}.{name}"), function or op.rpartition(".")[2])

@@ -1,0 +1,81 @@
+"""Attention of a few queries over packed keys and values, unpacked where they are used.
+
+    output, lse = packed_attention(q, keys, values, start, stop, implementation="triton")
+
+B batch, T queries, H heads, K kv heads, D head_dim, S allocated tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from pallas_kernels import layout
+from pallas_kernels.layout import Packed
+
+IMPLEMENTATIONS = ("triton", "mosaic_tpu", "native", "reference")
+
+
+def packed_attention(
+    q: Float[Array, "B T H D"],
+    keys: Packed,
+    values: Packed,
+    start: Int[Array, "B"],
+    stop: Int[Array, "B"],
+    *,
+    first: int = 0,
+    window: int | None = None,
+    scale: float | None = None,
+    implementation: str,
+    interpret: bool = False,
+) -> tuple[Float32[Array, "B T H D"], Float32[Array, "B T H"]]:
+    """Softmax attention over the stored positions [first, stop) of each sequence.
+
+    Query t of sequence b has position start[b] + t and sees the positions up to its own; of those, where `window` is
+    given, only the last `window`. Query heads h*H/K to (h+1)*H/K - 1 read kv head h.
+
+    Args:
+      q: after RoPE, bfloat16 or float32; dots run in its precision, sums in float32.
+      first: positions below it (sinks, say) are left out.
+      stop: at most S.
+      scale: of the scores; D**-0.5 where None.
+      implementation: "triton" (GPU), "mosaic_tpu" (TPU), "native" (CPU) or "reference" (anywhere, slow).
+      interpret: runs the kernel in Pallas' interpreter.
+
+    Returns:
+      The output and the log of the sum of exponentials of the scores, with which it merges exactly with attention
+      over other keys. A query that sees no key has output 0 and `layout.MASKED`.
+
+    Raises:
+      ValueError: an argument whose shape, type or setting does not fit.
+      NotImplementedError: what the implementation cannot serve.
+    """
+    check(q, keys, values, start, stop, first, window)
+    kernel = layout.implementation_of(__name__, implementation, IMPLEMENTATIONS)
+    kernel = functools.partial(kernel, first=first, window=window, interpret=interpret)
+    return kernel(q, keys, values, start, stop, scale=q.shape[3] ** -0.5 if scale is None else scale)
+
+
+def check(q, keys: Packed, values: Packed, start, stop, first: int, window: int | None) -> None:
+    """Raises ValueError, naming the argument, where they do not fit one another."""
+    layout.check("keys", keys)
+    layout.check("values", values)
+    if q.ndim != 4 or q.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"q: {q.dtype}{list(q.shape)}; expected [B, T, H, D] in float32 or bfloat16")
+    batch, heads, tokens, channels = keys.shape
+    if (q.shape[0], q.shape[3]) != (batch, channels):
+        raise ValueError(f"q: {list(q.shape)} does not fit keys of {batch} sequences and {channels} channels")
+    if q.shape[2] % heads:
+        raise ValueError(f"q: {q.shape[2]} heads; expected a multiple of the {heads} kv heads")
+    if values.shape[:3] != (batch, heads, tokens):
+        raise ValueError(f"values: {list(values.shape)}; expected {[batch, heads, tokens]} and any width, as in keys")
+    for name, array in (("start", start), ("stop", stop)):
+        if array.shape != (batch,) or not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{name}: {array.dtype}{list(array.shape)}; expected integers [{batch}]")
+    if not 0 <= first <= tokens:
+        raise ValueError(f"first: {first}; expected 0 to the {tokens} tokens of the buffer")
+    if window is not None and window < 1:
+        raise ValueError(f"window: {window}; expected at least 1")
+    layout.check_bound("stop", stop, tokens)

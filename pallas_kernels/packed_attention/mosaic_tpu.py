@@ -1,0 +1,249 @@
+"""Packed attention on TPU: blocks of bytes are fetched through the pipeline and become codes in registers.
+
+Scales never touch a tile of codes. They are folded into what is small: scores and probabilities where a token has its
+own, queries and outputs where a channel has. Several groups are stacked as rows of one product, which a few queries
+leave nearly empty anyway, and each keeps its own part of the result.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+
+from pallas_kernels import mosaic_tpu_common as common
+from pallas_kernels.layout import EXACT, MASKED, Packed
+from pallas_kernels.mosaic_tpu_common import LANES, Stream
+
+ROWS = 128  # query rows per kv head at most
+CHUNK = 512  # tokens computed at a time
+
+
+def packed_attention(
+    q: Float[Array, "B T H D"],
+    keys: Packed,
+    values: Packed,
+    start: Int[Array, "B"],
+    stop: Int[Array, "B"],
+    *,
+    first: int,
+    window: int | None,
+    scale: float,
+    interpret: bool = False,
+    block: int | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Float32[Array, "B T H V"], Float32[Array, "B T H"]]:
+    """See `pallas_kernels.packed_attention`; `block` tokens are fetched at a time, fitted to VMEM where None, and
+    `chunk` computed; both are rounded to what the packing needs."""
+    batch, queries, heads, channels = q.shape
+    _, kv_heads, tokens, width = values.shape
+    ratio = heads // kv_heads
+    rows = queries * ratio
+    if rows > ROWS:
+        raise NotImplementedError(f"{rows} query rows per kv head; expected at most {ROWS}")
+    padded = -(-rows // 8) * 8
+    hold = common.heads_of(keys, values)
+    chunk = common.chunk_of(keys, values, least=chunk)
+    block = common.block_of(keys, values, heads=hold, chunk=chunk, block=block)
+    bounds = common.bounds_of(start, stop, queries, first, window)
+    q = q.reshape(batch, queries, kv_heads, ratio, channels).swapaxes(1, 2).reshape(batch, kv_heads, rows, channels)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - rows), (0, 0)))
+
+    def stored(b, k, i, bounds):
+        return b, k, common.block_at(bounds, b, i, tokens, block)
+
+    def per_head(columns: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, hold, padded, columns), lambda b, k, i, bounds: (b, k, 0, 0))
+
+    kernel = functools.partial(
+        _kernel, keys, values, ratio=ratio, first=first, window=window, scale=scale, block=block, chunk=chunk
+    )
+    output, lse = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, kv_heads // hold, common.steps_of(tokens, queries, first, window, block)),
+            in_specs=[
+                per_head(channels),
+                common.stream_specs(keys, hold, block, stored),
+                common.stream_specs(values, hold, block, stored),
+            ],
+            out_specs=[per_head(width), per_head(1)],
+            scratch_shapes=[
+                *(pltpu.VMEM((hold, padded, columns), jnp.float32) for columns in (1, 1, width)),
+                common.scale_scratch(keys, hold, block),
+                common.scale_scratch(values, hold, block),
+            ],
+        ),
+        out_shape=[jax.ShapeDtypeStruct((batch, kv_heads, padded, n), jnp.float32) for n in (width, 1)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        interpret=interpret,
+        name="packed_attention",
+    )(bounds, q, common.stream(keys), common.stream(values))
+    output, lse = (
+        a[:, :, :rows].reshape(batch, kv_heads, queries, ratio, -1).swapaxes(1, 2).reshape(batch, queries, heads, -1)
+        for a in (output, lse)
+    )
+    return output, lse[..., 0]
+
+
+def _kernel(
+    keys: Packed,
+    values: Packed,
+    bounds,
+    q_ref,
+    k_refs: Stream,
+    v_refs: Stream,
+    out_ref,
+    lse_ref,
+    top_ref,
+    sum_ref,
+    acc_ref,
+    k_scales,
+    v_scales,
+    *,
+    ratio: int,
+    first: int,
+    window: int | None,
+    scale: float,
+    block: int,
+    chunk: int,
+) -> None:
+    sequence, step = pl.program_id(0), pl.program_id(2)
+    low, high = bounds[2, sequence], bounds[3, sequence]
+    base = (common.quotient(low, block) + step) * block
+
+    @pl.when(step == 0)
+    def _():
+        common.reset(top_ref, sum_ref, acc_ref)
+
+    @pl.when(base < high)
+    def _():
+        common.widen_scales(keys, k_refs, k_scales)
+        common.widen_scales(values, v_refs, v_scales)
+        edges = common.edges_of(q_ref.shape[1], ratio, bounds, sequence, first, window)
+        chunks = common.chunks_of(base, low, high, block, chunk)
+
+        def head(h, _):
+            q = q_ref[h]
+            score = _scorer(keys, q, *common.of_head(keys, h, k_refs, k_scales))
+            planes, scales = common.of_head(values, h, v_refs, v_scales)
+
+            def body(i, state):
+                at = pl.multiple_of(i * chunk, chunk)
+                seen = common.seen(edges, base + at, chunk)
+                scores = jnp.where(seen, score(at, chunk) * scale, MASKED)
+                top, p, faded = common.soften(scores, seen, state[0])
+                added = weigh(values, p, seen, planes, scales, at, (low - base, high - base), q.dtype)
+                return top, state[1] * faded + p.sum(1, keepdims=True), state[2] * faded + added
+
+            state = jax.lax.fori_loop(*chunks, body, (top_ref[h], sum_ref[h], acc_ref[h]))
+            top_ref[h], sum_ref[h], acc_ref[h] = state
+
+        jax.lax.fori_loop(0, q_ref.shape[0], head, None)
+
+    @pl.when(step == pl.num_programs(2) - 1)
+    def _():
+        out_ref[...], lse_ref[...] = common.finish(top_ref, sum_ref, acc_ref)
+
+
+def _scorer(keys: Packed, q: Float[Array, "M D"], planes, scales):
+    """A function of a position in the block and a count, which gives the scores [M, count] without their scale."""
+    if keys.bits == EXACT:
+        return lambda at, count: common.dot(q, common.read(keys, planes, at, count, q.dtype), transposed=True)
+    wide = q.astype(jnp.float32)
+    if keys.per == "channel":
+        return functools.partial(_score_channels, keys, wide, q.dtype, planes, scales)
+    parts = [jnp.where(own, wide, 0.0) for own in _groups(keys, q.shape)]
+    stacked = jnp.concatenate(parts).astype(q.dtype)
+    return functools.partial(
+        _score_tokens, keys, stacked, [part.sum(1, keepdims=True) for part in parts], planes, scales
+    )
+
+
+def _groups(packed: Packed, shape: tuple[int, ...]) -> list[Bool[Array, "M D"]]:
+    """Which channels belong to each group of a token."""
+    channel = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    starts = range(0, shape[1], packed.group)
+    return [(channel >= start) & (channel < start + packed.group) for start in starts]
+
+
+def _score_tokens(
+    keys: Packed, q: Float[Array, "GM D"], sums: list[Float32[Array, "M 1"]], planes, scales, at, count: int
+) -> Float32[Array, "M N"]:
+    """sum over groups g of scale_g * (q_g . codes) + zero_g * sum(q_g)."""
+    raw = common.dot(q, common.read(keys, planes, at, count, q.dtype), transposed=True)
+    raw = raw.reshape(len(sums), -1, count)
+    scale, zero = (ref[:, pl.ds(at, count)] for ref in scales)
+    return sum(raw[g] * scale[g : g + 1] + total * zero[g : g + 1] for g, total in enumerate(sums))
+
+
+def _score_channels(
+    keys: Packed, q: Float32[Array, "M D"], dtype, planes, scales, at, count: int
+) -> Float32[Array, "M N"]:
+    """(q * scale) . codes + q . zero, of each group of tokens; the groups of 128 tokens share a product."""
+    codes, shared, lane = common.read(keys, planes, at, count, dtype), *_token_groups(keys, q.shape[0])
+    tiles = []
+    for tile in range(0, count, LANES):
+        rows = [
+            [ref[pl.ds(common.quotient(at + tile, keys.group) + u, 1), :] for ref in scales] for u in range(shared)
+        ]
+        folded = jnp.concatenate([q * scale for scale, _ in rows]).astype(dtype)
+        raw = common.dot(folded, codes[tile : tile + LANES], transposed=True).reshape(shared, -1, LANES)
+        parts = [raw[u] + (q * zero).sum(1, keepdims=True) for u, (_, zero) in enumerate(rows)]
+        tiles.append(functools.reduce(lambda a, u: jnp.where(lane == u, parts[u], a), range(1, shared), parts[0]))
+    return jnp.concatenate(tiles, 1)
+
+
+def _token_groups(packed: Packed, rows: int) -> tuple[int, Int32[Array, "M 128"]]:
+    """Groups of tokens that share 128 of them, and to which of those each token belongs."""
+    size = min(packed.group, LANES)  # a power of two
+    return LANES // size, jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1) >> (size.bit_length() - 1)
+
+
+def weigh(
+    values: Packed,
+    p: Float32[Array, "M N"],
+    seen: Bool[Array, "M N"],
+    planes,
+    scales,
+    at: Int32[Array, ""],
+    edges: tuple[Int32[Array, ""], Int32[Array, ""]],
+    dtype,
+) -> Float32[Array, "M D"]:
+    """p @ values, of the tokens of a block from `at` on. Those outside of `edges` are not used: they may be NaN."""
+    count = p.shape[1]
+    tiles = common.read(values, planes, at, count, dtype)
+    if values.bits == EXACT:
+        token = at + jax.lax.broadcasted_iota(jnp.int32, tiles.shape, 0)
+        return common.dot(p.astype(dtype), jnp.where((token >= edges[0]) & (token < edges[1]), tiles, 0))
+    if values.per == "channel":
+        return _weigh_channels(values, p, tiles, scales, at, edges)
+    scale, zero = (ref[:, pl.ds(at, count)] for ref in scales)
+    groups = range(scale.shape[0])
+    rows = jnp.concatenate([jnp.where(seen, p * scale[g : g + 1], 0.0) for g in groups]).astype(dtype)
+    shift = [jnp.where(seen, p * zero[g : g + 1], 0.0).sum(1, keepdims=True) for g in groups]
+    raw = common.dot(rows, tiles).reshape(len(groups), *p.shape[:1], -1)
+    own = _groups(values, raw.shape[1:])
+    return functools.reduce(lambda a, g: jnp.where(own[g], raw[g] + shift[g], a), groups[1:], raw[0] + shift[0])
+
+
+def _weigh_channels(values: Packed, p, codes, scales, at, edges) -> Float32[Array, "M D"]:
+    """sum over groups of tokens of scale * (p . codes) + zero * sum(p); the groups of 128 tokens share a product."""
+    shared, lane = _token_groups(values, p.shape[0])
+    total = jnp.zeros((p.shape[0], codes.shape[1]), jnp.float32)
+    for tile in range(0, p.shape[1], LANES):
+        piece = p[:, tile : tile + LANES]
+        parts = [jnp.where(lane == u, piece, 0.0) for u in range(shared)]
+        raw = common.dot(jnp.concatenate(parts).astype(codes.dtype), codes[tile : tile + LANES])
+        raw = raw.reshape(shared, *p.shape[:1], -1)
+        for u, part in enumerate(parts):
+            group = common.quotient(at + tile, values.group) + u
+            used = (group * values.group < edges[1]) & ((group + 1) * values.group > edges[0])
+            scale, zero = (jnp.where(used, ref[pl.ds(group, 1), :], 0.0) for ref in scales)
+            total += raw[u] * scale + part.sum(1, keepdims=True) * zero
+    return total

@@ -1,0 +1,461 @@
+// Attention of a few queries over packed keys and values on CPU, called through XLA's foreign function interface.
+//
+// Tiles of tokens are unpacked and dequantised into the first-level cache, used by all query rows of their kv head
+// under an online softmax, and forgotten. Work is split over (sequence, kv head, part of the tokens) and taken by
+// whichever thread is free. Vectors are the compiler's own, so that any CPU is served.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+constexpr int kLanes = 16;
+constexpr float kMasked = -1e30f;  // layout.MASKED
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
+
+inline Vec load(const float* from) {
+  Vec v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
+
+inline Vec splat(float x) { return x - Vec{}; }
+
+// e^x for x <= 0, to a few units in the last place: 2^n by its bits times a polynomial on [-ln2/2, ln2/2]. NaN stays.
+inline Vec exponential(Vec x) {
+  const Vec floor = splat(-87.0f);
+  x = x < floor ? floor : x;
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec n = (x * 1.44269504f + magic) - magic;
+  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  IntVec bits = (__builtin_convertvector(n, IntVec) + 127) << 23;
+  Vec power;
+  std::memcpy(&power, &bits, sizeof power);
+  return p * power;
+}
+
+// One packed tensor, see layout.Packed.
+struct Tensor {
+  int bits, per_channel, group, pack, planes;
+  int width[2];
+  const uint8_t* plane[2];
+  const float* exact32;
+  const uint16_t* exact16;  // bfloat16
+  const _Float16 *scale, *zero;
+  int64_t tokens, channels;
+};
+
+void widen(const _Float16* from, int64_t n, float* to) {
+  int64_t d = 0;
+#ifdef __AVX512F__
+  for (; d + kLanes <= n; d += kLanes)
+    store(to + d, (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + d))));
+#endif
+  for (; d < n; ++d) to[d] = from[d];
+}
+
+// The bytes of a token in one plane, and which of their bits are its codes.
+struct Codes {
+  const uint8_t* bytes;
+  int mask;
+};
+
+inline Vec masked(const Codes& c, int64_t d) {
+  IntVec bits;
+#ifdef __AVX512F__  // what compilers make of the loop is three times slower
+  bits = (IntVec)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(c.bytes + d)));
+#else
+  for (int j = 0; j < kLanes; ++j) bits[j] = c.bytes[d + j];
+#endif
+  return __builtin_convertvector(bits & c.mask, Vec);
+}
+
+// to[d] = sum over planes of masked bytes * scale[plane] + zero, channels [from, until). Codes are never shifted:
+// scales make up for where they stand, exactly, since they differ by powers of two. kStep is 1 for scales and zero
+// points of each channel, 0 for one of all.
+template <int kPlanes, int kStep>
+inline void dequantize_row(float* to, const Codes* c, const float* const* scale, const float* zero, int64_t from,
+                           int64_t until) {
+  const auto of = [](const float* x, int64_t d) { return kStep ? load(x + d) : splat(*x); };
+  int64_t d = from;
+  for (; d + kLanes <= until; d += kLanes) {
+    Vec x = masked(c[0], d) * of(scale[0], d) + of(zero, d);
+    if (kPlanes == 2) x += masked(c[1], d) * of(scale[1], d);
+    store(to + d, x);
+  }
+  for (; d < until; ++d) {
+    float x = float(c[0].bytes[d] & c[0].mask) * scale[0][kStep * d] + zero[kStep * d];
+    if (kPlanes == 2) x += float(c[1].bytes[d] & c[1].mask) * scale[1][kStep * d];
+    to[d] = x;
+  }
+}
+
+// Tokens [from, until) of the tile of one head that begins at token `start`, a packing block's first, as rows of
+// `padded` float32 channels. scratch: three rows.
+template <int kPlanes>
+void dequantize(const Tensor& t, int64_t head, int64_t start, int from, int until, int64_t padded, float* to,
+                float* scratch) {
+  const int64_t channels = t.channels, groups = channels / t.group;
+  int rows[kPlanes], row[kPlanes], shift[kPlanes];
+  Codes codes[kPlanes];
+  float factor[kPlanes], *const zero = scratch + 2 * padded, *const scale[2] = {scratch, scratch + padded};
+  for (int p = 0; p < kPlanes; ++p) rows[p] = t.pack * t.width[p] / 8;
+  for (int first = from / t.pack * t.pack; first < until; first += t.pack) {
+    const int64_t block = head * (t.tokens / t.pack) + (start + first) / t.pack;
+    bool stale = true;  // scales per channel are those of another group or shift
+    for (int in = 0; in < t.pack; ++in) {
+      for (int p = 0; p < kPlanes; ++p) {
+        row[p] = in == 0 ? 0 : row[p] + 1;
+        if (in == 0) shift[p] = 0;
+        if (row[p] == rows[p]) row[p] = 0, shift[p] += t.width[p];
+        if (row[p] == 0) {
+          codes[p].mask = ((1 << t.width[p]) - 1) << shift[p];
+          factor[p] = std::ldexp(1.0f, (p ? t.width[0] : 0) - shift[p]);
+          stale = true;
+        }
+        codes[p].bytes = t.plane[p] + (block * rows[p] + row[p]) * channels;
+      }
+      const int i = first + in;
+      if (i < from || i >= until) continue;
+      float* const out = to + i * padded;
+      const int64_t token = start + i;
+      if (t.per_channel) {
+        if (stale || token % t.group == 0) {
+          const int64_t at = (head * (t.tokens / t.group) + token / t.group) * channels;
+          widen(t.zero + at, channels, zero);
+          for (int p = 0; p < kPlanes; ++p) {
+            widen(t.scale + at, channels, scale[p]);
+            for (int64_t d = 0; d < padded; d += kLanes) store(scale[p] + d, load(scale[p] + d) * factor[p]);
+          }
+          stale = false;
+        }
+        dequantize_row<kPlanes, 1>(out, codes, scale, zero, 0, channels);
+      } else {
+        for (int64_t g = 0; g < groups; ++g) {
+          const int64_t at = (head * groups + g) * t.tokens + token;
+          for (int p = 0; p < kPlanes; ++p) *scale[p] = t.scale[at] * factor[p];
+          *zero = t.zero[at];
+          dequantize_row<kPlanes, 0>(out, codes, scale, zero, g * t.group, (g + 1) * t.group);
+        }
+      }
+    }
+  }
+}
+
+void copy(const Tensor& t, int64_t head, int64_t start, int from, int until, int64_t padded, float* to) {
+  for (int i = from; i < until; ++i) {
+    const int64_t at = (head * t.tokens + start + i) * t.channels;
+    float* row = to + i * padded;
+    if (t.exact32) {
+      std::memcpy(row, t.exact32 + at, 4 * t.channels);
+    } else {
+      for (int64_t d = 0; d < t.channels; ++d) {
+        const uint32_t bits = uint32_t(t.exact16[at + d]) << 16;
+        std::memcpy(row + d, &bits, 4);
+      }
+    }
+  }
+}
+
+void read_tile(const Tensor& t, int64_t head, int64_t start, int from, int until, int64_t padded, float* to,
+               float* scratch) {
+  if (t.bits == 16) {
+    copy(t, head, start, from, until, padded, to);
+  } else if (t.planes == 2) {
+    dequantize<2>(t, head, start, from, until, padded, to, scratch);
+  } else {
+    dequantize<1>(t, head, start, from, until, padded, to, scratch);
+  }
+}
+
+// Sums of 16 vectors' lanes, as the lanes of one: a tree of pairs, each of which interleaves and adds.
+inline Vec sums(Vec v[kLanes]) {
+  for (int i = 0; i < 8; ++i)
+    v[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+           __builtin_shufflevector(v[2 * i], v[2 * i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+  for (int i = 0; i < 4; ++i)
+    v[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           __builtin_shufflevector(v[2 * i], v[2 * i + 1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  for (int i = 0; i < 2; ++i)
+    v[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+           __builtin_shufflevector(v[2 * i], v[2 * i + 1], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  return __builtin_shufflevector(v[0], v[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+         __builtin_shufflevector(v[0], v[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+
+// Scores of kRows query rows with n keys, n a multiple of 16 / kRows; out has `stride` floats a row.
+template <int kRows>
+void scores(const float* q, const float* k, int n, int64_t padded, float* out, int stride) {
+  constexpr int kKeys = kLanes / kRows;
+  for (int i = 0; i < n; i += kKeys) {
+    Vec acc[kLanes] = {};
+    for (int64_t d = 0; d < padded; d += kLanes) {
+      Vec rows[kRows];
+      for (int r = 0; r < kRows; ++r) rows[r] = load(q + r * padded + d);
+      for (int j = 0; j < kKeys; ++j) {
+        const Vec key = load(k + (i + j) * padded + d);
+        for (int r = 0; r < kRows; ++r) acc[r * kKeys + j] += rows[r] * key;
+      }
+    }
+    const Vec total = sums(acc);
+    for (int r = 0; r < kRows; ++r) std::memcpy(out + r * stride + i, (const float*)&total + r * kKeys, 4 * kKeys);
+  }
+}
+
+// out += p v for kRows query rows over keys [from, until), kVecs vectors of channels at a time.
+template <int kRows, int kVecs>
+void weigh(const float* p, int stride, const float* v, int from, int until, int64_t padded, float* out) {
+  Vec acc[kRows][kVecs];
+  for (int r = 0; r < kRows; ++r)
+    for (int c = 0; c < kVecs; ++c) acc[r][c] = load(out + r * padded + c * kLanes);
+  for (int i = from; i < until; ++i) {
+    Vec value[kVecs];
+    for (int c = 0; c < kVecs; ++c) value[c] = load(v + i * padded + c * kLanes);
+    for (int r = 0; r < kRows; ++r) {
+      const float weight = p[r * stride + i];
+      for (int c = 0; c < kVecs; ++c) acc[r][c] += weight * value[c];
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int c = 0; c < kVecs; ++c) store(out + r * padded + c * kLanes, acc[r][c]);
+}
+
+template <int kRows>
+void weigh_all(const float* p, int stride, const float* v, int from, int until, int64_t padded, float* out) {
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= padded; d += 4 * kLanes) weigh<kRows, 4>(p, stride, v + d, from, until, padded, out + d);
+  for (; d < padded; d += kLanes) weigh<kRows, 1>(p, stride, v + d, from, until, padded, out + d);
+}
+
+// Scores [from, until) of a row become exponentials over the new maximum, 0 outside [lo, hi); `top` and `total` go on,
+// and what weighted sums so far shrink by is returned.
+float softmax(float* p, int from, int until, int lo, int hi, float& top, float& total) {
+  const IntVec lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  Vec tops = splat(top), sum = {};
+  for (int i = from / kLanes * kLanes; i < until; i += kLanes) {
+    const Vec x = load(p + i);
+    tops = ((lanes + i >= lo) & (lanes + i < hi) & (x > tops)) ? x : tops;
+  }
+  float best = tops[0];
+  for (int j = 1; j < kLanes; ++j) best = std::max(best, tops[j]);
+  for (int i = from / kLanes * kLanes; i < until; i += kLanes) {
+    const Vec x = ((lanes + i >= lo) & (lanes + i < hi)) ? exponential(load(p + i) - best) : Vec{};
+    store(p + i, x);
+    sum += x;
+  }
+  const float shrink = best == top ? 1.0f : std::exp(top - best);
+  Vec all[kLanes] = {sum};
+  total = total * shrink + sums(all)[0];
+  top = best;
+  return shrink;
+}
+
+struct Problem {
+  const float* q;  // [B, T, H, D]
+  const int32_t *start, *stop;
+  Tensor keys, values;
+  int64_t batch, queries, heads, kv_heads, first, window;  // window 0: none
+  float scale;
+  float *output, *lse;
+
+  int64_t rows() const { return queries * (heads / kv_heads); }
+  int64_t at(int64_t b, int64_t h, int64_t row) const {  // of a row in [B, T, H]
+    const int64_t per = heads / kv_heads;
+    return (b * queries + row / per) * heads + h * per + row % per;
+  }
+};
+
+int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// What one part of the tokens gives a head: unnormalised outputs, maxima and sums.
+struct Part {
+  std::vector<float> out, top, total;
+};
+
+template <int kRows>
+void attend(const Problem& pr, int64_t b, int64_t h, int64_t begin, int64_t end, int tile, Part& part) {
+  const int64_t dk = round_up(pr.keys.channels, kLanes), dv = round_up(pr.values.channels, kLanes);
+  const int64_t rows = pr.rows(), padded_rows = round_up(rows, kRows), per = pr.heads / pr.kv_heads;
+  const int64_t head = b * pr.kv_heads + h;
+  std::vector<float> q(padded_rows * dk), tensor(tile * std::max(dk, dv)), s(padded_rows * tile);
+  std::vector<float> scratch(3 * std::max(dk, dv));
+  part.out.assign(padded_rows * dv, 0.0f);
+  part.top.assign(padded_rows, kMasked);
+  part.total.assign(padded_rows, 0.0f);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t d = 0; d < pr.keys.channels; ++d)
+      q[r * dk + d] = pr.q[pr.at(b, h, r) * pr.keys.channels + d] * pr.scale;
+  const int64_t last = std::min<int64_t>(end, pr.stop[b]);
+  for (int64_t t0 = begin; t0 < last; t0 += tile) {
+    const int n = int(std::min<int64_t>(tile, pr.keys.tokens - t0));
+    // What the rows see of the tile: the first query has the lowest window, the last one the highest edge.
+    const auto lower = [&](int64_t query) {
+      return std::max(pr.first, pr.window ? pr.start[b] + query - pr.window + 1 : int64_t{0});
+    };
+    const auto upper = [&](int64_t query) { return std::min<int64_t>(pr.start[b] + query + 1, last); };
+    const int from = int(std::clamp<int64_t>(lower(0) - t0, 0, n));
+    const int until = int(std::clamp<int64_t>(upper(pr.queries - 1) - t0, 0, n));
+    if (from >= until) continue;
+    // One buffer for both: a tile of keys and one of values would not fit the first-level cache together.
+    read_tile(pr.keys, head, t0, from, until, dk, tensor.data(), scratch.data());
+    for (int64_t r = 0; r < padded_rows; r += kRows) scores<kRows>(&q[r * dk], tensor.data(), tile, dk, &s[r * tile], tile);
+    for (int64_t row = 0; row < rows; ++row) {
+      const int lo = int(std::clamp<int64_t>(lower(row / per) - t0, from, until));
+      const int hi = int(std::clamp<int64_t>(upper(row / per) - t0, from, until));
+      const float shrink = softmax(&s[row * tile], from, until, lo, hi, part.top[row], part.total[row]);
+      if (shrink != 1.0f)
+        for (int64_t d = 0; d < dv; ++d) part.out[row * dv + d] *= shrink;
+    }
+    std::fill(s.begin() + rows * tile, s.end(), 0.0f);
+    read_tile(pr.values, head, t0, from, until, dv, tensor.data(), scratch.data());
+    for (int64_t r = 0; r < padded_rows; r += kRows)
+      weigh_all<kRows>(&s[r * tile], tile, tensor.data(), from, until, dv, &part.out[r * dv]);
+  }
+}
+
+// The parts of one head, merged.
+void merge(const Problem& pr, int64_t b, int64_t h, const Part* parts, int64_t count) {
+  const int64_t channels = pr.values.channels, dv = round_up(channels, kLanes);
+  for (int64_t row = 0; row < pr.rows(); ++row) {
+    float top = kMasked, total = 0.0f;
+    for (int64_t i = 0; i < count; ++i) top = std::max(top, parts[i].top[row]);
+    float* out = pr.output + pr.at(b, h, row) * channels;
+    std::fill_n(out, channels, 0.0f);
+    for (int64_t i = 0; i < count; ++i) {
+      const float weight = std::exp(parts[i].top[row] - top);
+      total += weight * parts[i].total[row];
+      for (int64_t d = 0; d < channels; ++d) out[d] += weight * parts[i].out[row * dv + d];
+    }
+    const bool nothing = total == 0.0f;
+    for (int64_t d = 0; d < channels; ++d) out[d] = nothing ? 0.0f : out[d] / total;
+    pr.lse[pr.at(b, h, row)] = nothing ? kMasked : top + std::log(total);
+  }
+}
+
+// Calls work(0..count-1) on the pool and on this thread, and returns when all is done. Tasks that start late find
+// nothing left, so that this thread never waits for one that has not begun.
+template <typename Work>
+void parallel(ffi::ThreadPool& pool, int64_t count, Work work) {
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+    std::mutex mutex;
+    std::condition_variable all;
+  };
+  auto state = std::make_shared<State>();
+  auto run = [state, count, work] {
+    for (int64_t i; (i = state->next.fetch_add(1)) < count;) {
+      work(i);
+      if (state->done.fetch_add(1) + 1 == count) {
+        std::lock_guard<std::mutex> lock(state->mutex);
+        state->all.notify_all();
+      }
+    }
+  };
+  const int64_t helpers = std::min(pool.num_threads(), count) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(run));
+  run();
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->all.wait(lock, [&] { return state->done.load() == count; });
+}
+
+// Reads planes, scale and zero of a tensor from the arguments that begin at `at`, and moves `at` behind them.
+ffi::ErrorOr<Tensor> read_tensor(ffi::RemainingArgs& args, size_t& at, ffi::Span<const int64_t> form) {
+  Tensor t{};
+  t.bits = int(form[0]), t.per_channel = int(form[1]), t.group = int(form[2]), t.pack = int(form[3]);
+  t.planes = int(form.size()) - 4;
+  for (int i = 0; i < t.planes; ++i) {
+    auto plane = args.get<ffi::AnyBuffer>(at++);
+    if (!plane.has_value()) return ffi::Unexpected(plane.error());
+    t.width[i] = int(form[4 + i]);
+    t.plane[i] = static_cast<const uint8_t*>(plane->untyped_data());
+    if (i == 0) {
+      t.tokens = plane->dimensions()[2] * 8 / t.width[0], t.channels = plane->dimensions()[3];
+      if (plane->element_type() == ffi::DataType::F32) t.exact32 = static_cast<const float*>(plane->untyped_data());
+      if (plane->element_type() == ffi::DataType::BF16)
+        t.exact16 = static_cast<const uint16_t*>(plane->untyped_data());
+    }
+  }
+  if (t.bits == 16) return t;
+  for (const _Float16** part : {&t.scale, &t.zero}) {
+    auto buffer = args.get<ffi::AnyBuffer>(at++);
+    if (!buffer.has_value()) return ffi::Unexpected(buffer.error());
+    *part = static_cast<const _Float16*>(buffer->untyped_data());
+  }
+  return t;
+}
+
+ffi::Error packed_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::S32> start,
+                            ffi::Buffer<ffi::S32> stop, ffi::RemainingArgs tensors,
+                            ffi::ResultBuffer<ffi::F32> output, ffi::ResultBuffer<ffi::F32> lse,
+                            ffi::Span<const int64_t> keys, ffi::Span<const int64_t> values, int64_t kv_heads,
+                            int64_t first, int64_t window, float scale) {
+  size_t at = 0;
+  auto k = read_tensor(tensors, at, keys);
+  if (!k.has_value()) return k.error();
+  auto v = read_tensor(tensors, at, values);
+  if (!v.has_value()) return v.error();
+  const auto dims = q.dimensions();
+  Problem pr{q.typed_data(), start.typed_data(), stop.typed_data(), *k, *v, dims[0], dims[1], dims[2], kv_heads,
+             first, window, scale, output->typed_data(), lse->typed_data()};
+  const int tile = int(round_up(std::max({k->pack, v->pack, 64}), std::max(k->pack, v->pack)));
+  const int64_t heads = pr.batch * kv_heads, tiles = (k->tokens + tile - 1) / tile;
+  // Four parts a thread even the load out; a part has at least eight tiles, so that its merge does not show.
+  const int64_t wanted = (4 * pool.num_threads() + heads - 1) / heads;
+  const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(tiles / 8, 1));
+  const int64_t rows = pr.rows();
+  std::vector<Part> parts(heads * splits);
+  parallel(pool, heads * splits, [&](int64_t i) {
+    const int64_t b = i / splits / kv_heads, h = i / splits % kv_heads, split = i % splits;
+    const int64_t used = (std::min<int64_t>(pr.stop[b], k->tokens) + tile - 1) / tile;
+    const int64_t begin = used * split / splits * tile, end = used * (split + 1) / splits * tile;
+    const auto run = rows == 1 ? attend<1> : rows == 2 ? attend<2> : attend<4>;
+    run(pr, b, h, begin, end, tile, parts[i]);
+  });
+  for (int64_t i = 0; i < heads; ++i) merge(pr, i / kv_heads, i % kv_heads, &parts[i * splits], splits);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(pallas_kernels_packed_attention, packed_attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<ffi::Span<const int64_t>>("keys")
+                                  .Attr<ffi::Span<const int64_t>>("values")
+                                  .Attr<int64_t>("kv_heads")
+                                  .Attr<int64_t>("first")
+                                  .Attr<int64_t>("window")
+                                  .Attr<float>("scale"));

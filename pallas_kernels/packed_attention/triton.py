@@ -1,0 +1,351 @@
+"""Packed attention for GPUs, in Pallas through Triton.
+
+Grid (B, K, splits): every program walks its share of a sequence's blocks and writes an output and a log-sum-exp,
+which merge exactly afterwards. Tokens are rows of both products and queries columns, padded to 8, so that few queries
+waste little of a tensor core. Scales never touch codes where a token has few groups: they multiply scores and
+probabilities. Elsewhere (scales per channel, many groups) values are made in registers, in float16, which holds any
+code and scale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Float32, Int
+
+from pallas_kernels.layout import MASKED, Packed
+from pallas_kernels.triton_common import (
+    LOG2_E,
+    Cut,
+    Piece,
+    Stored,
+    Stream,
+    cut,
+    heads_spec,
+    pieces,
+    quotient,
+    remainder,
+)
+
+LOWEST = -1e20  # the first running maximum: far above MASKED, so that masked scores have probability 0
+LIFT = 1024.0  # float16 probabilities are stored this much larger, away from its smallest numbers
+MOST_ROWS = 64  # query rows of a kv head
+MOST_FOLDED = 2  # groups of a token whose scales multiply scores
+MOST_STACKED = 64  # columns of probabilities times scales
+PROGRAMS = 2 * 132  # enough to fill a large GPU
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that a kernel knows when it is traced."""
+
+    keys: Stored
+    values: Stored
+    cut: Cut
+    tokens: int  # queries of a sequence
+    share: int  # query heads of a kv head
+    splits: int
+    first: int
+    window: int | None
+    scale: float
+    dtype: jnp.dtype  # of q
+    interpret: bool
+
+    @property
+    def rows(self) -> int:
+        return self.tokens * self.share
+
+    @property
+    def distinct(self) -> int:
+        """Rows padded to a power of two."""
+        return 1 << (self.rows - 1).bit_length()
+
+    @property
+    def columns(self) -> int:
+        """What a tensor core takes at least: all rows, again and again."""
+        return max(8, self.distinct)
+
+    def stacked(self, piece: Piece) -> int:
+        """Columns of probabilities that carry scales: the first columns those of the first group, and so on."""
+        return max(self.columns, piece.groups * self.distinct)
+
+    @property
+    def folds_keys(self) -> bool:
+        keys = self.keys
+        return not keys.exact and keys.per == "token" and keys.groups <= MOST_FOLDED and keys.group >= 16
+
+    def folds_values(self, piece: Piece) -> bool:
+        values = self.values
+        return not values.exact and values.per == "token" and self.stacked(piece) <= MOST_STACKED
+
+    @property
+    def key_pieces(self) -> list[Piece]:
+        return pieces(self.keys, whole=not self.folds_keys)
+
+    @property
+    def value_pieces(self) -> list[Piece]:
+        return pieces(self.values, whole=True)
+
+    @property
+    def made(self) -> jnp.dtype:
+        """The type of values made in registers."""
+        return jnp.dtype(jnp.float32 if self.dtype == jnp.float32 else jnp.float16)
+
+
+def packed_attention(
+    q: Float[Array, "B T H D"],
+    keys: Packed,
+    values: Packed,
+    start: Int[Array, "B"],
+    stop: Int[Array, "B"],
+    *,
+    first: int,
+    window: int | None,
+    scale: float,
+    interpret: bool = False,
+    block: int | None = None,
+    splits: int | None = None,
+    num_warps: int | None = None,
+    num_stages: int | None = None,
+) -> tuple[Float32[Array, "B T H V"], Float32[Array, "B T H"]]:
+    batch, tokens, heads, channels = q.shape
+    kv_heads = keys.shape[1]
+    share = heads // kv_heads
+    if tokens * share > MOST_ROWS:
+        raise NotImplementedError(f"{tokens} queries of {share} heads; at most {MOST_ROWS} rows a kv head")
+    if block is None or num_warps is None or num_stages is None or splits is None:
+        chosen = defaults(q, keys, values)
+        block, splits = block or chosen["block"], splits or chosen["splits"]
+        num_warps, num_stages = num_warps or chosen["num_warps"], num_stages or chosen["num_stages"]
+    stored = Stored.of(keys), Stored.of(values)
+    plan = Plan(
+        *stored,
+        cut(list(stored), 0, block),
+        tokens,
+        share,
+        splits,
+        first,
+        window,
+        scale,
+        jnp.dtype(q.dtype),
+        interpret,
+    )
+    rows = q.reshape(batch, tokens, kv_heads, share, channels).swapaxes(1, 2).reshape(batch, kv_heads, -1, channels)
+    width = values.shape[3]
+    own = lambda b, k, s: (b, k, s, 0, 0)  # noqa: E731
+    output, lse = pl.pallas_call(
+        functools.partial(_kernel, plan=plan),
+        grid=(batch, kv_heads, splits),
+        in_specs=[
+            heads_spec(rows),
+            pl.BlockSpec((1,), lambda b, k, s: (b,)),
+            pl.BlockSpec((1,), lambda b, k, s: (b,)),
+            jax.tree.map(heads_spec, keys),
+            jax.tree.map(heads_spec, values),
+        ],
+        out_specs=[
+            pl.BlockSpec((None, None, None, plan.rows, width), own),
+            pl.BlockSpec((None, None, None, plan.rows), lambda b, k, s: (b, k, s, 0)),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, kv_heads, splits, plan.rows, width), jnp.float32),
+            jax.ShapeDtypeStruct((batch, kv_heads, splits, plan.rows), jnp.float32),
+        ],
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        interpret=interpret,
+    )(rows, start.astype(jnp.int32), stop.astype(jnp.int32), keys, values)
+    output, lse = merge(output, lse)
+    output = output.reshape(batch, kv_heads, tokens, share, width).swapaxes(1, 2)
+    lse = lse.reshape(batch, kv_heads, tokens, share).swapaxes(1, 2)
+    return output.reshape(batch, tokens, heads, width), lse.reshape(batch, tokens, heads)
+
+
+def defaults(q: Float[Array, "B T H D"], keys: Packed, values: Packed) -> dict[str, int]:
+    """Block of tokens, splits, warps and stages.
+
+    Sub-tiles of 64 tokens give each of four warps rows of its own. Fewer where registers would spill: for many
+    queries and for float32, and where single bits, of which a block has eight sub-tiles, stand beside exact values.
+    """
+    batch, tokens, heads, _ = q.shape
+    stored, kv_heads = [Stored.of(keys), Stored.of(values)], keys.shape[1]
+    columns, light = tokens * heads // kv_heads, q.dtype == jnp.bfloat16
+    crowded = any(s.exact for s in stored) and min(width for s in stored for width in s.widths) == 1
+    rows = 16 if columns > 16 or not light else 32 if crowded else 64
+    chosen = cut(stored, rows)
+    splits = min(math.ceil(PROGRAMS / (batch * kv_heads)), math.ceil(keys.shape[2] / (2 * chosen.block)))
+    warps = 4 if columns <= 32 and light else 8
+    return {"block": chosen.block, "splits": max(1, splits), "num_warps": warps, "num_stages": 2}
+
+
+def merge(
+    output: Float32[Array, "B K N R V"], lse: Float32[Array, "B K N R"]
+) -> tuple[Float32[Array, "B K R V"], Float32[Array, "B K R"]]:
+    """Attention over all parts from that over each of N."""
+    if lse.shape[2] == 1:
+        return output[:, :, 0], lse[:, :, 0]
+    highest = lse.max(2, keepdims=True)
+    weights = jnp.exp(lse - highest)
+    total = weights.sum(2)
+    merged = (output * weights[..., None]).sum(2) / total[..., None]
+    return merged, highest[:, :, 0] + jnp.log(total)
+
+
+def _kernel(q_ref, start_ref, stop_ref, keys: Packed, values: Packed, output_ref, lse_ref, *, plan: Plan) -> None:
+    start, stop = start_ref[0], stop_ref[0]
+    row = jnp.arange(plan.columns)
+    query = start + quotient(remainder(row, plan.distinct), plan.share)  # positions
+    low = jnp.int32(plan.first) if plan.window is None else jnp.maximum(plan.first, start + 1 - plan.window)
+    begin, end = low // plan.cut.block, pl.cdiv(jnp.minimum(stop, start + plan.tokens), plan.cut.block)
+    each = pl.cdiv(jnp.maximum(end - begin, 0), plan.splits)
+    begin += pl.program_id(2) * each
+    questions = Questions(q_ref, plan)
+
+    def step(block, carry):
+        highest, total, answers = carry
+        k = Stream(keys, plan.keys, plan.cut, block, plan.interpret)
+        v = Stream(values, plan.values, plan.cut, block, plan.interpret)
+        scores = [_masked(questions.scores(k, tile), k, tile, query, stop, plan) for tile in range(plan.cut.tiles)]
+        new = jnp.maximum(highest, functools.reduce(jnp.maximum, scores).max(0))
+        fade = jnp.exp2(highest - new)
+        p = [jnp.exp2(s - new[None, :]) for s in scores]
+        total = total * fade[None, :] + _sum(p)
+        answers = [_weigh(a, fade, p, v, piece, plan) for a, piece in zip(answers, plan.value_pieces, strict=True)]
+        return new, total, answers
+
+    empty = (
+        jnp.full((plan.columns,), LOWEST, jnp.float32),
+        jnp.zeros((plan.cut.rows, plan.columns), jnp.float32),
+        [_no_answer(piece, plan) for piece in plan.value_pieces],
+    )
+    highest, total, answers = jax.lax.fori_loop(begin, jnp.minimum(begin + each, end), step, empty)
+    total = total.sum(0)
+    seen = total > 0
+    lse = jnp.where(seen, highest * (1 / LOG2_E) + jnp.log(jnp.where(seen, total, 1.0)), MASKED)
+    plgpu.store(lse_ref.at[row], lse, mask=row < plan.rows)
+    inverse = jnp.where(seen, 1.0, 0.0) / jnp.where(seen, total, 1.0)
+    for answer, piece in zip(answers, plan.value_pieces, strict=True):
+        out = _settled(answer, piece, plan) * inverse[None, :]
+        at = output_ref.at[row[None, :], piece.channels()[:, None]]
+        plgpu.store(at, out, mask=jnp.broadcast_to((row < plan.rows)[None, :], out.shape))
+
+
+class Questions:
+    """The queries of a kv head in registers, as the keys need them."""
+
+    def __init__(self, q_ref, plan: Plan) -> None:
+        row = jnp.minimum(remainder(jnp.arange(plan.columns), plan.distinct), plan.rows - 1)
+        self.plan = plan
+        self.factor: float | Array = plan.scale * LOG2_E
+        self.q = {p: q_ref[row[:, None], p.channels()[None, :]] for p in plan.key_pieces}
+        if plan.folds_keys:
+            self.sums = {p: q.astype(jnp.float32).sum(1) for p, q in self.q.items()}
+        elif not plan.keys.exact and plan.made == jnp.float16:
+            # bfloat16 has a wider range: each row goes over by an exact power of two.
+            largest = functools.reduce(jnp.maximum, [jnp.abs(q.astype(jnp.float32)).max(1) for q in self.q.values()])
+            bits = jax.lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000
+            bits = jnp.clip(bits, 1 << 23, 253 << 23)
+            size, inverse = (jax.lax.bitcast_convert_type(x, jnp.float32) for x in (bits, (254 << 23) - bits))
+            self.q = {p: (q.astype(jnp.float32) * inverse[:, None]).astype(jnp.float16) for p, q in self.q.items()}
+            self.factor *= size[None, :]
+
+    def scores(self, keys: Stream, tile: int) -> Float32[Array, "rows columns"]:
+        """In base 2."""
+        if not self.plan.folds_keys:
+            make = keys.values if self.plan.keys.exact else keys.dequantized
+            return _sum(_dot(make(tile, p, q.dtype), q, columns=True) for p, q in self.q.items()) * self.factor
+        parts, dtype = [], self.plan.dtype
+        for group in dict.fromkeys(piece.group for piece in self.q):
+            own = [piece for piece in self.q if piece.group == group]
+            raw = _sum(_dot(keys.codes(tile, p, dtype), self.q[p], columns=True) for p in own)
+            scale = keys.token_scale("scale", tile, group) * self.factor
+            zero = keys.token_scale("zero", tile, group) * self.factor - scale * keys.offset(dtype)
+            parts.append(raw * scale[:, None] + _sum(self.sums[p] for p in own)[None, :] * zero[:, None])
+        return _sum(parts)
+
+
+def _masked(
+    scores: Float32[Array, "rows columns"],
+    keys: Stream,
+    tile: int,
+    query: Int[Array, "columns"],
+    stop: Array,
+    plan: Plan,
+) -> Float32[Array, "rows columns"]:
+    at = plan.cut.positions(keys.block, tile)[:, None]
+    query = query[None, :]
+    seen = at < jnp.minimum(query + 1, stop)
+    if plan.first:
+        seen &= at >= plan.first
+    if plan.window is not None:
+        seen &= at > query - plan.window
+    return jnp.where(seen, scores, MASKED)
+
+
+def _no_answer(piece: Piece, plan: Plan) -> tuple[Float32[Array, "width stacked"], Float32[Array, "rows stacked"]]:
+    """Sums of probability times code, and what offsets and zero points add to them, still per token."""
+    folds = plan.folds_values(piece)
+    columns, rows = (plan.stacked(piece), plan.cut.rows) if folds else (plan.columns, 1)
+    return jnp.zeros((piece.width, columns), jnp.float32), jnp.zeros((rows, columns), jnp.float32)
+
+
+def _weigh(answer, fade: Float32[Array, "columns"], p: list[Array], values: Stream, piece: Piece, plan: Plan):
+    """An answer with one block more; p: [rows, columns] of each sub-tile."""
+    answer, zeros = answer
+    if not plan.folds_values(piece):
+        dtype = plan.dtype if plan.values.exact else plan.made
+        make = values.values if plan.values.exact else values.dequantized
+        lift = LIFT if dtype == jnp.float16 else 1.0
+        parts = [_dot(make(tile, piece, dtype), (lift * x).astype(dtype)) for tile, x in enumerate(p)]
+        return answer * fade[None, :] + _sum(parts), zeros
+    stacked = plan.stacked(piece)
+    fade = _repeat(fade[None, :], stacked)
+    answer, zeros = answer * fade, zeros * fade
+    for tile, x in enumerate(p):
+        scale, zero = (
+            values.token_scales(part, tile, piece, stacked // plan.distinct, plan.distinct)
+            for part in ("scale", "zero")
+        )
+        x = _repeat(x, stacked)
+        weights = (x * scale).astype(plan.dtype)
+        zeros += x * zero - values.offset(plan.dtype) * weights.astype(jnp.float32)
+        answer += _dot(values.codes(tile, piece, plan.dtype), weights)
+    return answer, zeros
+
+
+def _repeat(x: Float32[Array, "rows columns"], columns: int) -> Float32[Array, "rows {columns}"]:
+    rows, own = x.shape
+    return (
+        x if own == columns else jnp.broadcast_to(x[:, None, :], (rows, columns // own, own)).reshape(rows, columns)
+    )
+
+
+def _settled(answer, piece: Piece, plan: Plan) -> Float32[Array, "width columns"]:
+    """The sums of probability times value: of each channel, those of its group."""
+    answer, zeros = answer
+    if not plan.folds_values(piece):
+        return answer * (1 / LIFT) if not plan.values.exact and plan.made == jnp.float16 else answer
+    answer = answer + zeros.sum(0)[None, :]
+    if piece.groups == 1:
+        return answer
+    column, channel = jnp.arange(plan.stacked(piece))[None, :], jnp.arange(piece.width)[:, None]
+    answer = jnp.where(quotient(column, plan.distinct) == quotient(channel, piece.width // piece.groups), answer, 0.0)
+    answer = answer.reshape(piece.width, -1, plan.distinct).sum(1)
+    return _repeat(answer, plan.columns)
+
+
+def _sum(parts: Iterable[Array]) -> Array:
+    return functools.reduce(jnp.add, parts)
+
+
+def _dot(a: Float[Array, "rows width"], b: Float[Array, "_ _"], columns: bool = False) -> Float32[Array, "_ columns"]:
+    """a @ b.T for scores, b [columns, width]; else a.T @ b, b [rows, columns]."""
+    axes = (((1,), (1,)), ((), ())) if columns else (((0,), (0,)), ((), ()))
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)

@@ -1,0 +1,124 @@
+"""Attention of a few queries over stored layer inputs or their latents: keys are rebuilt block by block.
+
+    output, lse = remat_attention(q, keys, values, rebuild, start, stop, implementation="triton")
+    acc = reconstruct(acc, delta, up, until, implementation="triton")  # XQuant-CL's accumulator, in place
+
+Values are not rebuilt: softmax(..) (X̂ R_v) = (softmax(..) X̂) R_v, and the second product is the caller's. B batch,
+T queries, H heads, K kv heads, D head_dim, S allocated tokens, G latent heads (1, or K), r and s widths of the rows
+of keys and of values, M model_dim.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from pallas_kernels import layout
+from pallas_kernels.layout import Packed
+from pallas_kernels.remat_attention.weights import Rebuild
+
+IMPLEMENTATIONS = ("triton", "mosaic_tpu", "reference")
+
+
+def remat_attention(
+    q: Float[Array, "B T H D"],
+    keys: Packed,
+    values: Packed,
+    rebuild: Rebuild,
+    start: Int[Array, "B"],
+    stop: Int[Array, "B"],
+    *,
+    first: int = 0,
+    window: int | None = None,
+    scale: float | None = None,
+    implementation: str,
+    interpret: bool = False,
+) -> tuple[Float32[Array, "B T H s"], Float32[Array, "B T H"]]:
+    """Softmax attention over the stored positions [first, stop), as `packed_attention` has it, with keys rebuilt.
+
+    Args:
+      keys: rows [B, G, S, r] from which keys are rebuilt; values: rows [B, G, S, s] that the probabilities weigh. The
+        same object where one stream serves both: it is then read once. Either may be exact (16 bits).
+
+    Returns:
+      The weighted rows of `values` per query head, and the log of the sum of exponentials; see `packed_attention`.
+
+    Raises:
+      ValueError: an argument whose shape, type or setting does not fit.
+      NotImplementedError: what the implementation cannot serve.
+    """
+    check(q, keys, values, rebuild, start, stop, first, window)
+    kernel = layout.implementation_of(__name__, implementation, IMPLEMENTATIONS)
+    kernel = functools.partial(kernel, first=first, window=window, interpret=interpret)
+    return kernel(q, keys, values, rebuild, start, stop, scale=q.shape[3] ** -0.5 if scale is None else scale)
+
+
+def reconstruct(
+    below: Float[Array, "B S M"],
+    delta: Packed,
+    up: Float[Array, "r M"],
+    until: Int[Array, "B"],
+    *,
+    implementation: str,
+    interpret: bool = False,
+) -> Float[Array, "B S M"]:
+    """X̂ of a layer of deltas: below + dequantised delta @ up at positions under `until`, below elsewhere. The
+    result takes the place of `below`.
+
+    Args:
+      delta: [B, 1, n, r] with n <= S.
+
+    Raises:
+      ValueError: an argument whose shape or type does not fit.
+      NotImplementedError: what the implementation cannot serve.
+    """
+    layout.check("delta", delta)
+    batch, heads, tokens, width = delta.shape
+    if below.ndim != 3 or below.shape[0] != batch or below.shape[1] < tokens or heads != 1:
+        raise ValueError(f"below: {list(below.shape)} does not fit a delta of {list(delta.shape)}")
+    if up.shape != (width, below.shape[2]):
+        raise ValueError(f"up: {list(up.shape)}; expected {[width, below.shape[2]]}")
+    if until.shape != (batch,):
+        raise ValueError(f"until: {list(until.shape)}; expected [{batch}]")
+    layout.check_bound("until", until, tokens)
+    kernel = layout.implementation_of(__name__, implementation, IMPLEMENTATIONS, "reconstruct")
+    return kernel(below, delta, up, until, interpret=interpret)
+
+
+def check(q, keys: Packed, values: Packed, rebuild: Rebuild, start, stop, first: int, window: int | None) -> None:
+    """Raises ValueError, naming the argument, where they do not fit one another."""
+    layout.check("keys", keys)
+    layout.check("values", values)
+    if q.ndim != 4 or q.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"q: {q.dtype}{list(q.shape)}; expected [B, T, H, D] in float32 or bfloat16")
+    batch, groups, tokens, width = keys.shape
+    head_dim = q.shape[3]
+    if q.shape[0] != batch or values.shape[:3] != (batch, groups, tokens):
+        raise ValueError(
+            f"values: {list(values.shape)} do not fit keys of {list(keys.shape)} and q of {list(q.shape)}"
+        )
+    up = rebuild.up
+    if up.ndim != 3 or up.shape[:2] != (groups, width) or up.shape[2] % head_dim:
+        raise ValueError(f"rebuild.up: {list(up.shape)}; expected {[groups, width]} and a multiple of {head_dim}")
+    kv_heads = rebuild.kv_heads(head_dim)
+    if groups not in (1, kv_heads) or q.shape[2] % kv_heads:
+        raise ValueError(
+            f"keys: {groups} heads; expected 1 or the {kv_heads} kv heads, which divide q's {q.shape[2]}"
+        )
+    for name, table in (("cos", rebuild.cos), ("sin", rebuild.sin)):
+        if table.ndim != 2 or table.shape[0] < tokens or table.shape[1] != head_dim:
+            raise ValueError(f"rebuild.{name}: {list(table.shape)}; expected at least {[tokens, head_dim]}")
+    if rebuild.bias is not None and rebuild.bias.shape != (kv_heads, head_dim):
+        raise ValueError(f"rebuild.bias: {list(rebuild.bias.shape)}; expected {[kv_heads, head_dim]}")
+    if rebuild.norm is not None and rebuild.norm.shape != (head_dim,):
+        raise ValueError(f"rebuild.norm: {list(rebuild.norm.shape)}; expected [{head_dim}]")
+    for name, array in (("start", start), ("stop", stop)):
+        if array.shape != (batch,) or not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{name}: {array.dtype}{list(array.shape)}; expected integers [{batch}]")
+    if not 0 <= first <= tokens:
+        raise ValueError(f"first: {first}; expected 0 to the {tokens} tokens of the buffer")
+    if window is not None and window < 1:
+        raise ValueError(f"window: {window}; expected at least 1")
+    layout.check_bound("stop", stop, tokens)

@@ -1,0 +1,389 @@
+"""Rematerialising attention for GPUs, in Pallas through Triton.
+
+Two kernels, since neither keys nor weighted rows of a wide stream leave room for the other in registers. The first
+rebuilds the keys of a block of tokens for one kv head and writes masked scores [B, H, S] with each block's maximum
+and sum; the second weighs rows with the probabilities, all query heads at once, in tiles of the row's width. Scores
+cost 8 bytes of traffic a query and token; rows are read once a kernel, and by the first again from the L2 cache for
+every kv head. Heads are rebuilt in halves, between which RoPE then needs no shuffle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+
+from pallas_kernels.layout import MASKED, Packed
+from pallas_kernels.remat_attention.weights import Rebuild
+from pallas_kernels.triton_common import LOG2_E, Cut, Stored, Stream, cut, piece_at, piece_width, quotient
+
+MOST_ROWS = 16  # query rows of a kv head
+MOST_COLUMNS = 64  # query rows that one program weighs rows for
+TOKENS = 128  # of a block whose keys are rebuilt
+DEPTH = 32  # channels of rows multiplied at a time; of more, A100 spills
+WIDE = 128  # channels of a tile of weighted rows or of a reconstruction
+PROGRAMS = 2 * 132  # enough to fill a large GPU
+LIFT = 1024.0  # float16 probabilities are stored this much larger, away from its smallest numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that the kernels know when they are traced."""
+
+    keys: Stored
+    values: Stored
+    key_cut: Cut
+    value_cut: Cut
+    tokens: int  # queries of a sequence
+    share: int  # query heads of a kv head
+    head_dim: int
+    first: int
+    window: int | None
+    scale: float
+    eps: float
+    dtype: jnp.dtype  # of q
+    splits: int
+    columns: int  # query rows of a program of the second kernel
+    width: int  # of a tile of values
+    interpret: bool
+
+    @property
+    def rows(self) -> int:
+        return self.tokens * self.share
+
+    @property
+    def padded(self) -> int:
+        return _padded(self.rows)
+
+
+def _padded(rows: int) -> int:
+    """To what a tensor core takes."""
+    return max(8, 1 << (rows - 1).bit_length())
+
+
+def remat_attention(
+    q: Float[Array, "B T H D"],
+    keys: Packed,
+    values: Packed,
+    rebuild: Rebuild,
+    start: Int[Array, "B"],
+    stop: Int[Array, "B"],
+    *,
+    first: int,
+    window: int | None,
+    scale: float,
+    interpret: bool = False,
+) -> tuple[Float32[Array, "B T H s"], Float32[Array, "B T H"]]:
+    batch, tokens, heads, head_dim = q.shape
+    kv_heads, groups, width = rebuild.kv_heads(head_dim), keys.shape[1], values.shape[3]
+    share = heads // kv_heads
+    if tokens * share > MOST_ROWS:
+        raise NotImplementedError(f"{tokens} queries of {share} heads; at most {MOST_ROWS} rows a kv head")
+    if head_dim % 2 or head_dim < 32:
+        raise NotImplementedError(f"head_dim {head_dim}; expected an even one of at least 32")
+    k, v = Stored.of(keys), Stored.of(values)
+    key_cut, value_cut = _cut(k, TOKENS), _cut(v, TOKENS)
+    columns = min(MOST_COLUMNS, _padded(kv_heads // groups * tokens * share))
+    tile = piece_width(v, WIDE)
+    programs = batch * groups * (width // tile) * pl.cdiv(kv_heads // groups * tokens * share, columns)
+    splits = min(pl.cdiv(PROGRAMS, programs), pl.cdiv(v.tokens, 4 * value_cut.block))
+    plan = Plan(
+        *(k, v, key_cut, value_cut, tokens, share, head_dim, first, window, scale, rebuild.eps, jnp.dtype(q.dtype)),
+        *(splits, columns, tile, interpret),
+    )
+    rows = q.reshape(batch, tokens, kv_heads, share, head_dim).swapaxes(1, 2).reshape(batch, kv_heads, -1, head_dim)
+    start, stop = start.astype(jnp.int32), stop.astype(jnp.int32)
+    scores, highest, total = _score(rows, keys, rebuild, start, stop, plan)
+    peak = highest.max(2, keepdims=True)
+    total = (total * jnp.exp2(highest - peak)).sum(2)
+    seen = total > 0
+    lse = jnp.where(seen, peak[:, :, 0] + jnp.log2(jnp.where(seen, total, 1.0)), 0.0)  # in base 2
+    scores = scores.reshape(batch, groups, -1, k.tokens)
+    output = _weigh_rows(scores, lse.reshape(batch, groups, -1), values, start, stop, plan)
+    output = output.reshape(batch, kv_heads, tokens, share, width).swapaxes(1, 2)
+    lse = jnp.where(seen, lse / LOG2_E, MASKED).reshape(batch, kv_heads, tokens, share).swapaxes(1, 2)
+    return output.reshape(batch, tokens, heads, width), lse.reshape(batch, tokens, heads)
+
+
+def reconstruct(
+    below: Float[Array, "B S M"],
+    delta: Packed,
+    up: Float[Array, "r M"],
+    until: Int[Array, "B"],
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B S M"]:
+    """One program a block of tokens and tile of M; blocks that no position is under `until` of stop at once."""
+    batch, _, channels = below.shape
+    stored = Stored.of(delta)
+    own = _cut(stored, TOKENS)
+    spec = pl.BlockSpec((None, *below.shape[1:]), lambda m, t, b: (b, 0, 0))
+    return pl.pallas_call(
+        functools.partial(_reconstruct_kernel, stored=stored, own=own, channels=channels, interpret=interpret),
+        grid=(pl.cdiv(channels, WIDE), pl.cdiv(stored.tokens, own.block), batch),
+        in_specs=[
+            spec,
+            jax.tree.map(lambda a: pl.BlockSpec((None, None, *a.shape[2:]), lambda m, t, b: (b, 0, 0, 0)), delta),
+            pl.BlockSpec(up.shape, lambda m, t, b: (0, 0)),
+            pl.BlockSpec((1,), lambda m, t, b: (b,)),
+        ],
+        out_specs=spec,
+        out_shape=jax.ShapeDtypeStruct(below.shape, below.dtype),
+        input_output_aliases={0: 0},
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=2),
+        interpret=interpret,
+    )(below, delta, up, until.astype(jnp.int32))
+
+
+def _cut(stored: Stored, tokens: int) -> Cut:
+    """Blocks of `tokens`, more only where packing asks for it."""
+    smallest = cut([stored], 0)
+    return dataclasses.replace(smallest, repeats=max(smallest.repeats, tokens // smallest.span))
+
+
+def _score(
+    q: Float[Array, "B K R D"],
+    keys: Packed,
+    rebuild: Rebuild,
+    start: Int32[Array, "B"],
+    stop: Int32[Array, "B"],
+    plan: Plan,
+) -> tuple[Float32[Array, "B K R S"], Float32[Array, "B K N R"], Float32[Array, "B K N R"]]:
+    """Masked scores in base 2, and the maximum and the sum of exponentials of each of N blocks."""
+    batch, kv_heads, rows, head_dim = q.shape
+    groups, blocks = keys.shape[1], pl.cdiv(plan.keys.tokens, plan.key_cut.block)
+    group = lambda k: k if groups > 1 else 0  # noqa: E731
+    column = lambda k: 0 if groups > 1 else k  # noqa: E731
+    whole = lambda a: pl.BlockSpec(a.shape, lambda k, t, b: (0,) * a.ndim)  # noqa: E731
+    # Kv heads first: those that read the same rows run side by side.
+    part = pl.BlockSpec((None, None, None, rows), lambda k, t, b: (b, k, t, 0))
+    scalar = pl.BlockSpec((1,), lambda k, t, b: (b,))
+    tables = [a.astype(jnp.float32) for a in (rebuild.bias, rebuild.norm) if a is not None]
+    return pl.pallas_call(
+        functools.partial(
+            _score_kernel, bias=rebuild.bias is not None, norm=rebuild.norm is not None, groups=groups, plan=plan
+        ),
+        grid=(kv_heads, blocks, batch),
+        in_specs=[
+            pl.BlockSpec((None, None, rows, head_dim), lambda k, t, b: (b, k, 0, 0)),
+            scalar,
+            scalar,
+            jax.tree.map(
+                lambda a: pl.BlockSpec((None, None, *a.shape[2:]), lambda k, t, b: (b, group(k), 0, 0)), keys
+            ),
+            pl.BlockSpec((None, rebuild.up.shape[1], head_dim), lambda k, t, b: (group(k), 0, column(k))),
+            *[whole(a) for a in (rebuild.cos, rebuild.sin, *tables)],
+        ],
+        out_specs=[
+            pl.BlockSpec((None, None, rows, plan.keys.tokens), lambda k, t, b: (b, k, 0, 0)),
+            part,
+            part,
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, kv_heads, rows, plan.keys.tokens), jnp.float32),
+            jax.ShapeDtypeStruct((batch, kv_heads, blocks, rows), jnp.float32),
+            jax.ShapeDtypeStruct((batch, kv_heads, blocks, rows), jnp.float32),
+        ],
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=2),
+        interpret=plan.interpret,
+    )(q, start, stop, keys, rebuild.up.astype(plan.dtype), rebuild.cos, rebuild.sin, *tables)
+
+
+def _score_kernel(
+    q_ref,
+    start_ref,
+    stop_ref,
+    keys: Packed,
+    up_ref,
+    cos_ref,
+    sin_ref,
+    *refs,
+    bias: bool,
+    norm: bool,
+    groups: int,
+    plan: Plan,
+) -> None:
+    *tables, scores_ref, highest_ref, total_ref = refs
+    start, stop = start_ref[0], stop_ref[0]
+    head, block = pl.program_id(0), pl.program_id(1)
+    low = jnp.int32(plan.first) if plan.window is None else jnp.maximum(plan.first, start + 1 - plan.window)
+    end = jnp.minimum(stop, start + plan.tokens)
+    live = (block * plan.key_cut.block < end) & ((block + 1) * plan.key_cut.block > low)
+    half = plan.head_dim // 2
+    channel = jnp.arange(1 << (half - 1).bit_length())
+    inside = channel < half
+    halves = [channel, half + channel]
+    made = _product(keys, plan.keys, plan.key_cut, block, up_ref, halves, inside, live, plan.dtype, plan.interpret)
+    row = jnp.arange(plan.padded)
+    query = start + quotient(row, plan.share)
+    clipped = jnp.minimum(row, plan.rows - 1)
+    mask = jnp.broadcast_to(inside[None, :], (plan.padded, channel.shape[0]))
+    q = [plgpu.load(q_ref.at[clipped[:, None], c[None, :]], mask=mask, other=0.0) for c in halves]
+    scores = []
+    for tile, (lo, hi) in enumerate(made):
+        at = plan.key_cut.positions(block, tile)
+        if bias:
+            lo, hi = (x + _row(tables[0].at[head, c], inside) for x, c in ((lo, halves[0]), (hi, halves[1])))
+        if norm:
+            size = jax.lax.rsqrt(((lo * lo).sum(1) + (hi * hi).sum(1)) / plan.head_dim + plan.eps)[:, None]
+            lo, hi = (x * size * _row(tables[-1].at[c], inside) for x, c in ((lo, halves[0]), (hi, halves[1])))
+        angle = (jnp.minimum(at, plan.keys.tokens - 1)[:, None], channel[None, :])
+        known = jnp.broadcast_to(inside[None, :], lo.shape)
+        cos, sin = (plgpu.load(a.at[angle], mask=known, other=0.0).astype(jnp.float32) for a in (cos_ref, sin_ref))
+        turned = (lo * cos - hi * sin).astype(plan.dtype), (hi * cos + lo * sin).astype(plan.dtype)
+        dot = sum(_dot(x, question, 1, 1) for x, question in zip(turned, q, strict=True)) * (plan.scale * LOG2_E)
+        seen = (at[:, None] < jnp.minimum(query + 1, stop)[None, :]) & (at >= plan.first)[:, None]
+        if plan.window is not None:
+            seen &= at[:, None] > (query - plan.window)[None, :]
+        scores.append(jnp.where(seen, dot, MASKED))
+        to = scores_ref.at[row[None, :], at[:, None]]
+        plgpu.store(to, scores[-1], mask=(row < plan.rows)[None, :] & (at < plan.keys.tokens)[:, None])
+    highest = functools.reduce(jnp.maximum, scores).max(0)
+    p = [jnp.where(s == MASKED, 0.0, jnp.exp2(s - highest[None, :])) for s in scores]
+    total = functools.reduce(jnp.add, p).sum(0)
+    plgpu.store(highest_ref.at[row], highest, mask=row < plan.rows)
+    plgpu.store(total_ref.at[row], total, mask=row < plan.rows)
+
+
+def _weigh_rows(
+    scores: Float32[Array, "B G R S"],
+    lse: Float32[Array, "B G R"],
+    values: Packed,
+    start: Int32[Array, "B"],
+    stop: Int32[Array, "B"],
+    plan: Plan,
+) -> Float32[Array, "B G R s"]:
+    """Probabilities times rows, and the sum over splits of the tokens."""
+    batch, groups, rows, _ = scores.shape
+    tiles, chunks, width = plan.values.channels // plan.width, pl.cdiv(rows, plan.columns), plan.values.channels
+    own = lambda *shape: pl.BlockSpec((None, None, *shape), lambda z, g, b: (b, g, *[0] * len(shape)))  # noqa: E731
+    scalar = pl.BlockSpec((1,), lambda z, g, b: (b,))
+    output = pl.pallas_call(
+        functools.partial(_weigh_kernel, tiles=tiles, chunks=chunks, rows=rows, plan=plan),
+        grid=(tiles * chunks * plan.splits, groups, batch),
+        in_specs=[
+            own(*scores.shape[2:]),
+            own(rows),
+            jax.tree.map(lambda a: own(*a.shape[2:]), values),
+            scalar,
+            scalar,
+        ],
+        out_specs=own(plan.splits, rows, width),
+        out_shape=jax.ShapeDtypeStruct((batch, groups, plan.splits, rows, width), jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        interpret=plan.interpret,
+    )(scores, lse, values, start, stop)
+    return output.sum(2)
+
+
+def _weigh_kernel(
+    scores_ref,
+    lse_ref,
+    values: Packed,
+    start_ref,
+    stop_ref,
+    output_ref,
+    *,
+    tiles: int,
+    chunks: int,
+    rows: int,
+    plan: Plan,
+) -> None:
+    start, stop, size = start_ref[0], stop_ref[0], plan.value_cut.block
+    index = pl.program_id(0)
+    tile_index, chunk, split = index % tiles, index // tiles % chunks, index // (tiles * chunks)
+    low = jnp.int32(plan.first) if plan.window is None else jnp.maximum(plan.first, start + 1 - plan.window)
+    begin, end = low // size, pl.cdiv(jnp.minimum(stop, start + plan.tokens), size)
+    each = pl.cdiv(jnp.maximum(end - begin, 0), plan.splits)
+    begin += split * each
+    row = chunk * plan.columns + jnp.arange(plan.columns)
+    lse = lse_ref[jnp.minimum(row, rows - 1)]
+    piece = piece_at(plan.values, plan.width, tile_index)
+    exact = plan.values.exact
+    dtype = plan.dtype if exact or plan.dtype == jnp.float32 else jnp.dtype(jnp.float16)
+    lift = LIFT if dtype == jnp.float16 else 1.0
+
+    def step(block, answer):
+        stream = Stream(values, plan.values, plan.value_cut, block, plan.interpret)
+        for tile in range(plan.value_cut.tiles):
+            at = plan.value_cut.positions(block, tile)
+            mask = (row < rows)[:, None] & (at < plan.values.tokens)[None, :]
+            scores = plgpu.load(scores_ref.at[row[:, None], at[None, :]], mask=mask, other=MASKED)
+            p = (lift * jnp.exp2(scores - lse[:, None])).astype(dtype)
+            answer += _dot((stream.values if exact else stream.dequantized)(tile, piece, dtype), p, 0, 1)
+        return answer
+
+    answer = jnp.zeros((plan.width, plan.columns), jnp.float32)
+    answer = jax.lax.fori_loop(begin, jnp.minimum(begin + each, end), step, answer) * (1 / lift)
+    mask = jnp.broadcast_to((row < rows)[None, :], answer.shape)
+    plgpu.store(output_ref.at[split, row[None, :], piece.channels()[:, None]], answer, mask=mask)
+
+
+def _reconstruct_kernel(
+    below_ref, delta: Packed, up_ref, until_ref, out_ref, *, stored: Stored, own: Cut, channels: int, interpret: bool
+) -> None:
+    block, until = pl.program_id(1), until_ref[0]
+    column = pl.program_id(0) * WIDE + jnp.arange(WIDE)
+    inside = column < channels
+    dtype = jnp.dtype(jnp.float32 if up_ref.dtype == jnp.float32 else jnp.bfloat16)
+    made = _product(delta, stored, own, block, up_ref, [column], inside, block * own.block < until, dtype, interpret)
+    for tile, [step] in enumerate(made):
+        at = own.positions(block, tile)
+        mask = (at < until)[:, None] & inside[None, :]
+        place = (at[:, None], column[None, :])
+        old = plgpu.load(below_ref.at[place], mask=mask, other=0.0).astype(jnp.float32)
+        plgpu.store(out_ref.at[place], (old + step).astype(out_ref.dtype), mask=mask)
+
+
+def _product(
+    refs: Packed,
+    stored: Stored,
+    own: Cut,
+    block: Array,
+    up_ref,
+    columns: list[Int32[Array, "c"]],
+    inside: Bool[Array, "c"],
+    live: Bool[Array, ""],
+    dtype: jnp.dtype,
+    interpret: bool,
+) -> list[list[Float32[Array, "rows c"]]]:
+    """Rows of a block times some columns of a matrix, of each sub-tile; zeros, without a read, where not `live`."""
+    width = piece_width(stored, DEPTH)
+
+    def step(index, sums):
+        piece = piece_at(stored, width, index)
+        stream = Stream(refs, stored, own, block, interpret)
+        mask = jnp.broadcast_to(inside[None, :], (width, inside.shape[0]))
+        at = piece.channels()[:, None]
+        ups = [plgpu.load(up_ref.at[at, c[None, :]], mask=mask, other=0.0).astype(dtype) for c in columns]
+        new = []
+        for tile, parts in enumerate(sums):
+            made = jnp.dtype(jnp.float32 if dtype == jnp.float32 else jnp.float16)
+            x = (
+                stream.values(tile, piece, dtype)
+                if stored.exact
+                else stream.dequantized(tile, piece, made).astype(dtype)
+            )
+            new.append([part + _dot(x, up, 1, 0) for part, up in zip(parts, ups, strict=True)])
+        return new
+
+    zeros = [[jnp.zeros((own.rows, c.shape[0]), jnp.float32) for c in columns] for _ in range(own.tiles)]
+    return jax.lax.fori_loop(0, live.astype(jnp.int32) * (stored.channels // width), step, zeros)
+
+
+def _row(ref, inside: Bool[Array, "c"]) -> Float32[Array, "1 c"]:
+    """A vector over channels, 0 beyond them."""
+    return plgpu.load(ref, mask=inside, other=0.0)[None, :]
+
+
+def _dot(a: Float[Array, "_ _"], b: Float[Array, "_ _"], over_a: int, over_b: int) -> Float32[Array, "_ _"]:
+    """The product over one axis of each."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a, b, (((over_a,), (over_b,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
