@@ -118,53 +118,58 @@ inline void dequantize_row(float* to, const Codes* c, const float* const* scale,
 }
 
 // Tokens [from, until) of the tile of one head that begins at token `start`, a packing block's first, as rows of
-// `padded` float32 channels. scratch: three rows.
+// `padded` float32 channels. Within a run of tokens, which stand in one shift of every plane, only bytes change.
 template <int kPlanes>
-void dequantize(const Tensor& t, int64_t head, int64_t start, int from, int until, int64_t padded, float* to,
+void dequantize(const Tensor& t, int64_t head, int64_t start, int from, int until, int tile, int64_t padded, float* to,
                 float* scratch) {
-  const int64_t channels = t.channels, groups = channels / t.group;
-  int rows[kPlanes], row[kPlanes], shift[kPlanes];
-  Codes codes[kPlanes];
-  float factor[kPlanes], *const zero = scratch + 2 * padded, *const scale[2] = {scratch, scratch + padded};
-  for (int p = 0; p < kPlanes; ++p) rows[p] = t.pack * t.width[p] / 8;
-  for (int first = from / t.pack * t.pack; first < until; first += t.pack) {
-    const int64_t block = head * (t.tokens / t.pack) + (start + first) / t.pack;
-    bool stale = true;  // scales per channel are those of another group or shift
-    for (int in = 0; in < t.pack; ++in) {
-      for (int p = 0; p < kPlanes; ++p) {
-        row[p] = in == 0 ? 0 : row[p] + 1;
-        if (in == 0) shift[p] = 0;
-        if (row[p] == rows[p]) row[p] = 0, shift[p] += t.width[p];
-        if (row[p] == 0) {
-          codes[p].mask = ((1 << t.width[p]) - 1) << shift[p];
-          factor[p] = std::ldexp(1.0f, (p ? t.width[0] : 0) - shift[p]);
-          stale = true;
-        }
-        codes[p].bytes = t.plane[p] + (block * rows[p] + row[p]) * channels;
-      }
-      const int i = first + in;
-      if (i < from || i >= until) continue;
-      float* const out = to + i * padded;
-      const int64_t token = start + i;
-      if (t.per_channel) {
-        if (stale || token % t.group == 0) {
-          const int64_t at = (head * (t.tokens / t.group) + token / t.group) * channels;
+  const int64_t channels = t.channels, groups = t.per_channel ? 1 : channels / t.group;
+  int rows[kPlanes], run = t.pack;
+  for (int p = 0; p < kPlanes; ++p) rows[p] = t.pack * t.width[p] / 8, run = std::min(run, rows[p]);
+  // Per token, scales of the tile, a row for each group; per channel, those of one group of tokens, a row a plane.
+  float* const zero = scratch + (t.per_channel ? 2 * padded : groups * tile);
+  if (!t.per_channel) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t at = (head * groups + g) * t.tokens + start;
+      widen(t.scale + at + from, until - from, scratch + g * tile + from);
+      widen(t.zero + at + from, until - from, zero + g * tile + from);
+    }
+  }
+  for (int first = from / run * run; first < until; first += run) {
+    const int64_t block = (start + first) / t.pack;
+    const int in = (start + first) % t.pack;
+    Codes codes[kPlanes];
+    float factor[kPlanes];
+    for (int p = 0; p < kPlanes; ++p) {
+      const int shift = in / rows[p] * t.width[p];
+      codes[p].mask = ((1 << t.width[p]) - 1) << shift;
+      factor[p] = std::ldexp(1.0f, (p ? t.width[0] : 0) - shift);
+      codes[p].bytes = t.plane[p] + ((head * (t.tokens / t.pack) + block) * rows[p] + in % rows[p]) * channels;
+    }
+    int64_t stale = 0;  // the first token whose scales per channel are not at hand
+    for (int i = first; i < std::min(first + run, until); ++i) {
+      if (i >= from && t.per_channel) {
+        if (start + i >= stale) {
+          const int64_t group = (start + i) / t.group, at = (head * (t.tokens / t.group) + group) * channels;
           widen(t.zero + at, channels, zero);
           for (int p = 0; p < kPlanes; ++p) {
-            widen(t.scale + at, channels, scale[p]);
-            for (int64_t d = 0; d < padded; d += kLanes) store(scale[p] + d, load(scale[p] + d) * factor[p]);
+            float* const scale = scratch + p * padded;
+            widen(t.scale + at, channels, scale);
+            for (int64_t d = 0; d < padded; d += kLanes) store(scale + d, load(scale + d) * factor[p]);
           }
-          stale = false;
+          stale = (group + 1) * t.group;
         }
-        dequantize_row<kPlanes, 1>(out, codes, scale, zero, 0, channels);
-      } else {
+        const float* const scale[2] = {scratch, scratch + padded};
+        dequantize_row<kPlanes, 1>(to + i * padded, codes, scale, zero, 0, channels);
+      } else if (i >= from) {
         for (int64_t g = 0; g < groups; ++g) {
-          const int64_t at = (head * groups + g) * t.tokens + token;
-          for (int p = 0; p < kPlanes; ++p) *scale[p] = t.scale[at] * factor[p];
-          *zero = t.zero[at];
-          dequantize_row<kPlanes, 0>(out, codes, scale, zero, g * t.group, (g + 1) * t.group);
+          float own[kPlanes];
+          const float* scale[2] = {own, own + kPlanes - 1};
+          for (int p = 0; p < kPlanes; ++p) own[p] = scratch[g * tile + i] * factor[p];
+          dequantize_row<kPlanes, 0>(to + i * padded, codes, scale, zero + g * tile + i, g * t.group,
+                                     (g + 1) * t.group);
         }
       }
+      for (int p = 0; p < kPlanes; ++p) codes[p].bytes += channels;
     }
   }
 }
@@ -184,14 +189,19 @@ void copy(const Tensor& t, int64_t head, int64_t start, int from, int until, int
   }
 }
 
-void read_tile(const Tensor& t, int64_t head, int64_t start, int from, int until, int64_t padded, float* to,
+// Floats that dequantize needs beside its result.
+int64_t scratch_size(const Tensor& t, int tile, int64_t padded) {
+  return t.per_channel ? 3 * padded : 2 * (t.channels / t.group) * tile;
+}
+
+void read_tile(const Tensor& t, int64_t head, int64_t start, int from, int until, int tile, int64_t padded, float* to,
                float* scratch) {
   if (t.bits == 16) {
     copy(t, head, start, from, until, padded, to);
   } else if (t.planes == 2) {
-    dequantize<2>(t, head, start, from, until, padded, to, scratch);
+    dequantize<2>(t, head, start, from, until, tile, padded, to, scratch);
   } else {
-    dequantize<1>(t, head, start, from, until, padded, to, scratch);
+    dequantize<1>(t, head, start, from, until, tile, padded, to, scratch);
   }
 }
 
@@ -305,7 +315,7 @@ void attend(const Problem& pr, int64_t b, int64_t h, int64_t begin, int64_t end,
   const int64_t rows = pr.rows(), padded_rows = round_up(rows, kRows), per = pr.heads / pr.kv_heads;
   const int64_t head = b * pr.kv_heads + h;
   std::vector<float> q(padded_rows * dk), tensor(tile * std::max(dk, dv)), s(padded_rows * tile);
-  std::vector<float> scratch(3 * std::max(dk, dv));
+  std::vector<float> scratch(std::max(scratch_size(pr.keys, tile, dk), scratch_size(pr.values, tile, dv)));
   part.out.assign(padded_rows * dv, 0.0f);
   part.top.assign(padded_rows, kMasked);
   part.total.assign(padded_rows, 0.0f);
@@ -324,7 +334,7 @@ void attend(const Problem& pr, int64_t b, int64_t h, int64_t begin, int64_t end,
     const int until = int(std::clamp<int64_t>(upper(pr.queries - 1) - t0, 0, n));
     if (from >= until) continue;
     // One buffer for both: a tile of keys and one of values would not fit the first-level cache together.
-    read_tile(pr.keys, head, t0, from, until, dk, tensor.data(), scratch.data());
+    read_tile(pr.keys, head, t0, from, until, tile, dk, tensor.data(), scratch.data());
     for (int64_t r = 0; r < padded_rows; r += kRows) scores<kRows>(&q[r * dk], tensor.data(), tile, dk, &s[r * tile], tile);
     for (int64_t row = 0; row < rows; ++row) {
       const int lo = int(std::clamp<int64_t>(lower(row / per) - t0, from, until));
@@ -334,7 +344,7 @@ void attend(const Problem& pr, int64_t b, int64_t h, int64_t begin, int64_t end,
         for (int64_t d = 0; d < dv; ++d) part.out[row * dv + d] *= shrink;
     }
     std::fill(s.begin() + rows * tile, s.end(), 0.0f);
-    read_tile(pr.values, head, t0, from, until, dv, tensor.data(), scratch.data());
+    read_tile(pr.values, head, t0, from, until, tile, dv, tensor.data(), scratch.data());
     for (int64_t r = 0; r < padded_rows; r += kRows)
       weigh_all<kRows>(&s[r * tile], tile, tensor.data(), from, until, dv, &part.out[r * dv]);
   }
