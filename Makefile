@@ -1,4 +1,6 @@
 # make test: the suite.  make sweep: the main job.  make lint: style and types.  PYTHON=python3.12 make test works too.
+# make aot-tpu, make aot-cuda: the kernels compiled for devices that are not here; each installs into a folder of its own.
+# make device: on a machine with a GPU or TPU and jax for it, parity of the kernels, then their speed. DEVICE=gpu or tpu.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -8,7 +10,7 @@ $(VENV)/installed: pyproject.toml
 	$(RUN) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: test lint sweep readme
+.PHONY: test lint sweep readme aot-tpu aot-cuda device
 test: $(VENV)/installed
 	$(RUN) -m pytest --numprocesses=auto --dist=loadfile
 
@@ -22,3 +24,22 @@ sweep: $(VENV)/installed
 
 readme: $(VENV)/installed
 	$(RUN) -m experiments.report
+
+# libtpu takes a lock for a device that is not there: two processes may both have it.
+aot-tpu aot-cuda: aot-%: .venv-%/installed
+	ALLOW_MULTIPLE_LIBTPU_LOAD=1 JAX_PLATFORMS=cpu .venv-$*/bin/python -m $(AOT_$*) --workdir=runs/aot
+
+AOT_tpu := experiments.aot --config=configs/aot.py:tpu
+AOT_cuda := experiments.aot_cuda --config=configs/aot_cuda.py
+EXTRA_tpu := tpu
+EXTRA_cuda := cuda13
+
+.venv-%/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --editable '.[$(EXTRA_$*)]'
+	touch $@
+
+DEVICE ?= gpu
+device:
+	$(PYTHON) -m pytest -p no:cacheprovider tests/pallas_kernels
+	$(PYTHON) -m experiments.throughput --config=configs/throughput.py:$(DEVICE) --workdir=runs/device

@@ -15,7 +15,7 @@ def get_config(variant: str = "tpu") -> config_dict.ConfigDict:
     return config_dict.create(
         platform=variant,
         targets="v4:2x2x1,v5e:2x2,v5p:2x2x1,v6e:2x2,tpu7x:2x2x1",
-        ops="packed_attention,quantize_pack,remat_attention,reconstruct",
+        ops="packed_attention,quantize_pack,remat_attention,reconstruct,decode_step",
         bits="1/1,2/2,3/3,4/4,5/5,6/6,8/8,16/16,4/2,8/4,16/4",  # of keys/values; all: every pair
         batch=8,
         heads=32,
@@ -25,4 +25,7 @@ def get_config(variant: str = "tpu") -> config_dict.ConfigDict:
         queries=1,
         rank=512,  # of the latents
         model_dim=4096,
+        model="random:llama-3.1-8b",  # of the decode step
+        caches="k4v4@token,k4v2@kivi",
+        step_tokens=8192,
     )

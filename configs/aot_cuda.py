@@ -11,7 +11,7 @@ from ml_collections import config_dict
 def get_config() -> config_dict.ConfigDict:
     return config_dict.create(
         targets="a100,h100,b200",
-        ops="packed_attention,quantize_pack,remat_attention,reconstruct",
+        ops="packed_attention,quantize_pack,remat_attention,reconstruct,decode_step",
         bits="1/1,2/2,3/3,4/4,5/5,6/6,8/8,16/16,2/4,4/2,2/8,8/2,4/8,8/4,16/4",  # of keys/values; all: every pair
         modes="token,token32,kivi32",
         batch=1,
@@ -22,5 +22,7 @@ def get_config() -> config_dict.ConfigDict:
         queries=1,
         rank=512,  # of the latents
         model_dim=4096,
-        dtype="bfloat16",  # of queries and weights
+        model="random:llama-3.1-8b",  # of the decode step
+        caches="k4v4@token,k4v2@kivi",
+        step_tokens=8192,
     )

@@ -34,6 +34,7 @@ def _cpu() -> config_dict.ConfigDict:
         points="1x7900",  # batch x tokens in the cache
         dtype="float32",  # of the weights, and of what a step keeps exact
         rounds=15,  # of which the median counts
+        calls=3,  # of an op in a round
         minutes=20.0,
     )
 
@@ -46,6 +47,7 @@ def _gpu() -> config_dict.ConfigDict:
         caches=f"dense,k8v8@kivi,k4v4@kivi,k4v2@kivi,{KVTUNER_325},{KVTUNER_491},k4v4@token,x4,x2,xcl3",
         points="64x128,16x512,8x1024,8x8192,1x32768,1x131072,128x1024,256x1024,512x1024",
         dtype="bfloat16",
+        calls=16,
         minutes=9.0,
     )
     return config

@@ -10,7 +10,6 @@ compiled again.
 from __future__ import annotations
 
 import atexit
-import dataclasses
 import functools
 import itertools
 import os
@@ -18,7 +17,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,41 +31,19 @@ from rich.progress import track
 from rich.table import Table
 
 from experiments import program
+from experiments.aot_cases import MODES, PACK, SHAPE, Case, decode_steps, packed, pairs, queries, shaped
 from kvjax.caches.plan import split_list
 from kvjax.errors import KvjaxError
 from kvjax.files import brief
-from pallas_kernels.layout import EXACT, PLANES, Packed
+from pallas_kernels.layout import EXACT
 from pallas_kernels.packed_attention import mosaic_tpu as packed_attention
 from pallas_kernels.quantize_pack import mosaic_tpu as quantize_pack
 from pallas_kernels.remat_attention import mosaic_tpu as remat_attention
 from pallas_kernels.remat_attention.weights import Rebuild
 
-MODES = {  # per, group of keys; per, group of values, 0 for the whole width of a head
-    "token": ("token", 0, "token", 0),
-    "token32": ("token", 32, "token", 32),
-    "kivi32": ("channel", 32, "token", 32),
-}
-WIDTHS = (*PLANES, EXACT)
-PACK = 32
 UNITS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "VLOAD:FILL", "VSTORE", "VSTORE:SPILL", "SALU")
 SLOTS = (4, 3, 4, 2, 1, 3, 3, 1, 1, 2)  # of these units in a bundle
 TWICE = 2 * packed_attention.CHUNK
-
-Shaped = Callable[..., Any]  # a jax.ShapeDtypeStruct, where an array is expected
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """What is compiled: its name in a row, and arguments from a maker of shapes.
-
-    twice: the function, which computes TWICE tokens at a time: what it takes more is the cost of tokens.
-    """
-
-    point: dict[str, Any]
-    function: Callable
-    arguments: Callable[[Shaped], tuple]
-    twice: Callable | None = None
-    donated: tuple[int, ...] = ()
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
@@ -74,8 +51,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     if config.platform not in compilers:
         raise KvjaxError(f"platform {config.platform!r}; expected one of {', '.join(compilers)}")
     results = workdir / "aot.jsonl"
-    shape = {name: config[name] for name in ("batch", "heads", "kv_heads", "head_dim", "tokens", "queries")}
-    shape |= {"rank": config.rank, "model_dim": config.model_dim}
+    shape = {name: config[name] for name in SHAPE}
     todo = [
         (target, case, {"experiment": "aot", "target": target, **shape, **case.point})
         for target in split_list(config.targets)
@@ -88,11 +64,12 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
 
 
 def _cases(config: config_dict.ConfigDict) -> Iterator[Case]:
-    makers = {
+    makers: dict[str, Callable[..., Iterable[Case]]] = {
         "packed_attention": _packed_attention,
         "quantize_pack": _quantize_pack,
         "remat_attention": _remat_attention,
         "reconstruct": _reconstruct,
+        "decode_step": functools.partial(decode_steps, kernel="mosaic_tpu"),
     }
     for op in split_list(config.ops):
         if op not in makers:
@@ -100,47 +77,14 @@ def _cases(config: config_dict.ConfigDict) -> Iterator[Case]:
         yield from makers[op](config)
 
 
-def _pairs(config: config_dict.ConfigDict) -> list[tuple[int, int]]:
-    if config.bits == "all":
-        return list(itertools.product(WIDTHS, WIDTHS))
-    try:
-        pairs = [tuple(map(int, pair.split("/"))) for pair in split_list(config.bits)]
-    except ValueError:
-        pairs = [()]
-    if any(len(pair) != 2 or not set(pair) <= set(WIDTHS) for pair in pairs):
-        raise KvjaxError(f"bits {config.bits!r}; expected all or pairs like 4/2 of {', '.join(map(str, WIDTHS))}")
-    return pairs  # type: ignore[return-value]
-
-
-def _packed(
-    shaped: Shaped, batch: int, heads: int, tokens: int, width: int, bits: int, per: str, group: int
-) -> Packed:
-    if bits == EXACT:
-        return Packed((shaped((batch, heads, tokens, width), jnp.bfloat16),), None, None, bits, "token", width, 1)
-    group = min(group or width, width if per == "token" else tokens)
-    groups = (width // group, tokens) if per == "token" else (tokens // group, width)
-    planes = tuple(shaped((batch, heads, tokens * n // 8, width), jnp.uint8) for n in PLANES[bits])
-    scale = shaped((batch, heads, *groups), jnp.float16)
-    return Packed(planes, scale, scale, bits, per, group, PACK)
-
-
-def _queries(config: config_dict.ConfigDict, shaped: Shaped) -> tuple[Any, Any]:
-    """Queries, and what start and stop look like."""
-    shape = (config.batch, config.queries, config.heads, config.head_dim)
-    return shaped(shape, jnp.bfloat16), shaped((config.batch,), jnp.int32)
-
-
 def _packed_attention(config: config_dict.ConfigDict) -> Iterator[Case]:
     run = functools.partial(packed_attention.packed_attention, first=0, window=None, scale=config.head_dim**-0.5)
-    for (mode, groups), (k, v) in itertools.product(MODES.items(), _pairs(config)):
+    stored = functools.partial(packed, config.batch, config.kv_heads, config.tokens, config.head_dim)
+    q, lengths = queries(config)
+    for (mode, groups), (k, v) in itertools.product(MODES.items(), pairs(config.bits)):
         if (k, v) == (EXACT, EXACT) and mode != "token":
             continue
-
-        def arguments(shaped: Shaped, k=k, v=v, groups=groups) -> tuple:
-            q, lengths = _queries(config, shaped)
-            packed = functools.partial(_packed, shaped, config.batch, config.kv_heads, config.tokens, config.head_dim)
-            return q, packed(k, *groups[:2]), packed(v, *groups[2:]), lengths, lengths
-
+        arguments = q, stored(k, *groups[:2]), stored(v, *groups[2:]), lengths, lengths
         point = {"op": "packed_attention", "bits": f"{k}/{v}", "mode": "" if k == v == EXACT else mode}
         yield Case(point, run, arguments, functools.partial(run, chunk=TWICE))
 
@@ -148,52 +92,44 @@ def _packed_attention(config: config_dict.ConfigDict) -> Iterator[Case]:
 def _quantize_pack(config: config_dict.ConfigDict) -> Iterator[Case]:
     blocks = config.batch * config.tokens // PACK
     shape = (blocks, config.kv_heads, PACK, config.head_dim)
-    widths = sorted({width for pair in _pairs(config) for width in pair} - {EXACT})
+    widths = sorted({width for pair in pairs(config.bits) for width in pair} - {EXACT})
     for bits, (per, group) in itertools.product(widths, (("token", config.head_dim), ("token", 32), ("channel", 32))):
         run = functools.partial(quantize_pack.quantize_pack, bits=bits, per=per, group=group)
-        arguments = lambda shaped: (shaped(shape, jnp.bfloat16), shaped((blocks, PACK), jnp.bool_))  # noqa: E731
+        arguments = shaped(shape, jnp.bfloat16), shaped((blocks, PACK), jnp.bool_)
         yield Case({"op": "quantize_pack", "bits": str(bits), "mode": f"{per}{group}"}, run, arguments)
 
 
 def _remat_attention(config: config_dict.ConfigDict) -> Iterator[Case]:
     """Latents that all heads share, one stream for keys and values or two, and latents of each head."""
     heads, head_dim = config.kv_heads, config.head_dim
+    q, lengths = queries(config)
+    table = shaped((config.tokens, head_dim), jnp.float32)
     layouts: dict[str, tuple[int, int, int | None]] = {
         "shared": (1, config.rank, None),
         "shared, values apart": (1, config.rank, config.rank),
+        "per head": (heads, head_dim, None),
     }
-    layouts["per head"] = (heads, head_dim, None)
+
+    def run(q, keys, values, *rest):
+        settings = {"first": 0, "window": None, "scale": head_dim**-0.5}
+        return remat_attention.remat_attention(q, keys, values or keys, *rest, **settings)
+
     for (name, (groups, rank, width)), per in itertools.product(layouts.items(), ("token", "channel")):
-
-        def arguments(shaped: Shaped, groups=groups, rank=rank, width=width, per=per) -> tuple:
-            q, lengths = _queries(config, shaped)
-            packed = functools.partial(_packed, shaped, config.batch, groups, config.tokens)
-            table = shaped((config.tokens, head_dim), jnp.float32)
-            up = shaped((groups, rank, heads * head_dim // groups), jnp.bfloat16)
-            values = packed(width, 4, "token", 128) if width else None
-            group = 128 if per == "token" else 32
-            return q, packed(rank, 4, per, group), values, Rebuild(up, table, table), lengths, lengths
-
-        def run(q, keys, values, *rest):
-            settings = {"first": 0, "window": None, "scale": head_dim**-0.5}
-            return remat_attention.remat_attention(q, keys, values or keys, *rest, **settings)
-
-        yield Case(
-            {"op": "remat_attention", "bits": "4/4" if width else "4", "mode": f"{per}, {name}"}, run, arguments
-        )
+        stored = functools.partial(packed, config.batch, groups, config.tokens)
+        up = shaped((groups, rank, heads * head_dim // groups), jnp.bfloat16)
+        values = stored(width, 4, "token", 128) if width else None
+        keys = stored(rank, 4, per, 128 if per == "token" else 32)
+        point = {"op": "remat_attention", "bits": "4/4" if width else "4", "mode": f"{per}, {name}"}
+        yield Case(point, run, (q, keys, values, Rebuild(up, table, table), lengths, lengths))
 
 
 def _reconstruct(config: config_dict.ConfigDict) -> Iterator[Case]:
+    below = shaped((config.batch, config.tokens, config.model_dim), jnp.bfloat16)
+    up, until = shaped((config.rank, config.model_dim), jnp.bfloat16), shaped((config.batch,), jnp.int32)
     for bits in (3, 4):
-
-        def arguments(shaped: Shaped, bits=bits) -> tuple:
-            below = shaped((config.batch, config.tokens, config.model_dim), jnp.bfloat16)
-            delta = _packed(shaped, config.batch, 1, config.tokens, config.rank, bits, "channel", 32)
-            up = shaped((config.rank, config.model_dim), jnp.bfloat16)
-            return below, delta, up, shaped((config.batch,), jnp.int32)
-
+        delta = packed(config.batch, 1, config.tokens, config.rank, bits, "channel", 32)
         point = {"op": "reconstruct", "bits": str(bits), "mode": "channel32"}
-        yield Case(point, remat_attention.reconstruct, arguments, donated=(0,))
+        yield Case(point, remat_attention.reconstruct, (below, delta, up, until), donated=(0,))
 
 
 def tpu_compile(target: str, case: Case) -> dict[str, Any]:
@@ -205,8 +141,8 @@ def tpu_compile(target: str, case: Case) -> dict[str, Any]:
         raise KvjaxError(
             f"target {target!r}: {brief(error)}; expected a TPU topology, and jax[tpu] installed"
         ) from None
-    shaped = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
-    arguments = case.arguments(shaped)
+    here = SingleDeviceSharding(device)
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), case.arguments)
     shutil.rmtree(dump, ignore_errors=True)  # of a compile that failed
     expected = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arguments))
     began = time.perf_counter()
@@ -216,7 +152,6 @@ def tpu_compile(target: str, case: Case) -> dict[str, Any]:
         return {"compiled": False, "error": brief(error), "expected_bytes": expected}
     seconds = time.perf_counter() - began
     memory: Any = compiled.memory_analysis()
-    bundles, used = _bundles(dump, case.point["op"])
     figures = {
         "compiled": True,
         "argument_bytes": memory.argument_size_in_bytes,
@@ -224,17 +159,17 @@ def tpu_compile(target: str, case: Case) -> dict[str, Any]:
         "expected_bytes": expected,
         "copied_bytes": _copied(compiled.as_text()),
         "compile_seconds": seconds,
-        "bundles": bundles,
     }
-    shutil.rmtree(dump)
     if case.twice is not None:
+        bundles, used = _bundles(dump, case.point["op"])
+        shutil.rmtree(dump)
         jax.jit(case.twice).lower(*arguments).compile()
         twice, used_twice = _bundles(dump, case.point["op"])
         shares = [(b - a) / slots / (twice - bundles) for a, b, slots in zip(used, used_twice, SLOTS, strict=True)]
         unit = max(range(len(UNITS)), key=shares.__getitem__)
         tokens = TWICE - packed_attention.CHUNK
+        figures |= {"bundles": bundles}
         figures |= {"token_bundles": (twice - bundles) / tokens, "busiest": UNITS[unit], "busy": shares[unit]}
-        shutil.rmtree(dump)
     return figures
 
 
@@ -281,7 +216,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         kinds = ("argument_bytes", "expected_bytes", "temp_bytes", "copied_bytes")
         cost = (f"{row['token_bundles']:.3f}", f"{row['busiest']} {row['busy']:.0%}") if "busy" in row else ("", "")
         sizes = (f"{row[kind] / 1e6:.1f}" for kind in kinds)
-        table.add_row(*names, *sizes, str(row["bundles"]), *cost, f"{row['compile_seconds']:.1f}")
+        table.add_row(*names, *sizes, str(row.get("bundles", "")), *cost, f"{row['compile_seconds']:.1f}")
     return table
 
 

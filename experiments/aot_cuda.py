@@ -18,7 +18,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,22 +34,15 @@ from rich.progress import track
 from rich.table import Table
 
 from experiments import program
+from experiments.aot_cases import MODES, PACK, SHAPE, Case, decode_steps, packed, pairs, queries, shaped
 from kvjax.caches.plan import split_list
 from kvjax.errors import KvjaxError
 from kvjax.files import brief
-from pallas_kernels.layout import EXACT, PLANES, Packed
+from pallas_kernels.layout import EXACT
 from pallas_kernels.packed_attention import triton as packed_attention
 from pallas_kernels.quantize_pack import triton as quantize_pack
 from pallas_kernels.remat_attention import triton as remat_attention
 from pallas_kernels.remat_attention.weights import Rebuild
-
-MODES = {  # per, group of keys; per, group of values; 0 is the whole width of a head
-    "token": ("token", 0, "token", 0),
-    "token32": ("token", 32, "token", 32),
-    "kivi32": ("channel", 32, "token", 32),
-}
-WIDTHS = (*PLANES, EXACT)
-PACK = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,22 +95,12 @@ TARGETS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """What is compiled: its name in a row and its arguments' shapes."""
-
-    point: dict[str, Any]
-    function: Callable
-    arguments: tuple
-
-
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     targets = split_list(config.targets)
     for target in targets:
         _device(target)
     results = workdir / "aot-cuda.jsonl"
-    names = ("batch", "heads", "kv_heads", "head_dim", "tokens", "queries", "rank", "model_dim", "dtype")
-    shape = {name: config[name] for name in names}
+    shape = {name: config[name] for name in SHAPE}
     todo = [
         (target, case, {"experiment": "aot_cuda", "target": target, **shape, **case.point})
         for target in targets
@@ -262,11 +245,12 @@ def _device(target: str) -> Device:
 
 
 def _cases(config: config_dict.ConfigDict) -> Iterator[Case]:
-    makers = {
+    makers: dict[str, Callable[..., Iterable[Case]]] = {
         "packed_attention": _packed_attention,
         "quantize_pack": _quantize_pack,
         "remat_attention": _remat_attention,
         "reconstruct": _reconstruct,
+        "decode_step": functools.partial(decode_steps, kernel="triton"),
     }
     for op in split_list(config.ops):
         if op not in makers:
@@ -274,42 +258,12 @@ def _cases(config: config_dict.ConfigDict) -> Iterator[Case]:
         yield from makers[op](config)
 
 
-def _pairs(config: config_dict.ConfigDict) -> list[tuple[int, int]]:
-    if config.bits == "all":
-        return list(itertools.product(WIDTHS, WIDTHS))
-    try:
-        pairs = [tuple(map(int, pair.split("/"))) for pair in split_list(config.bits)]
-    except ValueError:
-        pairs = [()]
-    if any(len(pair) != 2 or not set(pair) <= set(WIDTHS) for pair in pairs):
-        raise KvjaxError(f"bits {config.bits!r}; expected all or pairs like 4/2 of {', '.join(map(str, WIDTHS))}")
-    return pairs  # type: ignore[return-value]
-
-
-def packed(batch: int, heads: int, tokens: int, width: int, bits: int, per: str, group: int) -> Packed:
-    """Shapes of a packed tensor; group 0 is the whole width."""
-    if bits == EXACT:
-        values: Any = jax.ShapeDtypeStruct((batch, heads, tokens, width), jnp.bfloat16)
-        return Packed((values,), None, None, bits, "token", width, PACK)
-    group = min(group or width, width if per == "token" else tokens)
-    groups = (width // group, tokens) if per == "token" else (tokens // group, width)
-    planes: Any = tuple(jax.ShapeDtypeStruct((batch, heads, tokens * n // 8, width), jnp.uint8) for n in PLANES[bits])
-    scale: Any = jax.ShapeDtypeStruct((batch, heads, *groups), jnp.float16)
-    return Packed(planes, scale, scale, bits, per, group, PACK)
-
-
-def _queries(config: config_dict.ConfigDict) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Queries, and what start and stop look like."""
-    shape = (config.batch, config.queries, config.heads, config.head_dim)
-    return jax.ShapeDtypeStruct(shape, config.dtype), jax.ShapeDtypeStruct((config.batch,), jnp.int32)
-
-
 def _packed_attention(config: config_dict.ConfigDict) -> Iterator[Case]:
     settings = {"first": 0, "window": None, "scale": config.head_dim**-0.5}
     run = functools.partial(packed_attention.packed_attention, **settings)
-    q, lengths = _queries(config)
+    q, lengths = queries(config)
     stored = functools.partial(packed, config.batch, config.kv_heads, config.tokens, config.head_dim)
-    for mode, (k, v) in itertools.product(split_list(config.modes), _pairs(config)):
+    for mode, (k, v) in itertools.product(split_list(config.modes), pairs(config.bits)):
         if mode not in MODES:
             raise KvjaxError(f"mode {mode!r}; expected one of {', '.join(MODES)}")
         if (k, v) == (EXACT, EXACT) and mode != "token":
@@ -322,9 +276,9 @@ def _packed_attention(config: config_dict.ConfigDict) -> Iterator[Case]:
 
 def _quantize_pack(config: config_dict.ConfigDict) -> Iterator[Case]:
     blocks = config.batch * config.tokens // PACK
-    x = jax.ShapeDtypeStruct((blocks, config.kv_heads, PACK, config.head_dim), jnp.bfloat16)
-    counted = jax.ShapeDtypeStruct((blocks, PACK), jnp.bool_)
-    widths = sorted({width for pair in _pairs(config) for width in pair} - {EXACT})
+    x = shaped((blocks, config.kv_heads, PACK, config.head_dim), jnp.bfloat16)
+    counted = shaped((blocks, PACK), jnp.bool_)
+    widths = sorted({width for pair in pairs(config.bits) for width in pair} - {EXACT})
     for bits, (per, group) in itertools.product(widths, (("token", config.head_dim), ("token", 32), ("channel", 32))):
         run = functools.partial(quantize_pack.quantize_pack, bits=bits, per=per, group=group)
         yield Case({"op": "quantize_pack", "bits": str(bits), "mode": f"{per}{group}"}, run, (x, counted))
@@ -333,15 +287,15 @@ def _quantize_pack(config: config_dict.ConfigDict) -> Iterator[Case]:
 def _remat_attention(config: config_dict.ConfigDict) -> Iterator[Case]:
     """Latents that all heads share, inputs, and latents of each head."""
     heads, head_dim = config.kv_heads, config.head_dim
-    q, lengths = _queries(config)
-    table: Any = jax.ShapeDtypeStruct((config.tokens, head_dim), jnp.float32)
-    norm: Any = jax.ShapeDtypeStruct((head_dim,), jnp.float32)
+    q, lengths = queries(config)
+    table = shaped((config.tokens, head_dim), jnp.float32)
+    norm = shaped((head_dim,), jnp.float32)
     settings = {"first": 0, "window": None, "scale": head_dim**-0.5}
     run = functools.partial(remat_attention.remat_attention, **settings)
     streams = {"shared": (1, config.rank), "inputs": (1, config.model_dim), "per head": (heads, head_dim)}
     for (name, (groups, rank)), per, bits in itertools.product(streams.items(), ("token", "channel"), (2, 3, 4, 8)):
         rows = functools.partial(packed, config.batch, groups, config.tokens, rank, bits)
-        up: Any = jax.ShapeDtypeStruct((groups, rank, heads * head_dim // groups), config.dtype)
+        up = shaped((groups, rank, heads * head_dim // groups), jnp.bfloat16)
         rebuild = Rebuild(up, table, table, norm=norm)
         keys, values = rows(per, 128 if per == "token" else 32), rows("token", 128)
         point = {"op": "remat_attention", "bits": f"{bits}/{bits}", "mode": f"{per}, {name}"}
@@ -349,9 +303,9 @@ def _remat_attention(config: config_dict.ConfigDict) -> Iterator[Case]:
 
 
 def _reconstruct(config: config_dict.ConfigDict) -> Iterator[Case]:
-    below = jax.ShapeDtypeStruct((config.batch, config.tokens, config.model_dim), config.dtype)
-    up = jax.ShapeDtypeStruct((config.rank, config.model_dim), config.dtype)
-    until = jax.ShapeDtypeStruct((config.batch,), jnp.int32)
+    below = shaped((config.batch, config.tokens, config.model_dim), jnp.bfloat16)
+    up = shaped((config.rank, config.model_dim), jnp.bfloat16)
+    until = shaped((config.batch,), jnp.int32)
     for bits, per in itertools.product((2, 3, 4), ("token", "channel")):
         delta = packed(config.batch, 1, config.tokens, config.rank, bits, per, 32)
         point = {"op": "reconstruct", "bits": str(bits), "mode": f"{per}32"}

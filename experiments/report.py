@@ -212,6 +212,77 @@ def lossless(rows: list[Row]) -> str:
     return table(("search", "nominal bits", "with scales"), lines)
 
 
+def ops(rows: list[Row]) -> str:
+    """Attention alone: every way to do it, at every length."""
+    rows = [row for row in rows if row["part"] == "op"]
+    points = list(dict.fromkeys((row["batch"], row["tokens"]) for row in rows))
+    at = {(row["name"], row["batch"], row["tokens"]): row for row in rows}
+    header = ["attention over", *(f"{b} × {n}: ms" for b, n in points)]
+    header += [f"{b} × {n}: {what}" for what in ("GB/s", "× best bf16") for b, n in points]
+    lines = []
+    for name in dict.fromkeys(row["name"] for row in rows):
+        each = [at.get((name, *point)) for point in points]
+        figures = [[f"{row[key]:.{digits}f}" if row else "" for row in each] for key, digits in OP_FIGURES]
+        lines.append([name, *(cell for column in figures for cell in column)])
+    copy = ", ".join(f"{at[lines[0][0], *point]['copy_gb_per_s']:.1f} at {point[0]} × {point[1]}" for point in points)
+    return f"{_source(rows)} A copy runs at, in GB/s: {copy}.\n\n" + table(header, lines)
+
+
+OP_FIGURES = (("ms", 2), ("gb_per_s", 1), ("times_bf16", 2))
+
+
+def compiled(rows: list[Row]) -> str:
+    """How many settings of an op compile for each target, and what memory they take beside arguments and results."""
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    lines = []
+    for op, mode in dict.fromkeys((row["op"], row["mode"]) for row in rows):
+        own = [row for row in rows if (row["op"], row["mode"]) == (op, mode)]
+        widths = list(dict.fromkeys(row["bits"] for row in own if row["bits"]))
+        cells = []
+        for target in targets:
+            tried = [row for row in own if row["target"] == target]
+            good = [row for row in tried if row["compiled"]]
+            most = max((row["temp_bytes"] for row in good), default=0)
+            cells.append(f"{len(good)} of {len(tried)}" + (f", {most / 1e6:.0f} MB" if most >= 1e6 else ""))
+        lines.append([op, f"`{mode}`" if op == "decode_step" else mode, ", ".join(widths), *cells])
+    return table(("op", "mode", "bits", *targets), lines, numbers=False)
+
+
+def bundles(rows: list[Row]) -> str:
+    """Instruction bundles per token and kv head, and the busiest unit."""
+    rows = [row for row in rows if "token_bundles" in row]
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    at = {(row["mode"], row["bits"], row["target"]): row for row in rows}
+    lines = []
+    for mode, bits in dict.fromkeys((row["mode"], row["bits"]) for row in rows):
+        each = [at.get((mode, bits, target)) for target in targets]
+        cells = [f"{row['token_bundles']:.3f} {row['busiest']} {row['busy']:.0%}" if row else "" for row in each]
+        lines.append([bits, mode, *cells])
+    return table(("bits of K/V", "mode", *targets), lines, numbers=False)
+
+
+def registers(rows: list[Row]) -> str:
+    """Registers a thread of every kernel of ours, and spilled bytes where there are any."""
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    at = {(row["op"], row["mode"], row["bits"], row["target"]): row for row in rows if row["op"] != "decode_step"}
+    lines = []
+    for op, mode, bits in dict.fromkeys(key[:3] for key in at):
+        each = [at.get((op, mode, bits, target)) for target in targets]
+        lines.append([op, mode, bits, *("" if row is None else _registers(row) for row in each)])
+    return table(("op", "mode", "bits", *targets), lines, numbers=False)
+
+
+def _registers(row: Row) -> str:
+    if not row["compiled"]:
+        return row["error"][:40]
+    cells = []
+    for kernel in row["kernels"]:
+        if kernel["name"].endswith("_kernel"):  # the others are XLA's own
+            spilled = kernel["spill_stores"] + kernel["spill_loads"]
+            cells.append(f"{kernel['registers']}" + (f" (spills {spilled} B)" if spilled else ""))
+    return ", ".join(cells)
+
+
 def _at(rows: list[Row], budget: float) -> list[Row]:
     return [row for row in rows if row["budget"] == budget]
 
@@ -304,6 +375,13 @@ TABLES: dict[str, Tables] = {
         "searches": ("searches.jsonl", searches),
         "search-speed": ("search_speed.jsonl", search_speed),
         "mixed": ("mixed.jsonl", mixed),
+    },
+    "docs/kernels.md": {
+        "ops": ("throughput-cpu.jsonl", ops),
+        "aot-tpu": ("aot.jsonl", compiled),
+        "bundles": ("aot.jsonl", bundles),
+        "aot-cuda": ("aot-cuda.jsonl", compiled),
+        "registers": ("aot-cuda.jsonl", registers),
     },
     "docs/decisions.md": {
         "xquant-beyond": ("xquant-beyond.jsonl", beyond),
