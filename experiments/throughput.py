@@ -82,8 +82,8 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
 
 
 def _ops(config: config_dict.ConfigDict, results: Path) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
-    heads = _heads(config.heads)
-    for batch, tokens in _points(config.ops):
+    heads = heads_of(config.heads)
+    for batch, tokens in points_of(config.ops):
         point = {"experiment": "throughput", "part": "op", "heads": config.heads, "batch": batch, "tokens": tokens}
         if program.find_row(results, point) is None:
             yield f"attention, {batch} x {tokens}", functools.partial(_attention, config, point, heads, batch, tokens)
@@ -99,7 +99,7 @@ def _attention(config: config_dict.ConfigDict, point: Row, heads: Heads, batch: 
         contestants[f"{name} kernel"] = _packed(own, name, heads, batch, tokens)
         with dispatch.using(packed_attention="xla"):
             contestants[f"{name} xla"] = _packed(own, name, heads, batch, tokens)
-    seconds = _race(contestants, config.rounds, config.calls)
+    seconds = race(contestants, config.rounds, config.calls)
     bandwidth = contestants["copy"].nbytes / seconds.pop("copy")
     best = min(value for name, value in seconds.items() if name.startswith("bf16"))
     rows = []
@@ -152,14 +152,14 @@ def _einsum(values: str) -> Callable:
 def _packed(q: jax.Array, name: str, heads: Heads, batch: int, tokens: int) -> Contestant:
     shape = CacheShape(batch, tokens, *heads, model_dim=heads.heads * heads.head_dim, dtype=q.dtype)
     history = parse_spec(name).init(shape).history  # type: ignore[attr-defined]
-    keys, values = (_filled(stored, i) for i, stored in enumerate(history.packed))
+    keys, values = (filled(stored, i) for i, stored in enumerate(history.packed))
     at, stop = jnp.full((batch, 1), tokens - 1), jnp.full((batch,), tokens)
     args = q, at, keys, values, stop
     attend = lambda q, at, k, v, stop: attention.attend_packed(q, at, k, v, 0, stop, None)  # noqa: E731
     return Contestant.of(attend, args, sum(a.nbytes for a in jax.tree.leaves((keys, values))))
 
 
-def _filled(stored: store.Packed, seed: int) -> store.Packed:
+def filled(stored: store.Packed, seed: int) -> store.Packed:
     """Random codes, and scales that leave values near one."""
     leaves, form = jax.tree.flatten(stored)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -177,7 +177,7 @@ def _filled(stored: store.Packed, seed: int) -> store.Packed:
 def _models(config: config_dict.ConfigDict, results: Path) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
     for name in split_list(config.models) if config.models else []:
         made: list[Model] = []  # held while its points run
-        for batch, tokens in _points(config.points):
+        for batch, tokens in points_of(config.points):
             for cache in split_list(config.caches):
                 point = {"experiment": "throughput", "part": "step", "model": name, "dtype": config.dtype}
                 point |= {"cache": cache, "batch": batch, "tokens": tokens}
@@ -245,7 +245,7 @@ def _bases(model: Model, plan: CachePlan) -> list[Any] | None:
 # ---- what both share
 
 
-def _race(contestants: dict[str, Contestant], rounds: int, calls: int) -> dict[str, float]:
+def race(contestants: dict[str, Contestant], rounds: int, calls: int) -> dict[str, float]:
     """Median seconds a call of each, in turns."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds + 1):
@@ -258,14 +258,14 @@ def _race(contestants: dict[str, Contestant], rounds: int, calls: int) -> dict[s
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _heads(text: str) -> Heads:
+def heads_of(text: str) -> Heads:
     match = re.fullmatch(r"(\d+)/(\d+)x(\d+)", text)
     if not match:
         raise KvjaxError(f"heads={text}: expected query heads/kv heads x head_dim, as in 32/8x128")
     return Heads(*map(int, match.groups()))
 
 
-def _points(text: str) -> list[tuple[int, int]]:
+def points_of(text: str) -> list[tuple[int, int]]:
     points = []
     for part in filter(None, text.split(",")):
         match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part)

@@ -33,6 +33,7 @@ from pallas_kernels.triton_common import (
     quotient,
     remainder,
 )
+from pallas_kernels.tuning import attention_class, lookup
 
 LOWEST = -1e20  # the first running maximum: far above MASKED, so that masked scores have probability 0
 LIFT = 1024.0  # float16 probabilities are stored this much larger, away from its smallest numbers
@@ -121,7 +122,7 @@ def packed_attention(
     if tokens * share > MOST_ROWS:
         raise NotImplementedError(f"{tokens} queries of {share} heads; at most {MOST_ROWS} rows a kv head")
     if block is None or num_warps is None or num_stages is None or splits is None:
-        chosen = defaults(q, keys, values)
+        chosen = defaults(q, keys, values) | lookup("packed_attention", attention_class(q.shape, keys, values))
         block, splits = block or chosen["block"], splits or chosen["splits"]
         num_warps, num_stages = num_warps or chosen["num_warps"], num_stages or chosen["num_stages"]
     stored = Stored.of(keys), Stored.of(values)
