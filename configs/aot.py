@@ -2,8 +2,8 @@
 
     python -m experiments.aot --config=configs/aot.py:tpu --workdir=runs/aot
 
-compiles every kernel for five generations of TPU with libtpu (pip install 'jax[tpu]'), no TPU needed: about ten
-minutes on two CPU cores.
+compiles every kernel for five generations of TPU with libtpu (pip install 'jax[tpu]'), no TPU needed: about an
+hour on two CPU cores, most of it whole decode steps.
 """
 
 from ml_collections import config_dict

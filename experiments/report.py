@@ -243,7 +243,8 @@ def compiled(rows: list[Row]) -> str:
             tried = [row for row in own if row["target"] == target]
             good = [row for row in tried if row["compiled"]]
             most = max((row["temp_bytes"] for row in good), default=0)
-            cells.append(f"{len(good)} of {len(tried)}" + (f", {most / 1e6:.0f} MB" if most >= 1e6 else ""))
+            size = f", {most / 1e6:.0f} MB" if most >= 1e6 else ""
+            cells.append(f"{len(good)} of {len(tried)}{size}" if tried else "not tried")
         lines.append([op, f"`{mode}`" if op == "decode_step" else mode, ", ".join(widths), *cells])
     return table(("op", "mode", "bits", *targets), lines, numbers=False)
 
@@ -256,9 +257,15 @@ def bundles(rows: list[Row]) -> str:
     lines = []
     for mode, bits in dict.fromkeys((row["mode"], row["bits"]) for row in rows):
         each = [at.get((mode, bits, target)) for target in targets]
-        cells = [f"{row['token_bundles']:.3f} {row['busiest']} {row['busy']:.0%}" if row else "" for row in each]
-        lines.append([bits, mode, *cells])
+        lines.append([bits, mode, *(_bundles(row) if row else "not tried" for row in each)])
     return table(("bits of K/V", "mode", *targets), lines, numbers=False)
+
+
+def _bundles(row: Row) -> str:
+    """Nothing where the longer block was compiled to other code, so that the difference means nothing."""
+    if row["token_bundles"] <= 0 or row["busy"] > 1:
+        return "–"
+    return f"{row['token_bundles']:.3f} {row['busiest']} {row['busy']:.0%}"
 
 
 def registers(rows: list[Row]) -> str:
