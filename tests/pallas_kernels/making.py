@@ -1,4 +1,4 @@
-"""Packed tensors of random values, for every kernel's tests."""
+"""Packed tensors of random values, for every kernel's tests, made by numpy alone."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.layout import EXACT, Packed
-from pallas_kernels.quantize_pack import quantize_pack
+from pallas_kernels.layout import EXACT, PLANES, Packed
 
 # The kernels that can be tested here, and whether in Pallas' interpreter: all on CPU, a device's own on the device.
 INTERPRETED = {
@@ -23,30 +22,43 @@ def values(seed: int, *shape: int, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("bits", "per", "group", "pack"),
-    compiler_options={"xla_backend_optimization_level": 0},
-)
 def packed(x, bits: int, per: str, group: int, pack: int) -> Packed:
     """x [B, K, S, D] as it is stored."""
-    batch, heads, tokens, channels = x.shape
+    return _both(np.asarray(x, np.float32).tobytes(), x.shape, bits, per, group, pack)[0]
+
+
+def stored(x, bits: int, per: str, group: int, pack: int) -> Packed:
+    """The values that `packed` holds, unquantised: what references may read."""
+    return _both(np.asarray(x, np.float32).tobytes(), x.shape, bits, per, group, pack)[1]
+
+
+@functools.lru_cache(maxsize=8)
+def _both(data: bytes, shape, bits: int, per: str, group: int, pack: int) -> tuple[Packed, Packed]:
+    x = np.frombuffer(data, np.float32).reshape(shape)
     if bits == EXACT:
-        return Packed((x,), None, None, EXACT, "token", 1, 1)
-    count = tokens // pack
-    blocks = x.reshape(batch, heads, count, pack, channels).swapaxes(1, 2).reshape(-1, heads, pack, channels)
-    planes, *scales = quantize_pack(
-        *(blocks, jnp.ones((batch * count, pack), bool)), bits=bits, per=per, group=group, implementation="reference"
-    )
+        whole = Packed((jnp.asarray(x),), None, None, EXACT, "token", 1, 1)
+        return whole, whole
+    batch, heads, tokens, channels = shape
+    axis = 4 if per == "token" else 3
+    split = (tokens, channels // group, group) if per == "token" else (tokens // group, group, channels)
+    grouped = x.reshape(batch, heads, *split)
+    low, high = grouped.min(axis, keepdims=True), grouped.max(axis, keepdims=True)
+    scale, zero = ((high - low) / np.float32(2**bits - 1)).astype(np.float16), low.astype(np.float16)
+    s, z = scale.astype(np.float32), zero.astype(np.float32)
+    codes = np.clip(np.round((grouped - z) / s), 0, 2**bits - 1)
+    exact = (codes * s + z).reshape(shape)
+    blocks = codes.astype(np.uint8).reshape(batch, heads, tokens // pack, pack, channels)
+    planes, below = [], 0
+    for width in PLANES[bits]:
+        part = (blocks >> below) & ((1 << width) - 1)
+        word = np.zeros((batch, heads, tokens // pack, pack * width // 8, channels), np.uint8)
+        for shift, rows in enumerate(np.split(part, 8 // width, 3)):
+            word |= rows << (shift * width)
+        planes.append(jnp.asarray(word.reshape(batch, heads, -1, channels)))
+        below += width
+    scales = [a.squeeze(axis).swapaxes(2, 3) if per == "token" else a.squeeze(axis) for a in (scale, zero)]
+    return Packed(tuple(planes), *map(jnp.asarray, scales), bits, per, group, pack), stored_as(exact)
 
-    def rows(a):
-        """Blocks' rows below one another."""
-        return a.reshape(batch, count, *a.shape[1:]).swapaxes(1, 2).reshape(batch, heads, -1, a.shape[-1])
 
-    def columns(a):
-        """Blocks' columns beside one another."""
-        a = a.reshape(batch, count, *a.shape[1:])
-        return a.transpose(0, 2, 3, 1, 4).reshape(batch, heads, a.shape[3], tokens)
-
-    scale, zero = map(columns if per == "token" else rows, scales)
-    return Packed(tuple(map(rows, planes)), scale, zero, bits, per, group, pack)
+def stored_as(x) -> Packed:
+    return Packed((jnp.asarray(x),), None, None, EXACT, "token", 1, 1)
