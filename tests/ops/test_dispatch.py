@@ -24,8 +24,8 @@ CACHES = {  # and the op that a decode step of theirs uses
     "k4v2@token": "packed_attention",
     "k3v4@kivi(sink=3)": "packed_attention",
     "k16v8@token": "packed_attention",
-    "x4@latent": "remat_attention",
-    "x3@head": "remat_attention",
+    "x4@latent(group=32)": "remat_attention",
+    "x3@head(group=32)": "remat_attention",
     "x4@input": "remat_attention",
     "xcl3@latent(base=0)": "remat_attention",
 }

@@ -72,11 +72,12 @@ def check(found, wanted, tolerance: float) -> None:
         np.testing.assert_allclose(a[seen], b[seen], atol=tolerance * size, rtol=0)
 
 
+SHAPES = ((64, 2, 2, 1), (80, 1, 4, 3), (96, 2, 1, 1), (128, 1, 8, 1), (256, 1, 3, 2))
+
+
 def rotated(index: int, key_bits: int, value_bits: int) -> Case:
     """Each pair of widths with another choice of everything else; few shapes, so that references compile once."""
-    head_dim, kv_heads, rows, queries = ((64, 2, 2, 1), (80, 1, 4, 3), (96, 2, 1, 1), (128, 1, 8, 1), (256, 1, 3, 2))[
-        index % 5
-    ]
+    head_dim, kv_heads, rows, queries = SHAPES[index % len(SHAPES)]
     group = (None, 32 if head_dim % 32 == 0 else 16)[index // 2 % 2]
     rest = {"pack": (32, 64, 32)[index % 3], "first": (0, 5)[queries % 2], "window": (None, 50)[head_dim == 96]}
     per = ("token", "channel")[index // 5 % 2]
