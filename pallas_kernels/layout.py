@@ -105,6 +105,20 @@ def check_bound(name: str, lengths: Int[Array, "B"], tokens: int) -> None:
         raise ValueError(f"{name}: {int(lengths.max())} is beyond the buffer of {tokens} tokens")
 
 
+def check_span(
+    start: Int[Array, "B"], stop: Int[Array, "B"], first: int, window: int | None, batch: int, tokens: int
+) -> None:
+    """Raises ValueError, naming the argument, where queries cannot look at that of a buffer of `tokens`."""
+    for name, array in (("start", start), ("stop", stop)):
+        if array.shape != (batch,) or not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{name}: {array.dtype}{list(array.shape)}; expected integers [{batch}]")
+    if not 0 <= first <= tokens:
+        raise ValueError(f"first: {first}; expected 0 to the {tokens} tokens of the buffer")
+    if window is not None and window < 1:
+        raise ValueError(f"window: {window}; expected at least 1")
+    check_bound("stop", stop, tokens)
+
+
 def implementation_of(op: str, name: str, names: Sequence[str], function: str | None = None) -> Callable:
     """The function of an op's folder that one of its implementations has; imported only when it is asked for.
 

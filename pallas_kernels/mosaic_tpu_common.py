@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Float32, Int, Int16, Int32, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int, Int16, Int32, UInt8
 
 from pallas_kernels.layout import EXACT, MASKED, PLANES, Packed
 

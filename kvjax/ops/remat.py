@@ -39,6 +39,10 @@ class Remat(NamedTuple):
     key_norm: Float[Array, "D"] | None = None  # the weight of qk-norm, where the model has it
     eps: float = 1e-6
 
+    def astype(self, dtype) -> Remat:
+        """The same with its weights as `dtype`, once for all blocks: XLA does not move that out of a loop."""
+        return self._replace(key=self.key.astype(dtype), value=self.value.astype(dtype))
+
     def keys(self, latents: Float[Array, "B G n r"], kv_heads: int) -> Float[Array, "B K n D"]:
         k = _rebuild(latents, self.key, kv_heads)
         if self.key_bias is not None:
@@ -132,6 +136,7 @@ def _attend_rebuilt(
 ) -> Partial:
     """`attend_latents` in XLA. absorb: whether values stay latents until their weighted sums are made."""
     dtype = jnp.promote_types(q.dtype, jnp.float32)
+    remat = remat.astype(dtype)
     width = remat.value.shape[1] if absorb else q.shape[3]
     size = block_size(tokens, max(remat.key.shape[1] * remat.key.shape[0], kv_heads * q.shape[3]), q.shape[1])
     size = min(tokens, -(-size // pack) * pack)

@@ -71,11 +71,4 @@ def check(q, keys: Packed, values: Packed, start, stop, first: int, window: int 
         raise ValueError(f"q: {q.shape[2]} heads; expected a multiple of the {heads} kv heads")
     if values.shape[:3] != (batch, heads, tokens):
         raise ValueError(f"values: {list(values.shape)}; expected {[batch, heads, tokens]} and any width, as in keys")
-    for name, array in (("start", start), ("stop", stop)):
-        if array.shape != (batch,) or not jnp.issubdtype(array.dtype, jnp.integer):
-            raise ValueError(f"{name}: {array.dtype}{list(array.shape)}; expected integers [{batch}]")
-    if not 0 <= first <= tokens:
-        raise ValueError(f"first: {first}; expected 0 to the {tokens} tokens of the buffer")
-    if window is not None and window < 1:
-        raise ValueError(f"window: {window}; expected at least 1")
-    layout.check_bound("stop", stop, tokens)
+    layout.check_span(start, stop, first, window, batch, tokens)

@@ -114,11 +114,4 @@ def check(q, keys: Packed, values: Packed, rebuild: Rebuild, start, stop, first:
         raise ValueError(f"rebuild.bias: {list(rebuild.bias.shape)}; expected {[kv_heads, head_dim]}")
     if rebuild.norm is not None and rebuild.norm.shape != (head_dim,):
         raise ValueError(f"rebuild.norm: {list(rebuild.norm.shape)}; expected [{head_dim}]")
-    for name, array in (("start", start), ("stop", stop)):
-        if array.shape != (batch,) or not jnp.issubdtype(array.dtype, jnp.integer):
-            raise ValueError(f"{name}: {array.dtype}{list(array.shape)}; expected integers [{batch}]")
-    if not 0 <= first <= tokens:
-        raise ValueError(f"first: {first}; expected 0 to the {tokens} tokens of the buffer")
-    if window is not None and window < 1:
-        raise ValueError(f"window: {window}; expected at least 1")
-    layout.check_bound("stop", stop, tokens)
+    layout.check_span(start, stop, first, window, batch, tokens)

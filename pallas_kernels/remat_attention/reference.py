@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels.layout import MASKED, Packed, dequantize
-from pallas_kernels.packed_attention.reference import visible
+from pallas_kernels.layout import EXACT, Packed, dequantize
+from pallas_kernels.packed_attention.reference import packed_attention
 from pallas_kernels.remat_attention.weights import Rebuild
 
 
@@ -24,19 +23,10 @@ def remat_attention(
     scale: float,
     interpret: bool = False,
 ) -> tuple[Float32[Array, "B T H s"], Float32[Array, "B T H"]]:
-    batch, tokens, heads, head_dim = q.shape
-    kv_heads = rebuild.kv_heads(head_dim)
-    k, v = rebuild.keys(dequantize(keys), head_dim), dequantize(values)
-    rows = q.astype(jnp.float32).reshape(batch, tokens, kv_heads, -1, head_dim) * scale
-    scores = jnp.einsum("btkgd,bksd->btkgs", rows, k, precision="highest")
-    seen = visible(start[:, None] + jnp.arange(tokens), jnp.arange(k.shape[2]), first, stop, window)
-    scores = jnp.where(seen[:, :, None, None], scores, MASKED)
-    lse = jax.nn.logsumexp(scores, -1)
-    p = jnp.where(seen[:, :, None, None], jnp.exp(scores - lse[..., None]), 0.0)
-    v = jnp.broadcast_to(v, (batch, kv_heads, *v.shape[2:]))
-    output = jnp.einsum("btkgs,bksr->btkgr", p, v, precision="highest")
-    lse = jnp.where(seen.any(-1)[:, :, None, None], lse, MASKED)
-    return output.reshape(batch, tokens, heads, -1), lse.reshape(batch, tokens, heads)
+    k, v = rebuild.keys(dequantize(keys), q.shape[3]), dequantize(values)
+    v = jnp.broadcast_to(v, (*k.shape[:3], v.shape[3]))
+    rows = [Packed((a,), None, None, EXACT, "token", 1, 1) for a in (k, v)]
+    return packed_attention(q, rows[0], rows[1], start, stop, first=first, window=window, scale=scale)
 
 
 def reconstruct(
