@@ -39,14 +39,14 @@ def decode_step(text, layers, max_len=MAX_LEN):
 
 @pytest.mark.parametrize("text", ["dense", "k8v8@token", "k4v4@token", "k4v4@kivi", "k2v2@kivi"])
 def test_one_cache_and_a_small_workspace(text):
-    memory, cache = decode_step(text, 1)
+    # Of one layer XLA shares more than of neighbours: two are the first to count from.
+    (memory, cache), (deeper, more) = decode_step(text, 2), decode_step(text, 3)
     length = 4
     assert memory.alias_size_in_bytes == cache + length  # updated in place
     one_dense_layer = 2 * MAX_LEN * 3 * 64 * 4
     assert memory.temp_size_in_bytes < one_dense_layer / 10  # 0.4 % of a model of 30 layers
-    deeper, more = decode_step(text, 2)
-    assert more == 2 * cache
-    assert deeper.temp_size_in_bytes - memory.temp_size_in_bytes <= 32 * KIB  # shared by the layers
+    assert 2 * more == 3 * cache
+    assert deeper.temp_size_in_bytes - memory.temp_size_in_bytes <= 32 * KIB  # at most one residual's copy a layer
 
 
 @pytest.mark.parametrize("text", ["k8v8@token", "k4v4@kivi"])
