@@ -21,7 +21,8 @@ if platform.machine() == "x86_64":
 
 @functools.cache
 def register(source: Path, symbol: str) -> str:
-    """Builds the source where it has not been, registers the symbol with JAX and returns its target's name.
+    """Builds the source (and headers beside it) where it has not been, registers the symbol with JAX and returns its
+    target's name.
 
     Raises NotImplementedError where there is no compiler or it does not compile.
     """
@@ -36,7 +37,8 @@ def _build(source: Path) -> Path:
         raise NotImplementedError("no C++ compiler: expected g++ or clang++ on the path, or $CXX")
     command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}"]
     # The name says everything that the result depends on: the text, the command, the library it talks to, the CPU.
-    parts = (source.read_bytes(), repr(command).encode(), jax.__version__.encode(), _cpu().encode())
+    text = b"".join(file.read_bytes() for file in (source, *sorted(source.parent.glob("*.h"))))
+    parts = (text, repr(command).encode(), jax.__version__.encode(), _cpu().encode())
     name = f"{source.stem}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pallas_kernels"
     library = folder / name

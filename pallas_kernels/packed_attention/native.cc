@@ -1,45 +1,31 @@
 // Attention of a few queries over packed keys and values on CPU, called through XLA's foreign function interface.
 //
-// Tiles of tokens are unpacked and dequantised into the first-level cache, used by all query rows of their kv head
-// under an online softmax, and forgotten. Work is split over (sequence, kv head, part of the tokens) and taken by
-// whichever thread is free. Vectors are the compiler's own, so that any CPU is served.
+// Tiles of tokens are unpacked into the cache of the core, used by all query rows of their kv head under an online
+// softmax, and forgotten: dequantised, or as codes where the CPU has a matrix unit for them (native_amx.h). Work is
+// split over (sequence, kv head, part of the tokens) and taken by whichever thread is free. Vectors are the compiler's
+// own, so that any CPU is served.
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <condition_variable>
-#include <cstdint>
-#include <cstring>
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <numeric>
+#include <optional>
 #include <string>
 #include <vector>
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
+#include "native.h"
+#include "native_amx.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int kLanes = 16;
 constexpr float kMasked = -1e30f;  // layout.MASKED
-typedef float Vec __attribute__((vector_size(4 * kLanes)));
-typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
-
-inline Vec load(const float* from) {
-  Vec v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
-}
-
-inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
-
-inline Vec splat(float x) { return x - Vec{}; }
 
 // e^x for x <= 0, to a few units in the last place: 2^n by its bits times a polynomial on [-ln2/2, ln2/2]. NaN stays.
 inline Vec exponential(Vec x) {
@@ -59,26 +45,6 @@ inline Vec exponential(Vec x) {
   Vec power;
   std::memcpy(&power, &bits, sizeof power);
   return p * power;
-}
-
-// One packed tensor, see layout.Packed.
-struct Tensor {
-  int bits, per_channel, group, pack, planes;
-  int width[2];
-  const uint8_t* plane[2];
-  const float* exact32;
-  const uint16_t* exact16;  // bfloat16
-  const _Float16 *scale, *zero;
-  int64_t tokens, channels;
-};
-
-void widen(const _Float16* from, int64_t n, float* to) {
-  int64_t d = 0;
-#ifdef __AVX512F__
-  for (; d + kLanes <= n; d += kLanes)
-    store(to + d, (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + d))));
-#endif
-  for (; d < n; ++d) to[d] = from[d];
 }
 
 // The bytes of a token in one plane, and which of their bits are its codes.
@@ -205,21 +171,6 @@ void read_tile(const Tensor& t, int64_t head, int64_t start, int from, int until
   }
 }
 
-// Sums of 16 vectors' lanes, as the lanes of one: a tree of pairs, each of which interleaves and adds.
-inline Vec sums(Vec v[kLanes]) {
-  for (int i = 0; i < 8; ++i)
-    v[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-           __builtin_shufflevector(v[2 * i], v[2 * i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-  for (int i = 0; i < 4; ++i)
-    v[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-           __builtin_shufflevector(v[2 * i], v[2 * i + 1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  for (int i = 0; i < 2; ++i)
-    v[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-           __builtin_shufflevector(v[2 * i], v[2 * i + 1], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-  return __builtin_shufflevector(v[0], v[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-         __builtin_shufflevector(v[0], v[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-}
-
 // Scores of kRows query rows with n keys, n a multiple of 16 / kRows; out has `stride` floats a row.
 template <int kRows>
 void scores(const float* q, const float* k, int n, int64_t padded, float* out, int stride) {
@@ -302,11 +253,72 @@ struct Problem {
   }
 };
 
-int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
 // What one part of the tokens gives a head: unnormalised outputs, maxima and sums.
 struct Part {
   std::vector<float> out, top, total;
+};
+
+// Scores of all query rows of a head with a tile of its keys, and sums of its values weighted by probabilities.
+template <int kRows>
+class Reader {
+ public:
+  Reader(const Problem& pr, const float* q, int64_t rows, int tile)
+      : k_(pr.keys), v_(pr.values), q_(q), rows_(rows), tile_(tile), dk_(round_up(k_.channels, kLanes)),
+        dv_(round_up(v_.channels, kLanes)) {
+#ifdef PALLAS_KERNELS_AMX
+    if (amx::serves_keys(k_) || amx::serves_values(v_)) unit_.emplace();
+    if (amx::serves_keys(k_))
+      for (int64_t r = 0; r < rows; r += amx::kRows) keys_.emplace_back(k_, q + r * dk_, dk_, tile);
+    if (amx::serves_values(v_)) values_.emplace(v_, tile);
+    if (!keys_.empty() && values_) return;
+#endif
+    tensor_.resize(tile * std::max(dk_, dv_));
+    scratch_.resize(std::max(scratch_size(k_, tile, dk_), scratch_size(v_, tile, dv_)));
+  }
+
+  // s[row * tile + i] for tokens [from, until) of the tile that begins at token `start`.
+  void scores(int64_t head, int64_t start, int from, int until, float* s) {
+#ifdef PALLAS_KERNELS_AMX
+    if (!keys_.empty()) {
+      const amx::Codes codes(k_, head, start, from, until, codes_);
+      for (auto& rows : keys_) rows.scores(head, start, from, until, codes, s), s += amx::kRows * tile_;
+      return;
+    }
+#endif
+    read_tile(k_, head, start, from, until, tile_, dk_, tensor_.data(), scratch_.data());
+    for (int64_t r = 0; r < rows_; r += kRows)
+      ::scores<kRows>(q_ + r * dk_, tensor_.data(), tile_, dk_, s + r * tile_, tile_);
+  }
+
+  // out += p v, of rows of dv.
+  void add(int64_t head, int64_t start, int from, int until, float* p, float* out) {
+#ifdef PALLAS_KERNELS_AMX
+    if (values_) {
+      values_->interleave(amx::Codes(v_, head, start, from, until, codes_), from, until);
+      for (int64_t r = 0; r < rows_; r += amx::kRows)
+        values_->add(head, start, from, until, p + r * tile_, dv_, out + r * dv_);
+      return;
+    }
+#endif
+    // The buffer of the keys again: both together would not fit the first-level cache.
+    read_tile(v_, head, start, from, until, tile_, dv_, tensor_.data(), scratch_.data());
+    for (int64_t r = 0; r < rows_; r += kRows)
+      weigh_all<kRows>(p + r * tile_, tile_, tensor_.data(), from, until, dv_, out + r * dv_);
+  }
+
+ private:
+  const Tensor &k_, &v_;
+  const float* q_;
+  const int64_t rows_;
+  const int tile_;
+  const int64_t dk_, dv_;
+  std::vector<float> tensor_, scratch_;
+#ifdef PALLAS_KERNELS_AMX
+  std::optional<amx::Unit> unit_;
+  std::vector<amx::Keys> keys_;
+  std::optional<amx::Values> values_;
+  std::vector<amx::Line> codes_;
+#endif
 };
 
 template <int kRows>
@@ -314,14 +326,14 @@ void attend(const Problem& pr, int64_t b, int64_t h, int64_t begin, int64_t end,
   const int64_t dk = round_up(pr.keys.channels, kLanes), dv = round_up(pr.values.channels, kLanes);
   const int64_t rows = pr.rows(), padded_rows = round_up(rows, kRows), per = pr.heads / pr.kv_heads;
   const int64_t head = b * pr.kv_heads + h;
-  std::vector<float> q(padded_rows * dk), tensor(tile * std::max(dk, dv)), s(padded_rows * tile);
-  std::vector<float> scratch(std::max(scratch_size(pr.keys, tile, dk), scratch_size(pr.values, tile, dv)));
+  std::vector<float> q(padded_rows * dk), s(padded_rows * tile);
   part.out.assign(padded_rows * dv, 0.0f);
   part.top.assign(padded_rows, kMasked);
   part.total.assign(padded_rows, 0.0f);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t d = 0; d < pr.keys.channels; ++d)
       q[r * dk + d] = pr.q[pr.at(b, h, r) * pr.keys.channels + d] * pr.scale;
+  Reader<kRows> reader(pr, q.data(), padded_rows, tile);
   const int64_t last = std::min<int64_t>(end, pr.stop[b]);
   for (int64_t t0 = begin; t0 < last; t0 += tile) {
     const int n = int(std::min<int64_t>(tile, pr.keys.tokens - t0));
@@ -333,9 +345,7 @@ void attend(const Problem& pr, int64_t b, int64_t h, int64_t begin, int64_t end,
     const int from = int(std::clamp<int64_t>(lower(0) - t0, 0, n));
     const int until = int(std::clamp<int64_t>(upper(pr.queries - 1) - t0, 0, n));
     if (from >= until) continue;
-    // One buffer for both: a tile of keys and one of values would not fit the first-level cache together.
-    read_tile(pr.keys, head, t0, from, until, tile, dk, tensor.data(), scratch.data());
-    for (int64_t r = 0; r < padded_rows; r += kRows) scores<kRows>(&q[r * dk], tensor.data(), tile, dk, &s[r * tile], tile);
+    reader.scores(head, t0, from, until, s.data());
     for (int64_t row = 0; row < rows; ++row) {
       const int lo = int(std::clamp<int64_t>(lower(row / per) - t0, from, until));
       const int hi = int(std::clamp<int64_t>(upper(row / per) - t0, from, until));
@@ -344,9 +354,7 @@ void attend(const Problem& pr, int64_t b, int64_t h, int64_t begin, int64_t end,
         for (int64_t d = 0; d < dv; ++d) part.out[row * dv + d] *= shrink;
     }
     std::fill(s.begin() + rows * tile, s.end(), 0.0f);
-    read_tile(pr.values, head, t0, from, until, tile, dv, tensor.data(), scratch.data());
-    for (int64_t r = 0; r < padded_rows; r += kRows)
-      weigh_all<kRows>(&s[r * tile], tile, tensor.data(), from, until, dv, &part.out[r * dv]);
+    reader.add(head, t0, from, until, s.data(), part.out.data());
   }
 }
 
@@ -434,18 +442,23 @@ ffi::Error packed_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::
   const auto dims = q.dimensions();
   Problem pr{q.typed_data(), start.typed_data(), stop.typed_data(), *k, *v, dims[0], dims[1], dims[2], kv_heads,
              first, window, scale, output->typed_data(), lse->typed_data()};
-  const int tile = int(round_up(std::max({k->pack, v->pack, 64}), std::max(k->pack, v->pack)));
+  // Tokens and query rows at a time, and what tokens are a multiple of.
+  int tile = 64, together = int(std::min<int64_t>(pr.rows(), 4)), unit = std::max(k->pack, v->pack);
+#ifdef PALLAS_KERNELS_AMX
+  if (amx::serves_keys(*k) && amx::serves_values(*v)) tile = amx::kTokens;
+  if (amx::serves_keys(*k) || amx::serves_values(*v)) together = amx::kRows, unit = std::lcm(64, unit);
+#endif
+  tile = int(round_up(tile, unit));
   const int64_t heads = pr.batch * kv_heads, tiles = (k->tokens + tile - 1) / tile;
   // Four parts a thread even the load out; a part has at least eight tiles, so that its merge does not show.
   const int64_t wanted = (4 * pool.num_threads() + heads - 1) / heads;
   const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(tiles / 8, 1));
-  const int64_t rows = pr.rows();
   std::vector<Part> parts(heads * splits);
   parallel(pool, heads * splits, [&](int64_t i) {
     const int64_t b = i / splits / kv_heads, h = i / splits % kv_heads, split = i % splits;
     const int64_t used = (std::min<int64_t>(pr.stop[b], k->tokens) + tile - 1) / tile;
     const int64_t begin = used * split / splits * tile, end = used * (split + 1) / splits * tile;
-    const auto run = rows == 1 ? attend<1> : rows == 2 ? attend<2> : attend<4>;
+    const auto run = together == 1 ? attend<1> : together == 2 ? attend<2> : attend<4>;
     run(pr, b, h, begin, end, tile, parts[i]);
   });
   for (int64_t i = 0; i < heads; ++i) merge(pr, i / kv_heads, i % kv_heads, &parts[i * splits], splits);

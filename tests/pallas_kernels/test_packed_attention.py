@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
+import platform
 from typing import NamedTuple
 
 import jax
@@ -13,8 +15,10 @@ import pytest
 from making import INTERPRETED as KERNELS
 from making import packed, stored, values
 
+from pallas_kernels import native
 from pallas_kernels.layout import MASKED, PLANES, Packed
 from pallas_kernels.packed_attention import packed_attention
+from pallas_kernels.packed_attention.native import SOURCE
 
 BITS = (*PLANES, 16)
 
@@ -101,6 +105,25 @@ def test_reference_reads_what_is_stored(bits: int, per: str) -> None:
     check(run("reference", case, case.tensors()), reference(case), 3e-6)
 
 
+@pytest.fixture(scope="module")
+def plain_native():
+    """The C++ kernel as it is built for a CPU without a matrix unit."""
+    with pytest.MonkeyPatch.context() as patch:
+        if platform.machine() == "x86_64":
+            patch.setattr(native, "FLAGS", (*native.FLAGS, "-mno-amx-int8"))
+        library = ctypes.CDLL(str(native._build(SOURCE)))
+        handler = jax.ffi.pycapsule(library.pallas_kernels_packed_attention)
+        jax.ffi.register_ffi_target("plain_packed_attention", handler, platform="cpu")
+        patch.setattr(native, "register", lambda source, symbol: "plain_packed_attention")
+        yield
+
+
+@pytest.mark.parametrize("case", PAIRS[::3], ids=lambda case: f"k{case.key_bits}v{case.value_bits}")
+def test_native_without_a_matrix_unit(case: Case, plain_native) -> None:
+    found = run("native", case, case.tensors())
+    check(found, reference(case), 3e-6)
+
+
 LENGTHS = (1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 2048, 4095, 4096, 4097, 0)
 
 
@@ -154,13 +177,16 @@ def test_what_lies_outside_does_not_matter(name: str) -> None:
     check(run(name, case, (q, spoil(keys), spoil(own), start, stop)), wanted, 3e-6)
 
 
+@pytest.mark.parametrize("which", ["keys", "values"])
+@pytest.mark.parametrize("per", ["token", "channel"])
 @pytest.mark.parametrize("name", KERNELS)
-def test_groups_that_did_not_fit_read_as_nan(name: str) -> None:
-    case = Case(4, 4)
+def test_groups_that_did_not_fit_read_as_nan(name: str, per: str, which: str) -> None:
+    case = Case(4, 4, per, group=None if per == "token" else 32)
     q, keys, own, start, stop = case.tensors()
-    scale = own.scale.at[0, 0, 0, 10].set(jnp.nan)
-    own = Packed(own.planes, scale, own.zero, own.bits, own.per, own.group, own.pack)
-    output, _ = run(name, case, (q, keys, own, start, stop))
+    bad = keys if which == "keys" else own
+    bad = Packed(bad.planes, bad.scale.at[0, 0, 0, 10].set(jnp.nan), bad.zero, bad.bits, *form(bad))
+    tensors = (q, bad, own, start, stop) if which == "keys" else (q, keys, bad, start, stop)
+    output, _ = run(name, case, tensors)
     found = np.isnan(np.asarray(output)).any((1, 3))
     assert found[0, :2].all() and not found[0, 2:].any() and not found[1].any()
 
