@@ -68,6 +68,20 @@ def dequantize(packed: Packed) -> Float[Array, "B K S D"]:
     return codes.astype(jnp.float32) * scale + zero
 
 
+def by_kv_head(q: Float[Array, "B T H D"], kv_heads: int) -> Float[Array, "B K R D"]:
+    """Queries as rows of the kv head that they look at: R = T * H/K, the heads of a token side by side."""
+    batch, tokens, _, channels = q.shape
+    rows = q.reshape(batch, tokens, kv_heads, -1, channels).swapaxes(1, 2)
+    return rows.reshape(batch, kv_heads, -1, channels)
+
+
+def by_query(rows: Float[Array, "B K R D"], tokens: int) -> Float[Array, "B T H D"]:
+    """`by_kv_head` undone, T = `tokens`."""
+    batch, kv_heads, _, channels = rows.shape
+    q = rows.reshape(batch, kv_heads, tokens, -1, channels).swapaxes(1, 2)
+    return q.reshape(batch, tokens, -1, channels)
+
+
 def check(name: str, packed: Packed) -> None:
     """Raises ValueError, naming the argument, where the arrays of a packed tensor do not fit one another."""
     if packed.bits != EXACT and packed.bits not in PLANES:

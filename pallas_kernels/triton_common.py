@@ -21,6 +21,8 @@ from jaxtyping import Array, Float, Float16, Float32, Int32, UInt8
 from pallas_kernels.layout import EXACT, PLANES, Packed
 
 LOG2_E = math.log2(math.e)
+LIFT = 1024.0  # float16 probabilities are stored this much larger, away from its smallest numbers
+PROGRAMS = 2 * 132  # enough to fill a large GPU
 SMALLEST = 16  # what a tensor core multiplies at least along the summed axis
 BYTES = 0x01010101  # a mask of one byte, times this, masks the four bytes of a register
 
@@ -37,6 +39,28 @@ def quotient(x: Int32[Array, "*s"], y: int) -> Int32[Array, "*s"]:
 def remainder(x: Int32[Array, "*s"], y: int) -> Int32[Array, "*s"]:
     """x % y of what is not negative."""
     return jax.lax.rem(x, jnp.full(x.shape, y, x.dtype))
+
+
+def dot(a: Float[Array, "_ _"], b: Float[Array, "_ _"], over_a: int, over_b: int) -> Float32[Array, "_ _"]:
+    """The product over one axis of each."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a, b, (((over_a,), (over_b,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def span(start: Array, stop: Array, tokens: int, first: int, window: int | None) -> tuple[Array, Array]:
+    """The first position that any of `tokens` queries sees, and the end of those."""
+    low = jnp.int32(first) if window is None else jnp.maximum(first, start + 1 - window)
+    return low, jnp.minimum(stop, start + tokens)
+
+
+def share(low: Array, end: Array, block: int, splits: int, index: Array) -> tuple[Array, Array]:
+    """The blocks that hold positions from `low` to `end`: those of split `index`, from one to before another."""
+    begin, end = low // block, pl.cdiv(end, block)
+    each = pl.cdiv(jnp.maximum(end - begin, 0), splits)
+    begin += index * each
+    return begin, jnp.minimum(begin + each, end)
 
 
 @dataclasses.dataclass(frozen=True)

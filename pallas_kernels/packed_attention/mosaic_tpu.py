@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from pallas_kernels import mosaic_tpu_common as common
-from pallas_kernels.layout import EXACT, MASKED, Packed
+from pallas_kernels.layout import EXACT, MASKED, Packed, by_kv_head, by_query
 from pallas_kernels.mosaic_tpu_common import LANES, Stream
 
 ROWS = 128  # query rows per kv head at most
@@ -50,8 +50,7 @@ def packed_attention(
     chunk = common.chunk_of(keys, values, least=chunk)
     block = common.block_of(keys, values, heads=hold, chunk=chunk, block=block)
     bounds = common.bounds_of(start, stop, queries, first, window)
-    q = q.reshape(batch, queries, kv_heads, ratio, channels).swapaxes(1, 2).reshape(batch, kv_heads, rows, channels)
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - rows), (0, 0)))
+    q = jnp.pad(by_kv_head(q, kv_heads), ((0, 0), (0, 0), (0, padded - rows), (0, 0)))
 
     def stored(b, k, i, bounds):
         return b, k, common.block_at(bounds, b, i, tokens, block)
@@ -84,10 +83,7 @@ def packed_attention(
         interpret=interpret,
         name="packed_attention",
     )(bounds, q, common.stream(keys), common.stream(values))
-    output, lse = (
-        a[:, :, :rows].reshape(batch, kv_heads, queries, ratio, -1).swapaxes(1, 2).reshape(batch, queries, heads, -1)
-        for a in (output, lse)
-    )
+    output, lse = (by_query(a[:, :, :rows], queries) for a in (output, lse))
     return output, lse[..., 0]
 
 

@@ -20,27 +20,30 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels.layout import MASKED, Packed
+from pallas_kernels.layout import MASKED, Packed, by_kv_head, by_query
 from pallas_kernels.triton_common import (
+    LIFT,
     LOG2_E,
+    PROGRAMS,
     Cut,
     Piece,
     Stored,
     Stream,
     cut,
+    dot,
     heads_spec,
     pieces,
     quotient,
     remainder,
+    share,
+    span,
 )
 from pallas_kernels.tuning import attention_class, lookup
 
 LOWEST = -1e20  # the first running maximum: far above MASKED, so that masked scores have probability 0
-LIFT = 1024.0  # float16 probabilities are stored this much larger, away from its smallest numbers
 MOST_ROWS = 64  # query rows of a kv head
 MOST_FOLDED = 2  # groups of a token whose scales multiply scores
 MOST_STACKED = 64  # columns of probabilities times scales
-PROGRAMS = 2 * 132  # enough to fill a large GPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Plan:
     values: Stored
     cut: Cut
     tokens: int  # queries of a sequence
-    share: int  # query heads of a kv head
+    ratio: int  # query heads of a kv head
     splits: int
     first: int
     window: int | None
@@ -61,7 +64,7 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        return self.tokens * self.share
+        return self.tokens * self.ratio
 
     @property
     def distinct(self) -> int:
@@ -116,11 +119,11 @@ def packed_attention(
     num_warps: int | None = None,
     num_stages: int | None = None,
 ) -> tuple[Float32[Array, "B T H V"], Float32[Array, "B T H"]]:
-    batch, tokens, heads, channels = q.shape
+    batch, tokens, heads, _ = q.shape
     kv_heads = keys.shape[1]
-    share = heads // kv_heads
-    if tokens * share > MOST_ROWS:
-        raise NotImplementedError(f"{tokens} queries of {share} heads; at most {MOST_ROWS} rows a kv head")
+    ratio = heads // kv_heads
+    if tokens * ratio > MOST_ROWS:
+        raise NotImplementedError(f"{tokens} queries of {ratio} heads; at most {MOST_ROWS} rows a kv head")
     if block is None or num_warps is None or num_stages is None or splits is None:
         chosen = defaults(q, keys, values) | lookup("packed_attention", attention_class(q.shape, keys, values))
         block, splits = block or chosen["block"], splits or chosen["splits"]
@@ -130,7 +133,7 @@ def packed_attention(
         *stored,
         cut(list(stored), 0, block),
         tokens,
-        share,
+        ratio,
         splits,
         first,
         window,
@@ -138,8 +141,7 @@ def packed_attention(
         jnp.dtype(q.dtype),
         interpret,
     )
-    rows = q.reshape(batch, tokens, kv_heads, share, channels).swapaxes(1, 2).reshape(batch, kv_heads, -1, channels)
-    width = values.shape[3]
+    rows, width = by_kv_head(q, kv_heads), values.shape[3]
     own = lambda b, k, s: (b, k, s, 0, 0)  # noqa: E731
     output, lse = pl.pallas_call(
         functools.partial(_kernel, plan=plan),
@@ -163,9 +165,7 @@ def packed_attention(
         interpret=interpret,
     )(rows, start.astype(jnp.int32), stop.astype(jnp.int32), keys, values)
     output, lse = merge(output, lse)
-    output = output.reshape(batch, kv_heads, tokens, share, width).swapaxes(1, 2)
-    lse = lse.reshape(batch, kv_heads, tokens, share).swapaxes(1, 2)
-    return output.reshape(batch, tokens, heads, width), lse.reshape(batch, tokens, heads)
+    return by_query(output, tokens), by_query(lse[..., None], tokens)[..., 0]
 
 
 def defaults(q: Float[Array, "B T H D"], keys: Packed, values: Packed) -> dict[str, int]:
@@ -201,11 +201,9 @@ def merge(
 def _kernel(q_ref, start_ref, stop_ref, keys: Packed, values: Packed, output_ref, lse_ref, *, plan: Plan) -> None:
     start, stop = start_ref[0], stop_ref[0]
     row = jnp.arange(plan.columns)
-    query = start + quotient(remainder(row, plan.distinct), plan.share)  # positions
-    low = jnp.int32(plan.first) if plan.window is None else jnp.maximum(plan.first, start + 1 - plan.window)
-    begin, end = low // plan.cut.block, pl.cdiv(jnp.minimum(stop, start + plan.tokens), plan.cut.block)
-    each = pl.cdiv(jnp.maximum(end - begin, 0), plan.splits)
-    begin += pl.program_id(2) * each
+    query = start + quotient(remainder(row, plan.distinct), plan.ratio)  # positions
+    visible = span(start, stop, plan.tokens, plan.first, plan.window)
+    blocks = share(*visible, plan.cut.block, plan.splits, pl.program_id(2))
     questions = Questions(q_ref, plan)
 
     def step(block, carry):
@@ -225,7 +223,7 @@ def _kernel(q_ref, start_ref, stop_ref, keys: Packed, values: Packed, output_ref
         jnp.zeros((plan.cut.rows, plan.columns), jnp.float32),
         [_no_answer(piece, plan) for piece in plan.value_pieces],
     )
-    highest, total, answers = jax.lax.fori_loop(begin, jnp.minimum(begin + each, end), step, empty)
+    highest, total, answers = jax.lax.fori_loop(*blocks, step, empty)
     total = total.sum(0)
     seen = total > 0
     lse = jnp.where(seen, highest * (1 / LOG2_E) + jnp.log(jnp.where(seen, total, 1.0)), MASKED)
@@ -260,11 +258,11 @@ class Questions:
         """In base 2."""
         if not self.plan.folds_keys:
             make = keys.values if self.plan.keys.exact else keys.dequantized
-            return _sum(_dot(make(tile, p, q.dtype), q, columns=True) for p, q in self.q.items()) * self.factor
+            return _sum(dot(make(tile, p, q.dtype), q, 1, 1) for p, q in self.q.items()) * self.factor
         parts, dtype = [], self.plan.dtype
         for group in dict.fromkeys(piece.group for piece in self.q):
             own = [piece for piece in self.q if piece.group == group]
-            raw = _sum(_dot(keys.codes(tile, p, dtype), self.q[p], columns=True) for p in own)
+            raw = _sum(dot(keys.codes(tile, p, dtype), self.q[p], 1, 1) for p in own)
             scale = keys.token_scale("scale", tile, group) * self.factor
             zero = keys.token_scale("zero", tile, group) * self.factor - scale * keys.offset(dtype)
             parts.append(raw * scale[:, None] + _sum(self.sums[p] for p in own)[None, :] * zero[:, None])
@@ -303,7 +301,7 @@ def _weigh(answer, fade: Float32[Array, "columns"], p: list[Array], values: Stre
         dtype = plan.dtype if plan.values.exact else plan.made
         make = values.values if plan.values.exact else values.dequantized
         lift = LIFT if dtype == jnp.float16 else 1.0
-        parts = [_dot(make(tile, piece, dtype), (lift * x).astype(dtype)) for tile, x in enumerate(p)]
+        parts = [dot(make(tile, piece, dtype), (lift * x).astype(dtype), 0, 0) for tile, x in enumerate(p)]
         return answer * fade[None, :] + _sum(parts), zeros
     stacked = plan.stacked(piece)
     fade = _repeat(fade[None, :], stacked)
@@ -316,7 +314,7 @@ def _weigh(answer, fade: Float32[Array, "columns"], p: list[Array], values: Stre
         x = _repeat(x, stacked)
         weights = (x * scale).astype(plan.dtype)
         zeros += x * zero - values.offset(plan.dtype) * weights.astype(jnp.float32)
-        answer += _dot(values.codes(tile, piece, plan.dtype), weights)
+        answer += dot(values.codes(tile, piece, plan.dtype), weights, 0, 0)
     return answer, zeros
 
 
@@ -343,10 +341,3 @@ def _settled(answer, piece: Piece, plan: Plan) -> Float32[Array, "width columns"
 
 def _sum(parts: Iterable[Array]) -> Array:
     return functools.reduce(jnp.add, parts)
-
-
-def _dot(a: Float[Array, "rows width"], b: Float[Array, "_ _"], columns: bool = False) -> Float32[Array, "_ columns"]:
-    """a @ b.T for scores, b [columns, width]; else a.T @ b, b [rows, columns]."""
-    axes = (((1,), (1,)), ((), ())) if columns else (((0,), (0,)), ((), ()))
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)

@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from pallas_kernels import mosaic_tpu_common as common
-from pallas_kernels.layout import MASKED, Packed
+from pallas_kernels.layout import MASKED, Packed, by_kv_head, by_query
 from pallas_kernels.mosaic_tpu_common import LANES, Stream
 from pallas_kernels.remat_attention.weights import Rebuild
 
@@ -56,8 +56,7 @@ def remat_attention(
     chunk = common.chunk_of(*tensors, least=CHUNK)
     block = common.block_of(*tensors, heads=hold, chunk=chunk, block=block or BLOCK)
     bounds = common.bounds_of(start, stop, queries, first, window)
-    q = q.reshape(batch, queries, kv_heads, ratio, channels).swapaxes(1, 2).reshape(batch, kv_heads, rows, channels)
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - rows), (0, 0)))
+    q = jnp.pad(by_kv_head(q, kv_heads), ((0, 0), (0, 0), (0, padded - rows), (0, 0)))
 
     def at(b, i, bounds):
         return common.block_at(bounds, b, i, tokens, block)
@@ -114,10 +113,7 @@ def remat_attention(
         interpret=interpret,
         name="remat_attention",
     )(bounds, q, [common.stream(packed) for packed in tensors], rebuild.up, (rebuild.cos, rebuild.sin), bias, norm)
-    output, lse = (
-        a[:, :, :rows].reshape(batch, kv_heads, queries, ratio, -1).swapaxes(1, 2).reshape(batch, queries, heads, -1)
-        for a in (output, lse)
-    )
+    output, lse = (by_query(a[:, :, :rows], queries) for a in (output, lse))
     return output, lse[..., 0]
 
 

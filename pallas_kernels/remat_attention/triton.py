@@ -18,17 +18,29 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from pallas_kernels.layout import MASKED, Packed
+from pallas_kernels.layout import MASKED, Packed, by_kv_head, by_query
 from pallas_kernels.remat_attention.weights import Rebuild
-from pallas_kernels.triton_common import LOG2_E, Cut, Stored, Stream, cut, piece_at, piece_width, quotient
+from pallas_kernels.triton_common import (
+    LIFT,
+    LOG2_E,
+    PROGRAMS,
+    Cut,
+    Stored,
+    Stream,
+    cut,
+    dot,
+    piece_at,
+    piece_width,
+    quotient,
+    share,
+    span,
+)
 
 MOST_ROWS = 16  # query rows of a kv head
 MOST_COLUMNS = 64  # query rows that one program weighs rows for
 TOKENS = 128  # of a block whose keys are rebuilt
 DEPTH = 32  # channels of rows multiplied at a time; of more, A100 spills
 WIDE = 128  # channels of a tile of weighted rows or of a reconstruction
-PROGRAMS = 2 * 132  # enough to fill a large GPU
-LIFT = 1024.0  # float16 probabilities are stored this much larger, away from its smallest numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +52,7 @@ class Plan:
     key_cut: Cut
     value_cut: Cut
     tokens: int  # queries of a sequence
-    share: int  # query heads of a kv head
+    ratio: int  # query heads of a kv head
     head_dim: int
     first: int
     window: int | None
@@ -54,7 +66,7 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        return self.tokens * self.share
+        return self.tokens * self.ratio
 
     @property
     def padded(self) -> int:
@@ -81,33 +93,31 @@ def remat_attention(
 ) -> tuple[Float32[Array, "B T H s"], Float32[Array, "B T H"]]:
     batch, tokens, heads, head_dim = q.shape
     kv_heads, groups, width = rebuild.kv_heads(head_dim), keys.shape[1], values.shape[3]
-    share = heads // kv_heads
-    if tokens * share > MOST_ROWS:
-        raise NotImplementedError(f"{tokens} queries of {share} heads; at most {MOST_ROWS} rows a kv head")
+    ratio = heads // kv_heads
+    if tokens * ratio > MOST_ROWS:
+        raise NotImplementedError(f"{tokens} queries of {ratio} heads; at most {MOST_ROWS} rows a kv head")
     if head_dim % 2 or head_dim < 32:
         raise NotImplementedError(f"head_dim {head_dim}; expected an even one of at least 32")
     k, v = Stored.of(keys), Stored.of(values)
     key_cut, value_cut = _cut(k, TOKENS), _cut(v, TOKENS)
-    columns = min(MOST_COLUMNS, _padded(kv_heads // groups * tokens * share))
+    columns = min(MOST_COLUMNS, _padded(kv_heads // groups * tokens * ratio))
     tile = piece_width(v, WIDE)
-    programs = batch * groups * (width // tile) * pl.cdiv(kv_heads // groups * tokens * share, columns)
+    programs = batch * groups * (width // tile) * pl.cdiv(kv_heads // groups * tokens * ratio, columns)
     splits = min(pl.cdiv(PROGRAMS, programs), pl.cdiv(v.tokens, 4 * value_cut.block))
     plan = Plan(
-        *(k, v, key_cut, value_cut, tokens, share, head_dim, first, window, scale, rebuild.eps, jnp.dtype(q.dtype)),
+        *(k, v, key_cut, value_cut, tokens, ratio, head_dim, first, window, scale, rebuild.eps, jnp.dtype(q.dtype)),
         *(splits, columns, tile, interpret),
     )
-    rows = q.reshape(batch, tokens, kv_heads, share, head_dim).swapaxes(1, 2).reshape(batch, kv_heads, -1, head_dim)
     start, stop = start.astype(jnp.int32), stop.astype(jnp.int32)
-    scores, highest, total = _score(rows, keys, rebuild, start, stop, plan)
+    scores, highest, total = _score(by_kv_head(q, kv_heads), keys, rebuild, start, stop, plan)
     peak = highest.max(2, keepdims=True)
     total = (total * jnp.exp2(highest - peak)).sum(2)
     seen = total > 0
     lse = jnp.where(seen, peak[:, :, 0] + jnp.log2(jnp.where(seen, total, 1.0)), 0.0)  # in base 2
     scores = scores.reshape(batch, groups, -1, k.tokens)
     output = _weigh_rows(scores, lse.reshape(batch, groups, -1), values, start, stop, plan)
-    output = output.reshape(batch, kv_heads, tokens, share, width).swapaxes(1, 2)
-    lse = jnp.where(seen, lse / LOG2_E, MASKED).reshape(batch, kv_heads, tokens, share).swapaxes(1, 2)
-    return output.reshape(batch, tokens, heads, width), lse.reshape(batch, tokens, heads)
+    output = by_query(output.reshape(batch, kv_heads, -1, width), tokens)
+    return output, by_query(jnp.where(seen, lse / LOG2_E, MASKED)[..., None], tokens)[..., 0]
 
 
 def reconstruct(
@@ -211,8 +221,7 @@ def _score_kernel(
     *tables, scores_ref, highest_ref, total_ref = refs
     start, stop = start_ref[0], stop_ref[0]
     head, block = pl.program_id(0), pl.program_id(1)
-    low = jnp.int32(plan.first) if plan.window is None else jnp.maximum(plan.first, start + 1 - plan.window)
-    end = jnp.minimum(stop, start + plan.tokens)
+    low, end = span(start, stop, plan.tokens, plan.first, plan.window)
     live = (block * plan.key_cut.block < end) & ((block + 1) * plan.key_cut.block > low)
     half = plan.head_dim // 2
     channel = jnp.arange(1 << (half - 1).bit_length())
@@ -220,7 +229,7 @@ def _score_kernel(
     halves = [channel, half + channel]
     made = _product(keys, plan.keys, plan.key_cut, block, up_ref, halves, inside, live, plan.dtype, plan.interpret)
     row = jnp.arange(plan.padded)
-    query = start + quotient(row, plan.share)
+    query = start + quotient(row, plan.ratio)
     clipped = jnp.minimum(row, plan.rows - 1)
     mask = jnp.broadcast_to(inside[None, :], (plan.padded, channel.shape[0]))
     q = [plgpu.load(q_ref.at[clipped[:, None], c[None, :]], mask=mask, other=0.0) for c in halves]
@@ -236,11 +245,11 @@ def _score_kernel(
         known = jnp.broadcast_to(inside[None, :], lo.shape)
         cos, sin = (plgpu.load(a.at[angle], mask=known, other=0.0).astype(jnp.float32) for a in (cos_ref, sin_ref))
         turned = (lo * cos - hi * sin).astype(plan.dtype), (hi * cos + lo * sin).astype(plan.dtype)
-        dot = sum(_dot(x, question, 1, 1) for x, question in zip(turned, q, strict=True)) * (plan.scale * LOG2_E)
+        raw = sum(dot(x, question, 1, 1) for x, question in zip(turned, q, strict=True)) * (plan.scale * LOG2_E)
         seen = (at[:, None] < jnp.minimum(query + 1, stop)[None, :]) & (at >= plan.first)[:, None]
         if plan.window is not None:
             seen &= at[:, None] > (query - plan.window)[None, :]
-        scores.append(jnp.where(seen, dot, MASKED))
+        scores.append(jnp.where(seen, raw, MASKED))
         to = scores_ref.at[row[None, :], at[:, None]]
         plgpu.store(to, scores[-1], mask=(row < plan.rows)[None, :] & (at < plan.keys.tokens)[:, None])
     highest = functools.reduce(jnp.maximum, scores).max(0)
@@ -294,13 +303,11 @@ def _weigh_kernel(
     rows: int,
     plan: Plan,
 ) -> None:
-    start, stop, size = start_ref[0], stop_ref[0], plan.value_cut.block
+    start, stop = start_ref[0], stop_ref[0]
     index = pl.program_id(0)
     tile_index, chunk, split = index % tiles, index // tiles % chunks, index // (tiles * chunks)
-    low = jnp.int32(plan.first) if plan.window is None else jnp.maximum(plan.first, start + 1 - plan.window)
-    begin, end = low // size, pl.cdiv(jnp.minimum(stop, start + plan.tokens), size)
-    each = pl.cdiv(jnp.maximum(end - begin, 0), plan.splits)
-    begin += split * each
+    visible = span(start, stop, plan.tokens, plan.first, plan.window)
+    blocks = share(*visible, plan.value_cut.block, plan.splits, split)
     row = chunk * plan.columns + jnp.arange(plan.columns)
     lse = lse_ref[jnp.minimum(row, rows - 1)]
     piece = piece_at(plan.values, plan.width, tile_index)
@@ -315,11 +322,11 @@ def _weigh_kernel(
             mask = (row < rows)[:, None] & (at < plan.values.tokens)[None, :]
             scores = plgpu.load(scores_ref.at[row[:, None], at[None, :]], mask=mask, other=MASKED)
             p = (lift * jnp.exp2(scores - lse[:, None])).astype(dtype)
-            answer += _dot((stream.values if exact else stream.dequantized)(tile, piece, dtype), p, 0, 1)
+            answer += dot((stream.values if exact else stream.dequantized)(tile, piece, dtype), p, 0, 1)
         return answer
 
     answer = jnp.zeros((plan.width, plan.columns), jnp.float32)
-    answer = jax.lax.fori_loop(begin, jnp.minimum(begin + each, end), step, answer) * (1 / lift)
+    answer = jax.lax.fori_loop(*blocks, step, answer) * (1 / lift)
     mask = jnp.broadcast_to((row < rows)[None, :], answer.shape)
     plgpu.store(output_ref.at[split, row[None, :], piece.channels()[:, None]], answer, mask=mask)
 
@@ -369,7 +376,7 @@ def _product(
                 if stored.exact
                 else stream.dequantized(tile, piece, made).astype(dtype)
             )
-            new.append([part + _dot(x, up, 1, 0) for part, up in zip(parts, ups, strict=True)])
+            new.append([part + dot(x, up, 1, 0) for part, up in zip(parts, ups, strict=True)])
         return new
 
     zeros = [[jnp.zeros((own.rows, c.shape[0]), jnp.float32) for c in columns] for _ in range(own.tiles)]
@@ -379,11 +386,3 @@ def _product(
 def _row(ref, inside: Bool[Array, "c"]) -> Float32[Array, "1 c"]:
     """A vector over channels, 0 beyond them."""
     return plgpu.load(ref, mask=inside, other=0.0)[None, :]
-
-
-def _dot(a: Float[Array, "_ _"], b: Float[Array, "_ _"], over_a: int, over_b: int) -> Float32[Array, "_ _"]:
-    """The product over one axis of each."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        a, b, (((over_a,), (over_b,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
