@@ -14,6 +14,7 @@ def get_config() -> config_dict.ConfigDict:
         ops="packed_attention,quantize_pack,remat_attention,reconstruct,decode_step",
         bits="1/1,2/2,3/3,4/4,5/5,6/6,8/8,16/16,2/4,4/2,2/8,8/2,4/8,8/4,16/4",  # of keys/values; all: every pair
         modes="token,token32,kivi32",
+        row_bits="2,3,4,8",  # of latents, inputs and deltas
         batch=1,
         heads=32,
         kv_heads=8,

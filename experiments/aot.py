@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import atexit
 import functools
-import itertools
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from ml_collections import config_dict
@@ -31,19 +28,18 @@ from rich.progress import track
 from rich.table import Table
 
 from experiments import program
-from experiments.aot_cases import MODES, PACK, SHAPE, Case, decode_steps, packed, pairs, queries, shaped
+from experiments.aot_cases import SHAPE, Case, Kernels, cases
 from kvjax.caches.plan import split_list
 from kvjax.errors import KvjaxError
 from kvjax.files import brief
-from pallas_kernels.layout import EXACT
 from pallas_kernels.packed_attention import mosaic_tpu as packed_attention
 from pallas_kernels.quantize_pack import mosaic_tpu as quantize_pack
 from pallas_kernels.remat_attention import mosaic_tpu as remat_attention
-from pallas_kernels.remat_attention.weights import Rebuild
 
 UNITS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "VLOAD:FILL", "VSTORE", "VSTORE:SPILL", "SALU")
 SLOTS = (4, 3, 4, 2, 1, 3, 3, 1, 1, 2)  # of these units in a bundle
 TWICE = 2 * packed_attention.CHUNK
+KERNELS = Kernels("mosaic_tpu", packed_attention, quantize_pack, remat_attention, {"chunk": TWICE})
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
@@ -55,81 +51,12 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     todo = [
         (target, case, {"experiment": "aot", "target": target, **shape, **case.point})
         for target in split_list(config.targets)
-        for case in _cases(config)
+        for case in cases(config, KERNELS)
     ]
     missing = [entry for entry in todo if program.find_row(results, entry[2]) is None]
     for target, case, point in track(missing, "compile", console=Console(stderr=True)):
         program.append_row(results, point | compilers[config.platform](target, case) | program.provenance())
     Console(width=140).print(_table([row for entry in todo if (row := program.find_row(results, entry[2]))]))
-
-
-def _cases(config: config_dict.ConfigDict) -> Iterator[Case]:
-    makers: dict[str, Callable[..., Iterable[Case]]] = {
-        "packed_attention": _packed_attention,
-        "quantize_pack": _quantize_pack,
-        "remat_attention": _remat_attention,
-        "reconstruct": _reconstruct,
-        "decode_step": functools.partial(decode_steps, kernel="mosaic_tpu"),
-    }
-    for op in split_list(config.ops):
-        if op not in makers:
-            raise KvjaxError(f"op {op!r}; expected one of {', '.join(makers)}")
-        yield from makers[op](config)
-
-
-def _packed_attention(config: config_dict.ConfigDict) -> Iterator[Case]:
-    run = functools.partial(packed_attention.packed_attention, first=0, window=None, scale=config.head_dim**-0.5)
-    stored = functools.partial(packed, config.batch, config.kv_heads, config.tokens, config.head_dim)
-    q, lengths = queries(config)
-    for (mode, groups), (k, v) in itertools.product(MODES.items(), pairs(config.bits)):
-        if (k, v) == (EXACT, EXACT) and mode != "token":
-            continue
-        arguments = q, stored(k, *groups[:2]), stored(v, *groups[2:]), lengths, lengths
-        point = {"op": "packed_attention", "bits": f"{k}/{v}", "mode": "" if k == v == EXACT else mode}
-        yield Case(point, run, arguments, functools.partial(run, chunk=TWICE))
-
-
-def _quantize_pack(config: config_dict.ConfigDict) -> Iterator[Case]:
-    blocks = config.batch * config.tokens // PACK
-    shape = (blocks, config.kv_heads, PACK, config.head_dim)
-    widths = sorted({width for pair in pairs(config.bits) for width in pair} - {EXACT})
-    for bits, (per, group) in itertools.product(widths, (("token", config.head_dim), ("token", 32), ("channel", 32))):
-        run = functools.partial(quantize_pack.quantize_pack, bits=bits, per=per, group=group)
-        arguments = shaped(shape, jnp.bfloat16), shaped((blocks, PACK), jnp.bool_)
-        yield Case({"op": "quantize_pack", "bits": str(bits), "mode": f"{per}{group}"}, run, arguments)
-
-
-def _remat_attention(config: config_dict.ConfigDict) -> Iterator[Case]:
-    """Latents that all heads share, one stream for keys and values or two, and latents of each head."""
-    heads, head_dim = config.kv_heads, config.head_dim
-    q, lengths = queries(config)
-    table = shaped((config.tokens, head_dim), jnp.float32)
-    layouts: dict[str, tuple[int, int, int | None]] = {
-        "shared": (1, config.rank, None),
-        "shared, values apart": (1, config.rank, config.rank),
-        "per head": (heads, head_dim, None),
-    }
-
-    def run(q, keys, values, *rest):
-        settings = {"first": 0, "window": None, "scale": head_dim**-0.5}
-        return remat_attention.remat_attention(q, keys, values or keys, *rest, **settings)
-
-    for (name, (groups, rank, width)), per in itertools.product(layouts.items(), ("token", "channel")):
-        stored = functools.partial(packed, config.batch, groups, config.tokens)
-        up = shaped((groups, rank, heads * head_dim // groups), jnp.bfloat16)
-        values = stored(width, 4, "token", 128) if width else None
-        keys = stored(rank, 4, per, 128 if per == "token" else 32)
-        point = {"op": "remat_attention", "bits": "4/4" if width else "4", "mode": f"{per}, {name}"}
-        yield Case(point, run, (q, keys, values, Rebuild(up, table, table), lengths, lengths))
-
-
-def _reconstruct(config: config_dict.ConfigDict) -> Iterator[Case]:
-    below = shaped((config.batch, config.tokens, config.model_dim), jnp.bfloat16)
-    up, until = shaped((config.rank, config.model_dim), jnp.bfloat16), shaped((config.batch,), jnp.int32)
-    for bits in (3, 4):
-        delta = packed(config.batch, 1, config.tokens, config.rank, bits, "channel", 32)
-        point = {"op": "reconstruct", "bits": str(bits), "mode": "channel32"}
-        yield Case(point, remat_attention.reconstruct, (below, delta, up, until), donated=(0,))
 
 
 def tpu_compile(target: str, case: Case) -> dict[str, Any]:

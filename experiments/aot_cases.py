@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from kvjax.models.params import param_shapes
 from kvjax.models.zoo import RANDOM
 from kvjax.ops import dispatch
 from pallas_kernels.layout import EXACT, PLANES, Packed
+from pallas_kernels.remat_attention.weights import Rebuild
 
 MODES = {  # per, group of keys; per, group of values; 0 is the whole width of a head
     "token": ("token", 0, "token", 0),
@@ -44,6 +46,36 @@ class Case:
     arguments: tuple
     twice: Callable | None = None
     donated: tuple[int, ...] = ()
+
+
+class Kernels(NamedTuple):
+    """The implementations of a platform: their name, a module an op, and the setting by which packed attention
+    computes twice as many tokens at a time, where there is one."""
+
+    name: str
+    packed_attention: ModuleType
+    quantize_pack: ModuleType
+    remat_attention: ModuleType
+    twice: dict[str, int]
+
+
+def cases(config: config_dict.ConfigDict, kernels: Kernels) -> Iterator[Case]:
+    """What a config asks for.
+
+    Raises:
+      KvjaxError: an op, mode, width, cache or model that is none.
+    """
+    makers = {
+        "packed_attention": _packed_attention,
+        "quantize_pack": _quantize_pack,
+        "remat_attention": _remat_attention,
+        "reconstruct": _reconstruct,
+        "decode_step": _decode_steps,
+    }
+    for op in split_list(config.ops):
+        if op not in makers:
+            raise KvjaxError(f"op {op!r}; expected one of {', '.join(makers)}")
+        yield from makers[op](config, kernels)
 
 
 def shaped(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -80,9 +112,71 @@ def queries(config: config_dict.ConfigDict) -> tuple[Any, Any]:
     return shaped(shape, jnp.bfloat16), shaped((config.batch,), jnp.int32)
 
 
-def decode_steps(config: config_dict.ConfigDict, kernel: str) -> list[Case]:
+def _packed_attention(config: config_dict.ConfigDict, kernels: Kernels) -> Iterator[Case]:
+    settings = {"first": 0, "window": None, "scale": config.head_dim**-0.5}
+    run = functools.partial(kernels.packed_attention.packed_attention, **settings)
+    stored = functools.partial(packed, config.batch, config.kv_heads, config.tokens, config.head_dim)
+    q, lengths = queries(config)
+    for mode, (k, v) in itertools.product(split_list(config.modes), pairs(config.bits)):
+        if mode not in MODES:
+            raise KvjaxError(f"mode {mode!r}; expected one of {', '.join(MODES)}")
+        if (k, v) == (EXACT, EXACT) and mode != "token":
+            continue
+        arguments = q, stored(k, *MODES[mode][:2]), stored(v, *MODES[mode][2:]), lengths, lengths
+        point = {"op": "packed_attention", "bits": f"{k}/{v}", "mode": "" if k == v == EXACT else mode}
+        yield Case(point, run, arguments, functools.partial(run, **kernels.twice) if kernels.twice else None)
+
+
+def _quantize_pack(config: config_dict.ConfigDict, kernels: Kernels) -> Iterator[Case]:
+    blocks = config.batch * config.tokens // PACK
+    x = shaped((blocks, config.kv_heads, PACK, config.head_dim), jnp.bfloat16)
+    counted = shaped((blocks, PACK), jnp.bool_)
+    widths = sorted({width for pair in pairs(config.bits) for width in pair} - {EXACT})
+    for bits, (per, group) in itertools.product(widths, (("token", config.head_dim), ("token", 32), ("channel", 32))):
+        run = functools.partial(kernels.quantize_pack.quantize_pack, bits=bits, per=per, group=group)
+        yield Case({"op": "quantize_pack", "bits": str(bits), "mode": f"{per}{group}"}, run, (x, counted))
+
+
+def _remat_attention(config: config_dict.ConfigDict, kernels: Kernels) -> Iterator[Case]:
+    """Latents that all heads share, one stream for keys and values or two, inputs, and latents of each head."""
+    heads, head_dim = config.kv_heads, config.head_dim
+    q, lengths = queries(config)
+    table = shaped((config.tokens, head_dim), jnp.float32)
+    streams = {  # heads and width of keys, and whether values are others
+        "shared": (1, config.rank, False),
+        "shared, values apart": (1, config.rank, True),
+        "inputs": (1, config.model_dim, False),
+        "per head": (heads, head_dim, True),
+    }
+    run = functools.partial(_attend_rebuilt, kernels.remat_attention.remat_attention, head_dim**-0.5)
+    kinds = itertools.product(streams.items(), ("token", "channel"), map(int, split_list(config.row_bits)))
+    for (name, (groups, width, apart)), per, bits in kinds:
+        rows = functools.partial(packed, config.batch, groups, config.tokens, width, bits)
+        up = shaped((groups, width, heads * head_dim // groups), jnp.bfloat16)
+        rebuild = Rebuild(up, table, table, norm=shaped((head_dim,), jnp.float32))
+        keys, values = rows(per, 128 if per == "token" else 32), rows("token", 128) if apart else None
+        point = {"op": "remat_attention", "bits": f"{bits}/{bits}" if apart else str(bits), "mode": f"{per}, {name}"}
+        yield Case(point, run, (q, keys, values, rebuild, lengths, lengths))
+
+
+def _attend_rebuilt(remat_attention: Callable, scale: float, q: Any, keys: Packed, values: Packed | None, *rest: Any):
+    """Inside jit, where alone one tensor can be both."""
+    return remat_attention(q, keys, values or keys, *rest, first=0, window=None, scale=scale)
+
+
+def _reconstruct(config: config_dict.ConfigDict, kernels: Kernels) -> Iterator[Case]:
+    below = shaped((config.batch, config.tokens, config.model_dim), jnp.bfloat16)
+    up, until = shaped((config.rank, config.model_dim), jnp.bfloat16), shaped((config.batch,), jnp.int32)
+    for bits, per in itertools.product(map(int, split_list(config.row_bits)), ("token", "channel")):
+        delta = packed(config.batch, 1, config.tokens, config.rank, bits, per, 32)
+        point = {"op": "reconstruct", "bits": str(bits), "mode": f"{per}32"}
+        yield Case(point, kernels.remat_attention.reconstruct, (below, delta, up, until), donated=(0,))
+
+
+def _decode_steps(config: config_dict.ConfigDict, kernels: Kernels) -> Iterator[Case]:
     """One step of a whole model, with every op's kernel where it serves; the cache is updated in place."""
-    return [_decode_step(config, cache, kernel) for cache in split_list(config.caches)]
+    for cache in split_list(config.caches):
+        yield _decode_step(config, cache, kernels.name)
 
 
 def _decode_step(config: config_dict.ConfigDict, cache: str, kernel: str) -> Case:

@@ -11,21 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import multiprocessing
 import os
 import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from ml_collections import config_dict
@@ -34,15 +32,13 @@ from rich.progress import track
 from rich.table import Table
 
 from experiments import program
-from experiments.aot_cases import MODES, PACK, SHAPE, Case, decode_steps, packed, pairs, queries, shaped
+from experiments.aot_cases import SHAPE, Case, Kernels, cases
 from kvjax.caches.plan import split_list
 from kvjax.errors import KvjaxError
 from kvjax.files import brief
-from pallas_kernels.layout import EXACT
 from pallas_kernels.packed_attention import triton as packed_attention
 from pallas_kernels.quantize_pack import triton as quantize_pack
 from pallas_kernels.remat_attention import triton as remat_attention
-from pallas_kernels.remat_attention.weights import Rebuild
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +90,8 @@ TARGETS = {
     "b200": Device("B200", (10, 0), True, 148, 128, 180 << 30, 8_000 * 10**9, 126 << 20, 1.965, 232_448, 233_472),
 }
 
+KERNELS = Kernels("triton", packed_attention, quantize_pack, remat_attention, {})
+
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     targets = split_list(config.targets)
@@ -104,25 +102,14 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     todo = [
         (target, case, {"experiment": "aot_cuda", "target": target, **shape, **case.point})
         for target in targets
-        for case in _cases(config)
+        for case in cases(config, KERNELS)
     ]
     missing = [entry for entry in todo if program.find_row(results, entry[2]) is None]
     with Compiler() as compiler:
         for target, case, point in track(missing, "compile", console=Console(stderr=True)):
-            figures = compiler.compile_for(target, case.function, *case.arguments)
+            figures = compiler.compile_for(target, case)
             program.append_row(results, point | figures | program.provenance())
     Console(width=140).print(_table([row for entry in todo if (row := program.find_row(results, entry[2]))]))
-
-
-def compile_for(target: str, function: Callable, *shaped: Any) -> dict[str, Any]:
-    """What `function`, which can be pickled, of arguments like `shaped` compiles to for a target, in a new process.
-
-    Returns:
-      compiled; if it is, kernels (each with name, registers, spill_stores, spill_loads and shared_memory), seconds
-      and argument, output, alias and temp bytes; otherwise error.
-    """
-    with Compiler() as compiler:
-        return compiler.compile_for(target, function, *shaped)
 
 
 class Compiler:
@@ -138,12 +125,18 @@ class Compiler:
     def __exit__(self, *_: Any) -> None:
         self._end()
 
-    def compile_for(self, target: str, function: Callable, *shaped: Any) -> dict[str, Any]:
+    def compile_for(self, target: str, case: Case) -> dict[str, Any]:
+        """What a case, whose function can be pickled, compiles to for a target.
+
+        Returns:
+          compiled; if it is, kernels (each with name, registers, spill_stores, spill_loads and shared_memory),
+          seconds and argument, output, alias and temp bytes; otherwise error.
+        """
         _device(target)
         if self._process is None:
             self._begin()
         try:
-            self._connection.send((target, function, shaped))
+            self._connection.send((target, case))
             return self._connection.recv()
         except (EOFError, OSError):
             self._process.join()
@@ -174,25 +167,25 @@ class Compiler:
 def _serve(connection: Connection, dump: Path) -> None:
     while True:
         try:
-            target, function, shaped = connection.recv()
+            target, case = connection.recv()
         except EOFError:
             return
         try:
-            figures = _compile(target, function, shaped, dump)
+            figures = _compile(target, case, dump)
         except Exception as error:  # the compiler raises many kinds
             figures = {"compiled": False, "error": brief(error)}
         connection.send(figures)
 
 
-def _compile(target: str, function: Callable, shaped: tuple, dump: Path) -> dict[str, Any]:
+def _compile(target: str, case: Case, dump: Path) -> dict[str, Any]:
     for file in dump.iterdir():
         file.unlink()
     device = TARGETS[target]
     topology = topologies.get_topology_desc(target, "cuda", target_config=device.config(), topology="1x1x1")
     sharding = SingleDeviceSharding(topology.devices[0])
-    shaped = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shaped)
+    shaped = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), case.arguments)
     began = time.perf_counter()
-    compiled = jax.jit(function).lower(*shaped).compile()
+    compiled = jax.jit(case.function, donate_argnums=case.donated).lower(*shaped).compile()
     seconds = time.perf_counter() - began
     memory: Any = compiled.memory_analysis()
     shared = dict(re.findall(r"(\S+) grid: .*shared_memory: (\d+)", _read(dump.glob("*thunk_sequence.txt"))))
@@ -242,74 +235,6 @@ def _device(target: str) -> Device:
     if target not in TARGETS:
         raise KvjaxError(f"target {target!r}; expected one of {', '.join(TARGETS)}")
     return TARGETS[target]
-
-
-def _cases(config: config_dict.ConfigDict) -> Iterator[Case]:
-    makers: dict[str, Callable[..., Iterable[Case]]] = {
-        "packed_attention": _packed_attention,
-        "quantize_pack": _quantize_pack,
-        "remat_attention": _remat_attention,
-        "reconstruct": _reconstruct,
-        "decode_step": functools.partial(decode_steps, kernel="triton"),
-    }
-    for op in split_list(config.ops):
-        if op not in makers:
-            raise KvjaxError(f"op {op!r}; expected one of {', '.join(makers)}")
-        yield from makers[op](config)
-
-
-def _packed_attention(config: config_dict.ConfigDict) -> Iterator[Case]:
-    settings = {"first": 0, "window": None, "scale": config.head_dim**-0.5}
-    run = functools.partial(packed_attention.packed_attention, **settings)
-    q, lengths = queries(config)
-    stored = functools.partial(packed, config.batch, config.kv_heads, config.tokens, config.head_dim)
-    for mode, (k, v) in itertools.product(split_list(config.modes), pairs(config.bits)):
-        if mode not in MODES:
-            raise KvjaxError(f"mode {mode!r}; expected one of {', '.join(MODES)}")
-        if (k, v) == (EXACT, EXACT) and mode != "token":
-            continue
-        keys, values = stored(k, *MODES[mode][:2]), stored(v, *MODES[mode][2:])
-        yield Case(
-            {"op": "packed_attention", "bits": f"{k}/{v}", "mode": mode}, run, (q, keys, values, lengths, lengths)
-        )
-
-
-def _quantize_pack(config: config_dict.ConfigDict) -> Iterator[Case]:
-    blocks = config.batch * config.tokens // PACK
-    x = shaped((blocks, config.kv_heads, PACK, config.head_dim), jnp.bfloat16)
-    counted = shaped((blocks, PACK), jnp.bool_)
-    widths = sorted({width for pair in pairs(config.bits) for width in pair} - {EXACT})
-    for bits, (per, group) in itertools.product(widths, (("token", config.head_dim), ("token", 32), ("channel", 32))):
-        run = functools.partial(quantize_pack.quantize_pack, bits=bits, per=per, group=group)
-        yield Case({"op": "quantize_pack", "bits": str(bits), "mode": f"{per}{group}"}, run, (x, counted))
-
-
-def _remat_attention(config: config_dict.ConfigDict) -> Iterator[Case]:
-    """Latents that all heads share, inputs, and latents of each head."""
-    heads, head_dim = config.kv_heads, config.head_dim
-    q, lengths = queries(config)
-    table = shaped((config.tokens, head_dim), jnp.float32)
-    norm = shaped((head_dim,), jnp.float32)
-    settings = {"first": 0, "window": None, "scale": head_dim**-0.5}
-    run = functools.partial(remat_attention.remat_attention, **settings)
-    streams = {"shared": (1, config.rank), "inputs": (1, config.model_dim), "per head": (heads, head_dim)}
-    for (name, (groups, rank)), per, bits in itertools.product(streams.items(), ("token", "channel"), (2, 3, 4, 8)):
-        rows = functools.partial(packed, config.batch, groups, config.tokens, rank, bits)
-        up = shaped((groups, rank, heads * head_dim // groups), jnp.bfloat16)
-        rebuild = Rebuild(up, table, table, norm=norm)
-        keys, values = rows(per, 128 if per == "token" else 32), rows("token", 128)
-        point = {"op": "remat_attention", "bits": f"{bits}/{bits}", "mode": f"{per}, {name}"}
-        yield Case(point, run, (q, keys, values, rebuild, lengths, lengths))
-
-
-def _reconstruct(config: config_dict.ConfigDict) -> Iterator[Case]:
-    below = shaped((config.batch, config.tokens, config.model_dim), jnp.bfloat16)
-    up = shaped((config.rank, config.model_dim), jnp.bfloat16)
-    until = shaped((config.batch,), jnp.int32)
-    for bits, per in itertools.product((2, 3, 4), ("token", "channel")):
-        delta = packed(config.batch, 1, config.tokens, config.rank, bits, per, 32)
-        point = {"op": "reconstruct", "bits": str(bits), "mode": f"{per}32"}
-        yield Case(point, remat_attention.reconstruct, (below, delta, up, until))
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -1,0 +1,45 @@
+"""What is compiled ahead of time can be traced: shapes and settings fit the kernels."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import aot as tpu_config
+from configs import aot_cuda as cuda_config
+from experiments import aot, aot_cuda
+from experiments.aot_cases import Kernels, cases
+from kvjax.errors import KvjaxError
+
+SMALL = {"batch": 2, "tokens": 1024, "heads": 4, "kv_heads": 2, "rank": 128, "model_dim": 256}
+
+
+def small(kernels: Kernels):
+    config = (tpu_config if kernels is aot.KERNELS else cuda_config).get_config()
+    config.update(SMALL)
+    return config
+
+
+@pytest.mark.parametrize("kernels", [aot.KERNELS, aot_cuda.KERNELS], ids=lambda kernels: kernels.name)
+@pytest.mark.parametrize("op", ["packed_attention", "quantize_pack", "remat_attention", "reconstruct"])
+def test_every_case_is_traced(kernels: Kernels, op: str) -> None:
+    config = small(kernels)
+    config.ops = op
+    found = list(cases(config, kernels))
+    names = [tuple(case.point.values()) for case in found]
+    assert len(set(names)) == len(names) > 1
+    for case in found:
+        results = jax.tree.leaves(jax.eval_shape(case.function, *case.arguments))
+        assert results and all(a.size for a in results)
+        if op.endswith("attention"):
+            assert results[0].dtype == jnp.float32 and results[0].shape[:3] == (2, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"ops": "attention"}, "op 'attention'"), ({"modes": "kivi"}, "mode 'kivi'"), ({"bits": "7/7"}, "bits '7/7'")],
+)
+def test_bad_settings_are_named(settings, message: str) -> None:
+    config = small(aot.KERNELS)
+    config.update(settings)
+    with pytest.raises(KvjaxError, match=message):
+        list(cases(config, aot.KERNELS))
