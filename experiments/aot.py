@@ -39,7 +39,14 @@ from pallas_kernels.remat_attention import mosaic_tpu as remat_attention
 UNITS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "VLOAD:FILL", "VSTORE", "VSTORE:SPILL", "SALU")
 SLOTS = (4, 3, 4, 2, 1, 3, 3, 1, 1, 2)  # of these units in a bundle
 TWICE = 2 * packed_attention.CHUNK
-KERNELS = Kernels("mosaic_tpu", packed_attention, quantize_pack, remat_attention, {"chunk": TWICE})
+KERNELS = Kernels(
+    "mosaic_tpu",
+    {"packed_attention": packed_attention.packed_attention},
+    quantize_pack.quantize_pack,
+    remat_attention.remat_attention,
+    remat_attention.reconstruct,
+    {"chunk": TWICE},
+)
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:

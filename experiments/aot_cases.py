@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -49,13 +48,14 @@ class Case:
 
 
 class Kernels(NamedTuple):
-    """The implementations of a platform: their name, a module an op, and the setting by which packed attention
-    computes twice as many tokens at a time, where there is one."""
+    """A platform's implementations. packed_attention: one or more, by what their rows are called; twice: the settings
+    by which it computes twice as many tokens at a time, where there are such."""
 
     name: str
-    packed_attention: ModuleType
-    quantize_pack: ModuleType
-    remat_attention: ModuleType
+    packed_attention: dict[str, Callable]
+    quantize_pack: Callable
+    remat_attention: Callable
+    reconstruct: Callable
     twice: dict[str, int]
 
 
@@ -65,8 +65,8 @@ def cases(config: config_dict.ConfigDict, kernels: Kernels) -> Iterator[Case]:
     Raises:
       KvjaxError: an op, mode, width, cache or model that is none.
     """
-    makers = {
-        "packed_attention": _packed_attention,
+    makers: dict[str, Callable[..., Iterator[Case]]] = {
+        **{op: functools.partial(_packed_attention, op) for op in kernels.packed_attention},
         "quantize_pack": _quantize_pack,
         "remat_attention": _remat_attention,
         "reconstruct": _reconstruct,
@@ -112,9 +112,9 @@ def queries(config: config_dict.ConfigDict) -> tuple[Any, Any]:
     return shaped(shape, jnp.bfloat16), shaped((config.batch,), jnp.int32)
 
 
-def _packed_attention(config: config_dict.ConfigDict, kernels: Kernels) -> Iterator[Case]:
+def _packed_attention(op: str, config: config_dict.ConfigDict, kernels: Kernels) -> Iterator[Case]:
     settings = {"first": 0, "window": None, "scale": config.head_dim**-0.5}
-    run = functools.partial(kernels.packed_attention.packed_attention, **settings)
+    run = functools.partial(kernels.packed_attention[op], **settings)
     stored = functools.partial(packed, config.batch, config.kv_heads, config.tokens, config.head_dim)
     q, lengths = queries(config)
     for mode, (k, v) in itertools.product(split_list(config.modes), pairs(config.bits)):
@@ -123,7 +123,7 @@ def _packed_attention(config: config_dict.ConfigDict, kernels: Kernels) -> Itera
         if (k, v) == (EXACT, EXACT) and mode != "token":
             continue
         arguments = q, stored(k, *MODES[mode][:2]), stored(v, *MODES[mode][2:]), lengths, lengths
-        point = {"op": "packed_attention", "bits": f"{k}/{v}", "mode": "" if k == v == EXACT else mode}
+        point = {"op": op, "bits": f"{k}/{v}", "mode": "" if k == v == EXACT else mode}
         yield Case(point, run, arguments, functools.partial(run, **kernels.twice) if kernels.twice else None)
 
 
@@ -133,7 +133,7 @@ def _quantize_pack(config: config_dict.ConfigDict, kernels: Kernels) -> Iterator
     counted = shaped((blocks, PACK), jnp.bool_)
     widths = sorted({width for pair in pairs(config.bits) for width in pair} - {EXACT})
     for bits, (per, group) in itertools.product(widths, (("token", config.head_dim), ("token", 32), ("channel", 32))):
-        run = functools.partial(kernels.quantize_pack.quantize_pack, bits=bits, per=per, group=group)
+        run = functools.partial(kernels.quantize_pack, bits=bits, per=per, group=group)
         yield Case({"op": "quantize_pack", "bits": str(bits), "mode": f"{per}{group}"}, run, (x, counted))
 
 
@@ -148,7 +148,7 @@ def _remat_attention(config: config_dict.ConfigDict, kernels: Kernels) -> Iterat
         "inputs": (1, config.model_dim, False),
         "per head": (heads, head_dim, True),
     }
-    run = functools.partial(_attend_rebuilt, kernels.remat_attention.remat_attention, head_dim**-0.5)
+    run = functools.partial(_attend_rebuilt, kernels.remat_attention, head_dim**-0.5)
     kinds = itertools.product(streams.items(), ("token", "channel"), map(int, split_list(config.row_bits)))
     for (name, (groups, width, apart)), per, bits in kinds:
         rows = functools.partial(packed, config.batch, groups, config.tokens, width, bits)
@@ -170,7 +170,7 @@ def _reconstruct(config: config_dict.ConfigDict, kernels: Kernels) -> Iterator[C
     for bits, per in itertools.product(map(int, split_list(config.row_bits)), ("token", "channel")):
         delta = packed(config.batch, 1, config.tokens, config.rank, bits, per, 32)
         point = {"op": "reconstruct", "bits": str(bits), "mode": f"{per}32"}
-        yield Case(point, kernels.remat_attention.reconstruct, (below, delta, up, until), donated=(0,))
+        yield Case(point, kernels.reconstruct, (below, delta, up, until), donated=(0,))
 
 
 def _decode_steps(config: config_dict.ConfigDict, kernels: Kernels) -> Iterator[Case]:

@@ -14,6 +14,7 @@ import functools
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 import time
@@ -90,7 +91,23 @@ TARGETS = {
     "b200": Device("B200", (10, 0), True, 148, 128, 180 << 30, 8_000 * 10**9, 126 << 20, 1.965, 232_448, 233_472),
 }
 
-KERNELS = Kernels("triton", packed_attention, quantize_pack, remat_attention, {})
+
+def kernels_of(target: str) -> Kernels:
+    """jax-triton asks a device what it can do, unless it is told."""
+    major, minor = _device(target).capability
+    attention: dict[str, Callable] = {
+        "packed_attention": packed_attention.packed_attention,
+        "packed_attention_jax_triton": functools.partial(by_jax_triton, compute_capability=10 * major + minor),
+    }
+    others = quantize_pack.quantize_pack, remat_attention.remat_attention, remat_attention.reconstruct
+    return Kernels("triton", attention, *others, {})
+
+
+def by_jax_triton(*args: Any, **settings: Any):
+    """Imported in the compiler's process."""
+    from pallas_kernels.packed_attention import jax_triton
+
+    return jax_triton.packed_attention(*args, **settings)
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
@@ -102,7 +119,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     todo = [
         (target, case, {"experiment": "aot_cuda", "target": target, **shape, **case.point})
         for target in targets
-        for case in cases(config, KERNELS)
+        for case in cases(config, kernels_of(target))
     ]
     missing = [entry for entry in todo if program.find_row(results, entry[2]) is None]
     with Compiler() as compiler:
@@ -148,8 +165,12 @@ class Compiler:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         dump = tempfile.TemporaryDirectory(prefix="aot-cuda-")
-        # Both are read once, at the latest when jax starts; without the first, the plugin looks for a driver.
-        settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_dump_to={dump.name} --xla_dump_hlo_as_text"}
+        # They are read once, at the latest when jax starts; without the first, the plugin looks for a driver.
+        settings = {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_dump_to={dump.name} --xla_dump_hlo_as_text",
+            "JAX_TRITON_DUMP_DIR": f"{dump.name}/jax_triton",
+        }
         with mock.patch.dict(os.environ, settings):
             self._process = context.Process(target=_serve, args=(theirs, Path(dump.name)), daemon=True)
             self._process.start()
@@ -178,8 +199,8 @@ def _serve(connection: Connection, dump: Path) -> None:
 
 
 def _compile(target: str, case: Case, dump: Path) -> dict[str, Any]:
-    for file in dump.iterdir():
-        file.unlink()
+    for entry in dump.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     device = TARGETS[target]
     topology = topologies.get_topology_desc(target, "cuda", target_config=device.config(), topology="1x1x1")
     sharding = SingleDeviceSharding(topology.devices[0])
@@ -189,9 +210,10 @@ def _compile(target: str, case: Case, dump: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     memory: Any = compiled.memory_analysis()
     shared = dict(re.findall(r"(\S+) grid: .*shared_memory: (\d+)", _read(dump.glob("*thunk_sequence.txt"))))
+    shared |= dict(re.findall(r"(\S+): shared_mem_bytes: (\d+)", _read(dump.rglob("*.compile_info"))))
     kernels = [
         kernel | {"shared_memory": int(shared.get(kernel["name"], 0))}
-        for ptx in sorted(dump.glob("*.ptx"))
+        for ptx in sorted(dump.rglob("*.ptx"))
         for kernel in _resources(ptx, device.architecture)
     ]
     return {

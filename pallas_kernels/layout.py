@@ -136,8 +136,14 @@ def check_span(
 def implementation_of(op: str, name: str, names: Sequence[str], function: str | None = None) -> Callable:
     """The function of an op's folder that one of its implementations has; imported only when it is asked for.
 
-    Raises ValueError where there is no such implementation.
+    Raises:
+      ValueError: there is no such implementation.
+      NotImplementedError: what it is built on is not installed.
     """
     if name not in names:
         raise ValueError(f"implementation {name!r}; expected one of {', '.join(names)}")
-    return getattr(importlib.import_module(f"{op}.{name}"), function or op.rpartition(".")[2])
+    try:
+        module = importlib.import_module(f"{op}.{name}")
+    except ImportError as error:
+        raise NotImplementedError(f"{name}: {error}") from None
+    return getattr(module, function or op.rpartition(".")[2])

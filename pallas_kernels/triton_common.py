@@ -1,15 +1,9 @@
-"""What the Triton kernels share: which bytes hold which tokens, and how bytes become floats.
-
-Attention does not care about the order of tokens, so codes are never interleaved. A program's block of tokens falls
-into sub-tiles, at the finest granularity of all planes it reads: runs of tokens that lie at one shift of every plane.
-A sub-tile is then, in every plane, a set of whole byte rows and one shift.
-"""
+"""What the Triton kernels share: a block of a packed tensor in registers, as floats."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import operator
 
 import jax
@@ -18,27 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float16, Float32, Int32, UInt8
 
-from pallas_kernels.layout import EXACT, PLANES, Packed
-
-LOG2_E = math.log2(math.e)
-LIFT = 1024.0  # float16 probabilities are stored this much larger, away from its smallest numbers
-PROGRAMS = 2 * 132  # enough to fill a large GPU
-SMALLEST = 16  # what a tensor core multiplies at least along the summed axis
-BYTES = 0x01010101  # a mask of one byte, times this, masks the four bytes of a register
-
-
-def power_of_two(x: int) -> bool:
-    return x & (x - 1) == 0
-
-
-def quotient(x: Int32[Array, "*s"], y: int) -> Int32[Array, "*s"]:
-    """x // y of what is not negative, without the instructions by which `//` minds the sign."""
-    return jax.lax.div(x, jnp.full(x.shape, y, x.dtype))
-
-
-def remainder(x: Int32[Array, "*s"], y: int) -> Int32[Array, "*s"]:
-    """x % y of what is not negative."""
-    return jax.lax.rem(x, jnp.full(x.shape, y, x.dtype))
+from pallas_kernels.gpu_layout import SMALLEST, Cut, Stored, power_of_two, quotient, remainder
+from pallas_kernels.layout import Packed
 
 
 def dot(a: Float[Array, "_ _"], b: Float[Array, "_ _"], over_a: int, over_b: int) -> Float32[Array, "_ _"]:
@@ -61,35 +36,6 @@ def share(low: Array, end: Array, block: int, splits: int, index: Array) -> tupl
     each = pl.cdiv(jnp.maximum(end - begin, 0), splits)
     begin += index * each
     return begin, jnp.minimum(begin + each, end)
-
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """The static half of a packed tensor: what a kernel knows when it is traced."""
-
-    bits: int
-    per: str
-    group: int
-    pack: int
-    tokens: int
-    channels: int
-
-    @classmethod
-    def of(cls, packed: Packed) -> Stored:
-        return cls(packed.bits, packed.per, packed.group, packed.pack, packed.shape[2], packed.shape[3])
-
-    @property
-    def exact(self) -> bool:
-        return self.bits == EXACT
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return (8,) if self.exact else PLANES[self.bits]
-
-    @property
-    def groups(self) -> int:
-        """Groups a token's channels fall into, as far as scales differ between them."""
-        return 1 if self.exact or self.per == "channel" else self.channels // self.group
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,48 +86,6 @@ def pieces(stored: Stored, *, whole: bool) -> list[Piece]:
     return cut
 
 
-@dataclasses.dataclass(frozen=True)
-class Cut:
-    """Blocks of `repeats` spans; a span falls into runs of `run` tokens, and run m of every span forms sub-tile m."""
-
-    span: int
-    run: int
-    repeats: int
-
-    @property
-    def block(self) -> int:
-        return self.span * self.repeats
-
-    @property
-    def rows(self) -> int:
-        """Tokens of a sub-tile."""
-        return self.run * self.repeats
-
-    @property
-    def tiles(self) -> int:
-        return self.span // self.run
-
-    def spans(self, block: Array) -> Int32[Array, "rows"]:
-        """The span of each token of a sub-tile."""
-        return block * self.repeats + quotient(jnp.arange(self.rows), self.run)
-
-    def positions(self, block: Array, tile: int) -> Int32[Array, "rows"]:
-        return self.spans(block) * self.span + tile * self.run + remainder(jnp.arange(self.rows), self.run)
-
-
-def cut(streams: list[Stored], rows: int, block: int | None = None) -> Cut:
-    """Blocks over tensors read side by side: of `block` tokens, or of the fewest whose sub-tiles have `rows`."""
-    packed = [s for s in streams if not s.exact]
-    if any(not power_of_two(s.pack) for s in packed):
-        raise NotImplementedError(f"packs of {', '.join(str(s.pack) for s in packed)}; expected powers of two")
-    span = max([s.pack for s in packed], default=SMALLEST)
-    run = min([s.pack * min(s.widths) // 8 for s in packed], default=span)
-    smallest = span * max(1, SMALLEST // run)
-    if block is not None and (block % smallest or not power_of_two(block // smallest)):
-        raise NotImplementedError(f"blocks of {block} tokens; expected {smallest} times a power of two")
-    return Cut(span, run, block // span if block is not None else max(1, rows // run, smallest // span))
-
-
 class Stream:
     """A packed tensor [S, D] of one head inside a kernel: sub-tiles of one block as floats.
 
@@ -200,13 +104,11 @@ class Stream:
         """Codes plus `offset(dtype)`, exact in float32 and bfloat16."""
         if dtype == jnp.float32 or self.interpret:
             return (self._codes(tile, piece).astype(jnp.float32) + self.offset(dtype)).astype(dtype)
-        words, shifts = self._words(tile, piece)
-        return _inline(_unpack(self.stored.widths, shifts, 2) + _bfloat16(self.stored.bits), words, dtype)
+        return self._inline(tile, self._words(tile, piece), False, dtype)
 
     def offset(self, dtype: jnp.dtype) -> int:
-        """What `codes` adds: the float whose last digits a code replaces, left in, since it can be subtracted from
-        sums more cheaply than from every code."""
-        return 0 if dtype == jnp.float32 else -128 if self.stored.bits == 8 else 128
+        """What `codes` adds."""
+        return self.stored.offset(dtype != jnp.float32)
 
     def dequantized(self, tile: int, piece: Piece, dtype: jnp.dtype) -> Float[Array, "rows width"]:
         """codes * scale + zero in float32 or float16."""
@@ -214,10 +116,15 @@ class Stream:
         if dtype == jnp.float32 or self.interpret:
             codes = self._codes(tile, piece).astype(jnp.float32)
             return (codes * scale.astype(jnp.float32) + zero.astype(jnp.float32)).astype(dtype)
-        words, shifts = self._words(tile, piece)
-        return _inline(
-            _unpack(self.stored.widths, shifts, 2) + _float16(2 + len(words)), [*words, scale, zero], dtype
+        return self._inline(tile, [*self._words(tile, piece), scale, zero], True, dtype)
+
+    def _inline(self, tile: int, args: list[Array], scaled: bool, dtype: jnp.dtype) -> Float[Array, "rows width"]:
+        code, operands = self.stored.assembly(tile * self.cut.run, scaled), self.stored.operands(scaled)
+        result = jax.ShapeDtypeStruct(args[0].shape, dtype)
+        [out] = plgpu.elementwise_inline_asm(
+            code, args=args, constraints=operands, pack=4, result_shape_dtypes=[result]
         )
+        return out
 
     def token_scale(self, part: str, tile: int, group: int | Array) -> Float32[Array, "rows"]:
         """Scale or zero point of one group of channels, per token."""
@@ -244,7 +151,7 @@ class Stream:
             shape = (rows, piece.groups, piece.width // piece.groups)
             scales = self._token_groups(part, tile, piece, piece.groups)
             return jax.lax.broadcast_in_dim(scales, shape, (0, 1)).reshape(rows, piece.width)
-        cell = math.gcd(self.stored.group, self.cut.run)  # tokens that share scales for sure
+        cell = self.stored.shared_tokens(self.cut.run)
         scales = self._cells(part, tile, piece, cell)
         shape = (rows // cell, cell, piece.width)
         return jax.lax.broadcast_in_dim(scales, shape, (0, 2)).reshape(rows, piece.width)
@@ -266,16 +173,14 @@ class Stream:
         load = lambda: getattr(self.refs, part)[row[:, None], piece.channels()[None, :]]  # noqa: E731
         return self._once((part, key, piece), load)
 
-    def _words(self, tile: int, piece: Piece) -> tuple[list[UInt8[Array, "rows width"]], list[int]]:
-        """The bytes of a sub-tile in each plane, and the shifts at which it stands there."""
-        within = [tile * self.cut.run % self.stored.pack // (self.stored.pack * w // 8) for w in self.stored.widths]
-        words = [self._bytes(plane, tile, piece) for plane in range(len(self.stored.widths))]
-        return words, [w * i for w, i in zip(self.stored.widths, within, strict=True)]
+    def _words(self, tile: int, piece: Piece) -> list[UInt8[Array, "rows width"]]:
+        """The bytes of a sub-tile in each plane."""
+        return [self._bytes(plane, tile, piece) for plane in range(len(self.stored.widths))]
 
     def _codes(self, tile: int, piece: Piece) -> UInt8[Array, "rows width"]:
         parts, low = [], 0
-        words, shifts = self._words(tile, piece)
-        for width, word, shift in zip(self.stored.widths, words, shifts, strict=True):
+        for plane, (width, word) in enumerate(zip(self.stored.widths, self._words(tile, piece), strict=True)):
+            _, shift = self.stored.place(plane, tile * self.cut.run)
             parts.append(((word >> shift) & ((1 << width) - 1)) << low)
             low += width
         return functools.reduce(operator.or_, parts)
@@ -283,10 +188,7 @@ class Stream:
     def _bytes(self, plane: int, tile: int, piece: Piece) -> Array:
         """[rows, width] of a plane: bytes, or the values themselves where they are exact."""
         stored, width = self.stored, self.stored.widths[plane]
-        first = tile * self.cut.run
-        if not stored.exact:
-            run = stored.pack * width // 8
-            first = first // stored.pack * run + first % stored.pack % run
+        first, _ = stored.place(plane, tile * self.cut.run)
         row = (
             self.cut.spans(self.block) * (self.cut.span * width // 8)
             + first
@@ -304,51 +206,6 @@ class Stream:
         if key not in self._loaded:
             self._loaded[key] = load()
         return self._loaded[key]
-
-
-def _unpack(widths: tuple[int, ...], shifts: list[int], first: int) -> str:
-    """PTX: register t is the codes of four bytes, from the planes' bytes in operands `first` and on."""
-    lines, low = [".reg .b32 t, u, a, b, c, d, m; mov.b32 t, 0;"], 0
-    for plane, (width, shift) in enumerate(zip(widths, shifts, strict=True)):
-        move = (
-            f"shr.b32 u, ${first + plane}, {shift - low};"
-            if shift >= low
-            else f"shl.b32 u, ${first + plane}, {low - shift};"
-        )
-        lines.append(f"{move} and.b32 u, u, {((1 << width) - 1 << low) * BYTES:#x}; or.b32 t, t, u;")
-        low += width
-    return " ".join(lines)
-
-
-def _bfloat16(bits: int) -> str:
-    """PTX: codes in t as bfloat16 by writing them into the mantissa of 128, where they fill 7 bits at most.
-
-    Codes of 8 bits: the low 7 that way, minus 128 or 256 as the high bit says, is the code minus 128."""
-    spread = "mov.b32 m, 0x43434343; prmt.b32 {0}, {2}, m, 0x4140; prmt.b32 {1}, {2}, m, 0x4342;"
-    if bits < 8:
-        return spread.format("$0", "$1", "t")
-    high = "not.b32 u, t; and.b32 u, u, 0x80808080; and.b32 t, t, 0x7f7f7f7f;"
-    minus = "mov.b32 m, 0xbf80bf80; fma.rn.bf16x2 $0, c, m, a; fma.rn.bf16x2 $1, d, m, b;"
-    return f"{high} {spread.format('a', 'b', 't')} {spread.format('c', 'd', 'u')} {minus}"
-
-
-def _float16(first: int) -> str:
-    """PTX: codes in t as float16 through the mantissa of 1024, times scale plus zero from operands `first` and on."""
-    spread = "mov.b32 m, 0x64646464; prmt.b32 a, t, m, 0x4140; prmt.b32 b, t, m, 0x4342;"
-    minus = "mov.b32 m, 0x64006400; sub.rn.f16x2 a, a, m; sub.rn.f16x2 b, b, m;"
-    scaled = f"fma.rn.f16x2 $0, a, ${first}, ${first + 2}; fma.rn.f16x2 $1, b, ${first + 1}, ${first + 3};"
-    return f"{spread} {minus} {scaled}"
-
-
-def _inline(code: str, args: list[Array], dtype: jnp.dtype) -> Float[Array, "rows width"]:
-    """Four elements at a time. Results may not share registers with arguments, which are read after the first."""
-    registers = sum(1 if arg.dtype.itemsize == 1 else 2 for arg in args)
-    constraints = ",".join(["=&r", "=&r", *["r"] * registers])
-    result = jax.ShapeDtypeStruct(args[0].shape, dtype)
-    [out] = plgpu.elementwise_inline_asm(
-        f"{{ {code} }}", args=args, constraints=constraints, pack=4, result_shape_dtypes=[result]
-    )
-    return out
 
 
 def heads_spec(array: Array) -> pl.BlockSpec:

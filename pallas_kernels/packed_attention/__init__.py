@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float32, Int
 from pallas_kernels import layout
 from pallas_kernels.layout import Packed
 
-IMPLEMENTATIONS = ("triton", "mosaic_tpu", "native", "reference")
+IMPLEMENTATIONS = ("triton", "jax_triton", "mosaic_tpu", "native", "reference")
 
 
 def packed_attention(
@@ -41,7 +41,7 @@ def packed_attention(
       first: positions below it (sinks, say) are left out.
       stop: at most S.
       scale: of the scores; D**-0.5 where None.
-      implementation: "triton" (GPU), "mosaic_tpu" (TPU), "native" (CPU) or "reference" (anywhere, slow).
+      implementation: "triton" or "jax_triton" (GPU), "mosaic_tpu" (TPU), "native" (CPU), "reference" (slow).
       interpret: runs the kernel in Pallas' interpreter.
 
     Returns:

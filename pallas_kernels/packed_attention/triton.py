@@ -9,9 +9,7 @@ code and scale.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
 from collections.abc import Iterable
 
 import jax
@@ -20,61 +18,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float32, Int
 
+from pallas_kernels.gpu_layout import LIFT, LOG2_E, Stored, quotient, remainder
 from pallas_kernels.layout import MASKED, Packed, by_kv_head, by_query
-from pallas_kernels.triton_common import (
-    LIFT,
-    LOG2_E,
-    PROGRAMS,
-    Cut,
-    Piece,
-    Stored,
-    Stream,
-    cut,
-    dot,
-    heads_spec,
-    pieces,
-    quotient,
-    remainder,
-    share,
-    span,
-)
+from pallas_kernels.packed_attention import gpu
+from pallas_kernels.packed_attention.gpu import LOWEST
+from pallas_kernels.triton_common import Piece, Stream, dot, heads_spec, pieces, share, span
 from pallas_kernels.tuning import attention_class, lookup
 
-LOWEST = -1e20  # the first running maximum: far above MASKED, so that masked scores have probability 0
-MOST_ROWS = 64  # query rows of a kv head
 MOST_FOLDED = 2  # groups of a token whose scales multiply scores
 MOST_STACKED = 64  # columns of probabilities times scales
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """All that a kernel knows when it is traced."""
-
-    keys: Stored
-    values: Stored
-    cut: Cut
-    tokens: int  # queries of a sequence
-    ratio: int  # query heads of a kv head
-    splits: int
-    first: int
-    window: int | None
-    scale: float
-    dtype: jnp.dtype  # of q
-    interpret: bool
-
-    @property
-    def rows(self) -> int:
-        return self.tokens * self.ratio
-
-    @property
-    def distinct(self) -> int:
-        """Rows padded to a power of two."""
-        return 1 << (self.rows - 1).bit_length()
-
-    @property
-    def columns(self) -> int:
-        """What a tensor core takes at least: all rows, again and again."""
-        return max(8, self.distinct)
+class Plan(gpu.Plan):
+    """All that the kernel knows when it is traced."""
 
     def stacked(self, piece: Piece) -> int:
         """Columns of probabilities that carry scales: the first columns those of the first group, and so on."""
@@ -100,7 +56,7 @@ class Plan:
     @property
     def made(self) -> jnp.dtype:
         """The type of values made in registers."""
-        return jnp.dtype(jnp.float32 if self.dtype == jnp.float32 else jnp.float16)
+        return jnp.dtype(jnp.float16 if self.light else jnp.float32)
 
 
 def packed_attention(
@@ -119,28 +75,13 @@ def packed_attention(
     num_warps: int | None = None,
     num_stages: int | None = None,
 ) -> tuple[Float32[Array, "B T H V"], Float32[Array, "B T H"]]:
-    batch, tokens, heads, _ = q.shape
-    kv_heads = keys.shape[1]
-    ratio = heads // kv_heads
-    if tokens * ratio > MOST_ROWS:
-        raise NotImplementedError(f"{tokens} queries of {ratio} heads; at most {MOST_ROWS} rows a kv head")
-    if block is None or num_warps is None or num_stages is None or splits is None:
-        chosen = defaults(q, keys, values) | lookup("packed_attention", attention_class(q.shape, keys, values))
-        block, splits = block or chosen["block"], splits or chosen["splits"]
-        num_warps, num_stages = num_warps or chosen["num_warps"], num_stages or chosen["num_stages"]
-    stored = Stored.of(keys), Stored.of(values)
-    plan = Plan(
-        *stored,
-        cut(list(stored), 0, block),
-        tokens,
-        ratio,
-        splits,
-        first,
-        window,
-        scale,
-        jnp.dtype(q.dtype),
-        interpret,
-    )
+    settings = {"block": block, "splits": splits, "num_warps": num_warps, "num_stages": num_stages}
+    given = {name: value for name, value in settings.items() if value is not None}
+    if len(given) < len(settings):
+        tuned = lookup("packed_attention", attention_class(q.shape, keys, values))
+        given = defaults(q, keys, values) | tuned | given
+    plan, launch = gpu.plan_of(Plan, q, keys, values, first, window, scale, interpret, given)
+    (batch, tokens, _, _), kv_heads, splits = q.shape, keys.shape[1], plan.splits
     rows, width = by_kv_head(q, kv_heads), values.shape[3]
     own = lambda b, k, s: (b, k, s, 0, 0)  # noqa: E731
     output, lse = pl.pallas_call(
@@ -161,10 +102,10 @@ def packed_attention(
             jax.ShapeDtypeStruct((batch, kv_heads, splits, plan.rows, width), jnp.float32),
             jax.ShapeDtypeStruct((batch, kv_heads, splits, plan.rows), jnp.float32),
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        compiler_params=plgpu.CompilerParams(**launch),
         interpret=interpret,
     )(rows, start.astype(jnp.int32), stop.astype(jnp.int32), keys, values)
-    output, lse = merge(output, lse)
+    output, lse = gpu.merge(output, lse)
     return by_query(output, tokens), by_query(lse[..., None], tokens)[..., 0]
 
 
@@ -174,28 +115,10 @@ def defaults(q: Float[Array, "B T H D"], keys: Packed, values: Packed) -> dict[s
     Sub-tiles of 64 tokens give each of four warps rows of its own. Fewer where registers would spill: for many
     queries and for float32, and where single bits, of which a block has eight sub-tiles, stand beside exact values.
     """
-    batch, tokens, heads, _ = q.shape
-    stored, kv_heads = [Stored.of(keys), Stored.of(values)], keys.shape[1]
-    columns, light = tokens * heads // kv_heads, q.dtype == jnp.bfloat16
+    stored = Stored.of(keys), Stored.of(values)
     crowded = any(s.exact for s in stored) and min(width for s in stored for width in s.widths) == 1
-    rows = 16 if columns > 16 or not light else 32 if crowded else 64
-    chosen = cut(stored, rows)
-    splits = min(math.ceil(PROGRAMS / (batch * kv_heads)), math.ceil(keys.shape[2] / (2 * chosen.block)))
-    warps = 4 if columns <= 32 and light else 8
-    return {"block": chosen.block, "splits": max(1, splits), "num_warps": warps, "num_stages": 2}
-
-
-def merge(
-    output: Float32[Array, "B K N R V"], lse: Float32[Array, "B K N R"]
-) -> tuple[Float32[Array, "B K R V"], Float32[Array, "B K R"]]:
-    """Attention over all parts from that over each of N."""
-    if lse.shape[2] == 1:
-        return output[:, :, 0], lse[:, :, 0]
-    highest = lse.max(2, keepdims=True)
-    weights = jnp.exp(lse - highest)
-    total = weights.sum(2)
-    merged = (output * weights[..., None]).sum(2) / total[..., None]
-    return merged, highest[:, :, 0] + jnp.log(total)
+    many = q.shape[1] * q.shape[2] // keys.shape[1] > 16 or q.dtype != jnp.bfloat16
+    return gpu.settings_of(q, keys, values, 16 if many else 32 if crowded else 64)
 
 
 def _kernel(q_ref, start_ref, stop_ref, keys: Packed, values: Packed, output_ref, lse_ref, *, plan: Plan) -> None:

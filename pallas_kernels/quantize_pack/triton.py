@@ -17,8 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Float16, Float32, Int32, UInt8
 
+from pallas_kernels.gpu_layout import power_of_two
 from pallas_kernels.layout import PLANES
-from pallas_kernels.triton_common import power_of_two
 
 MOST = 8192  # values a program holds
 WIDE = 128  # channels of a program, where groups do not ask for more

@@ -18,23 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
+from pallas_kernels.gpu_layout import LIFT, LOG2_E, PROGRAMS, Cut, Stored, cut, quotient
 from pallas_kernels.layout import MASKED, Packed, by_kv_head, by_query
 from pallas_kernels.remat_attention.weights import Rebuild
-from pallas_kernels.triton_common import (
-    LIFT,
-    LOG2_E,
-    PROGRAMS,
-    Cut,
-    Stored,
-    Stream,
-    cut,
-    dot,
-    piece_at,
-    piece_width,
-    quotient,
-    share,
-    span,
-)
+from pallas_kernels.triton_common import Stream, dot, piece_at, piece_width, share, span
 
 MOST_ROWS = 16  # query rows of a kv head
 MOST_COLUMNS = 64  # query rows that one program weighs rows for

@@ -10,6 +10,7 @@ from experiments import aot, aot_cuda
 from experiments.aot_cases import Kernels, cases
 from kvjax.errors import KvjaxError
 
+CUDA = aot_cuda.kernels_of("h100")
 SMALL = {"batch": 2, "tokens": 1024, "heads": 4, "kv_heads": 2, "rank": 128, "model_dim": 256}
 
 
@@ -19,7 +20,7 @@ def small(kernels: Kernels):
     return config
 
 
-@pytest.mark.parametrize("kernels", [aot.KERNELS, aot_cuda.KERNELS], ids=lambda kernels: kernels.name)
+@pytest.mark.parametrize("kernels", [aot.KERNELS, CUDA], ids=lambda kernels: kernels.name)
 @pytest.mark.parametrize("op", ["packed_attention", "quantize_pack", "remat_attention", "reconstruct"])
 def test_every_case_is_traced(kernels: Kernels, op: str) -> None:
     config = small(kernels)

@@ -32,7 +32,7 @@ def test_what_is_measured_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     used = []
     plan = triton.Plan
-    monkeypatch.setattr(triton, "Plan", lambda *args: used.append(args[5]) or plan(*args))
+    monkeypatch.setattr(triton, "Plan", lambda *args: used.append(args[5]) or plan(*args))  # the splits
     tuning._table.cache_clear()
     triton.packed_attention(*args, first=0, window=None, scale=0.1, interpret=True)
     tuning._table.cache_clear()

@@ -105,7 +105,9 @@ def test_what_does_not_serve_is_passed_over() -> None:
 @pytest.mark.parametrize("names", [{"packed_attention": "cuda"}, {"attention": "xla"}, {"quantize_pack": "native"}])
 def test_unknown_names(names) -> None:
     with (
-        pytest.raises(KvjaxError, match=r"expected xla, or packed_attention=triton or mosaic_tpu or native"),
+        pytest.raises(
+            KvjaxError, match=r"expected xla, or packed_attention=triton or jax_triton or mosaic_tpu or native"
+        ),
         using(**names),
     ):
         pass

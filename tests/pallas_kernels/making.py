@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from pallas_kernels.layout import EXACT, PLANES, Packed
 # The kernels that can be tested here, and whether in Pallas' interpreter: all on CPU, a device's own on the device.
 INTERPRETED = {
     "cpu": {"native": False, "triton": True, "mosaic_tpu": True},
-    "gpu": {"triton": False},
+    "gpu": {"triton": False} | ({"jax_triton": False} if importlib.util.find_spec("jax_triton") else {}),
     "tpu": {"mosaic_tpu": False},
 }[jax.default_backend()]
 

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels import triton_common
+from pallas_kernels import gpu_layout
 from pallas_kernels.layout import PLANES
 
 FLOATS = {"bf16x2": ml_dtypes.bfloat16, "f16x2": np.float16}
@@ -76,7 +76,7 @@ def cases(bits: int):
 @pytest.mark.parametrize("bits", PLANES)
 def test_codes_in_bfloat16(bits: int) -> None:
     for planes, shifts, codes in cases(bits):
-        code = triton_common._unpack(PLANES[bits], shifts, 2) + triton_common._bfloat16(bits)
+        code = gpu_layout._unpack(PLANES[bits], shifts, 2) + gpu_layout._bfloat16(bits)
         registers = emulate(code, {f"${2 + i}": word(plane) for i, plane in enumerate(planes)})
         np.testing.assert_array_equal(floats(registers, "bf16x2"), codes + (-128 if bits == 8 else 128))
 
@@ -87,7 +87,7 @@ def test_values_in_float16(bits: int) -> None:
     for planes, shifts, codes in cases(bits):
         scale, zero = rng.random(4).astype(np.float16), rng.standard_normal(4).astype(np.float16)
         first = 2 + len(planes)
-        code = triton_common._unpack(PLANES[bits], shifts, 2) + triton_common._float16(first)
+        code = gpu_layout._unpack(PLANES[bits], shifts, 2) + gpu_layout._float16(first)
         words = [*map(word, planes), *map(int, scale.view(np.uint32)), *map(int, zero.view(np.uint32))]
         registers = emulate(code, {f"${2 + i}": each for i, each in enumerate(words)})
         wanted = (codes * scale.astype(np.float64) + zero).astype(np.float16)

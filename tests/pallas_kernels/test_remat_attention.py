@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from making import INTERPRETED, packed, values
 
-from pallas_kernels.remat_attention import reconstruct, remat_attention
+from pallas_kernels.remat_attention import IMPLEMENTATIONS, reconstruct, remat_attention
 from pallas_kernels.remat_attention.weights import Rebuild
 
-KERNELS = [name for name in INTERPRETED if name != "native"]
+KERNELS = [name for name in INTERPRETED if name in IMPLEMENTATIONS]
 
 
 class Case(NamedTuple):

@@ -1,0 +1,93 @@
+"""Packed attention for GPUs through jax-triton: the same plan as triton.py, the kernel in Triton's own language.
+
+JAX deprecates Pallas' way through Triton; this one does not need it. Channels need not come in pieces; where a token
+has several groups, or scales are per channel, values are made in registers. The running maximum moves with every
+sub-tile.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from pallas_kernels.gpu_layout import Stored, power_of_two
+from pallas_kernels.layout import Packed, by_kv_head, by_query
+from pallas_kernels.packed_attention import gpu
+
+
+def packed_attention(
+    q: Float[Array, "B T H D"],
+    keys: Packed,
+    values: Packed,
+    start: Int[Array, "B"],
+    stop: Int[Array, "B"],
+    *,
+    first: int,
+    window: int | None,
+    scale: float,
+    interpret: bool = False,
+    compute_capability: int | None = None,
+    **settings: int,
+) -> tuple[Float32[Array, "B T H V"], Float32[Array, "B T H"]]:
+    """See `pallas_kernels.packed_attention`.
+
+    compute_capability: of the device that is compiled for, 90 say; that of this machine's where None.
+    settings: block, splits, num_warps, num_stages, where they are not to be `defaults`.
+    """
+    if interpret:
+        raise NotImplementedError("Pallas' interpreter does not run Triton's language")
+    jax_triton, kernel = _modules()
+    chosen = defaults(q, keys, values) | settings
+    plan, launch = gpu.plan_of(gpu.Plan, q, keys, values, first, window, scale, interpret, chosen)
+    parts = q.shape[0], keys.shape[1], plan.splits
+    shapes = (*parts, plan.rows, values.shape[3]), (*parts, plan.rows)
+    output, lse = jax_triton.triton_call(
+        *arguments(q, keys, values, start, stop),
+        kernel=kernel.attend_kernel,
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+        grid=parts,
+        P=plan,
+        KV_HEADS=keys.shape[1],
+        compute_capability=compute_capability,
+        **launch,
+    )
+    output, lse = gpu.merge(output, lse)
+    return by_query(output, q.shape[1]), by_query(lse[..., None], q.shape[1])[..., 0]
+
+
+def _modules() -> tuple[Any, Any]:
+    """jax-triton and the kernel, which is written in Triton."""
+    try:
+        kernel = importlib.import_module("pallas_kernels.packed_attention.jax_triton_kernel")
+        return importlib.import_module("jax_triton"), kernel
+    except (ImportError, AttributeError) as error:  # the latter where jax is there for no GPU
+        raise NotImplementedError(f"no jax-triton: {error}") from None
+
+
+def arguments(q: Array, keys: Packed, values: Packed, start: Array, stop: Array) -> tuple[Array, ...]:
+    """What the kernel reads, in its order; for planes and scales that a tensor has not, another array of it.
+
+    Raises NotImplementedError: groups that the kernel cannot spread over channels.
+    """
+    arrays = [by_kv_head(q, keys.shape[1]), start.astype(jnp.int32), stop.astype(jnp.int32)]
+    for packed in (keys, values):
+        stored = Stored.of(packed)
+        if stored.groups > 1 and not power_of_two(stored.group):
+            raise NotImplementedError(f"groups of {stored.group} channels; expected a power of two")
+        scales = [packed.planes[0] if a is None else a for a in (packed.scale, packed.zero)]
+        arrays += [packed.planes[0], packed.planes[-1], *scales]
+    return tuple(arrays)
+
+
+def defaults(q: Float[Array, "B T H D"], keys: Packed, values: Packed) -> dict[str, int]:
+    """Sub-tiles of 64 tokens; fewer where registers would spill, since all bytes of a block are held at once: many
+    queries, float32, two planes, unequal widths."""
+    stored = [s for s in (Stored.of(keys), Stored.of(values)) if not s.exact]
+    widths = {width for s in stored for width in s.widths}
+    many = q.shape[1] * q.shape[2] // keys.shape[1] > 16 or q.dtype != jnp.bfloat16
+    rows = 16 if many or {1, 4} <= widths else 32 if len(widths) > 1 else 64
+    return gpu.settings_of(q, keys, values, rows)

@@ -1,0 +1,44 @@
+"""The jax-triton kernel over all pairs of widths in Triton's interpreter, which has to be chosen before Triton is
+imported: python triton_interpreter.py, with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+from test_packed_attention import LENGTHS, PAIRS, Case, check, reference
+
+from pallas_kernels.layout import by_query
+from pallas_kernels.packed_attention import gpu, jax_triton, jax_triton_kernel
+
+
+def attend(case: Case, dtype, **settings: int):
+    q, keys, values, *lengths = case.tensors(dtype)
+    chosen = jax_triton.defaults(q, keys, values) | settings
+    scale = case.head_dim**-0.5
+    plan, _ = gpu.plan_of(gpu.Plan, q, keys, values, case.first, case.window, scale, True, chosen)
+    parts = q.shape[0], case.kv_heads, plan.splits
+    output = torch.full((*parts, plan.rows, case.head_dim), torch.nan)
+    lse = torch.full((*parts, plan.rows), torch.nan)
+    arguments = [tensor(a) for a in jax_triton.arguments(q, keys, values, *lengths)]
+    jax_triton_kernel.attend_kernel[parts](*arguments, output, lse, P=plan, KV_HEADS=case.kv_heads)
+    merged, total = gpu.merge(jnp.asarray(output.numpy()), jnp.asarray(lse.numpy()))
+    return by_query(merged, case.queries), by_query(total[..., None], case.queries)[..., 0]
+
+
+def tensor(array) -> torch.Tensor:
+    if array.dtype == jnp.bfloat16:
+        return torch.tensor(np.asarray(array).view(np.int16)).view(torch.bfloat16)
+    return torch.tensor(np.asarray(array))
+
+
+for case in PAIRS:
+    check(attend(case, jnp.float32), reference(case), 3e-6)
+for per in ("token", "channel"):
+    lengths = Case(4, 2, per, kv_heads=1, group=32, stops=LENGTHS, tokens=4128)
+    check(attend(lengths, jnp.float32), reference(lengths), 3e-6)
+    for bits in ((4, 4), (3, 5), (8, 16)):
+        for group in (None, 32):
+            case = Case(*bits, per, 128, rows=4, group=group)
+            # The interpreter cuts bfloat16 off where devices round: an error twice as large, and one-sided.
+            check(attend(case, jnp.bfloat16, splits=3), reference(case, jnp.bfloat16), 3e-2)
