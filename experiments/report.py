@@ -235,8 +235,8 @@ def compiled(rows: list[Row]) -> str:
     """How many settings of an op compile for each target, and what memory they take beside arguments and results."""
     targets = list(dict.fromkeys(row["target"] for row in rows))
     lines = []
-    for op, mode in dict.fromkeys((row["op"], row["mode"]) for row in rows):
-        own = [row for row in rows if (row["op"], row["mode"]) == (op, mode)]
+    for op, mode in dict.fromkeys((row["op"], _mode(row)) for row in rows):
+        own = [row for row in rows if (row["op"], _mode(row)) == (op, mode)]
         widths = list(dict.fromkeys(row["bits"] for row in own if row["bits"]))
         cells = []
         for target in targets:
@@ -245,8 +245,14 @@ def compiled(rows: list[Row]) -> str:
             most = max((row["temp_bytes"] for row in good), default=0)
             size = f", {most / 1e6:.0f} MB" if most >= 1e6 else ""
             cells.append(f"{len(good)} of {len(tried)}{size}" if tried else "not tried")
-        lines.append([op, f"`{mode}`" if op == "decode_step" else mode, ", ".join(widths), *cells])
+        lines.append([op, mode, ", ".join(widths), *cells])
     return table(("op", "mode", "bits", *targets), lines, numbers=False)
+
+
+def _mode(row: Row) -> str:
+    if row["op"] != "decode_step":
+        return row["mode"]
+    return f"`{row['mode']}`, {row['model'].removeprefix('random:')}, batch {row['batch']}"
 
 
 def bundles(rows: list[Row]) -> str:
@@ -283,7 +289,7 @@ def _registers(row: Row) -> str:
     if not row["compiled"]:
         return row["error"][:40]
     cells = []
-    for kernel in row["kernels"]:
+    for kernel in sorted(row["kernels"], key=lambda kernel: kernel["name"]):
         if kernel["name"].endswith("_kernel"):  # the others are XLA's own
             spilled = kernel["spill_stores"] + kernel["spill_loads"]
             cells.append(f"{kernel['registers']}" + (f" (spills {spilled} B)" if spilled else ""))
