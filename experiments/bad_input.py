@@ -34,9 +34,20 @@ from kvjax.files import read_json
 ROOT = Path(__file__).parent.parent
 TINY, SHARDED, SCALED = "llama-linear", "qwen3", "llama-llama3"  # of the models' folder
 DEFAULTS = {
-    "perplexity": ("text=text.txt", "caches=dense,k4v4@token", "context=16", "windows=2"),
-    "generate": ("cache=k4v4@token", "prompt=the quick brown fox", "max_new_tokens=8"),
-    "tune": ("text=text.txt", "candidates=k8v8@token,k4v4@token", "budget=6.0", "context=64", "windows=1"),
+    "perplexity": ("model=tiny", "text=text.txt", "caches=dense,k4v4@token", "context=16", "windows=2"),
+    "generate": ("model=tiny", "cache=k4v4@token", "prompt=the quick brown fox", "max_new_tokens=8"),
+    "tune": (
+        "model=tiny",
+        "text=text.txt",
+        "candidates=k8v8@token,k4v4@token",
+        "budget=6.0",
+        "context=64",
+        "windows=1",
+    ),
+    "throughput": ("models=tiny", "caches=dense", "points=1x64", "heads=4/2x32", "pairs=k4v4@token", "ops=1x256"),
+    "tune_kernels": ("heads=4/2x32", "pairs=k4v4@token", "points=1x256"),
+    "aot": ("ops=packed_attention", "bits=4/4"),
+    "aot_cuda": ("ops=packed_attention", "bits=4/4"),
 }
 LIMITED = """
 import resource, runpy, sys
@@ -55,7 +66,7 @@ class Case:
 
     Attributes:
       name: what is bad. says: what the line must hold.
-      program: perplexity, generate or tune. arguments: what is given to it beside DEFAULTS.
+      program: one of DEFAULTS. arguments: what is given to it beside DEFAULTS.
       prepare: makes the input bad, given the case's folder and the folder of tiny models.
       environment: variables that differ. disk: bytes that no file may grow beyond, as if the disk were full there.
     """
@@ -122,7 +133,7 @@ def attempt(case: Case, folder: Path, models: Path, seconds: float) -> dict[str,
 def _run(case: Case, folder: Path, seconds: float) -> subprocess.CompletedProcess[str]:
     module = f"experiments.{case.program}"
     python = [sys.executable, *(["-m", module] if case.disk is None else ["-c", LIMITED, str(case.disk), module])]
-    defaults = [f"--config.{field}" for field in ("model=tiny", *DEFAULTS[case.program])]
+    defaults = [f"--config.{field}" for field in DEFAULTS[case.program]]
     workdir = [] if case.workdir is None else [f"--workdir={case.workdir}"]
     command = [*python, f"--config={ROOT}/configs/{case.program}.py", *defaults, *workdir, *case.arguments]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -291,6 +302,10 @@ def _generate(name: str, says: str, *arguments: str, **others: Any) -> Case:
 
 def _tune(name: str, says: str, *arguments: str, **others: Any) -> Case:
     return Case(name, says, "tune", arguments, **others)
+
+
+def _throughput(name: str, says: str, *arguments: str, **others: Any) -> Case:
+    return Case(name, says, "throughput", arguments, **others)
 
 
 OFFLINE = (("HF_HUB_OFFLINE", "1"), ("HF_HOME", "hub"))
@@ -477,6 +492,27 @@ CASES = (
     ),
     _tune("a full disk at a journal", "journal.log cannot be", *NSGA2, *UNGROUPED, disk=2000),
     _tune("a full disk at a picture of a search", "front.png cannot be written", disk=20_000),
+    # kernels
+    _throughput("heads of no form", "expected query heads/kv heads x head_dim", "--config.heads=32x128"),
+    _throughput("kv heads that do not divide the heads", "a multiple of the kv heads", "--config.heads=32/7x128"),
+    _throughput("a point without tokens", "expected batch x tokens, as in 8x1024", "--config.ops=8x0"),
+    _throughput("a pair with a width that is none", "9 bits; expected one of", "--config.pairs=k9v9@token"),
+    _throughput("latents for a pair", "expected widths of keys and values", "--config.pairs=x4@latent"),
+    _throughput("a dtype that is not timed", "expected float32 or bfloat16", "--config.dtype=float8"),
+    _throughput("no rounds of timings", "expected at least 1 round", "--config.rounds=0"),
+    _throughput("minutes that are no number", "minutes above 0", "--config.minutes=nan"),
+    _throughput("a model to time that is missing", "nowhere", "--config.models=nowhere", "--config.ops="),
+    _throughput("a full disk at timings", "throughput.jsonl cannot be written", disk=100),
+    Case("tuning kernels without a GPU", "no GPU, but cpu", "tune_kernels", ()),
+    Case(
+        *("damaged settings of kernels", "remove it to measure them again", "tune_kernels"),
+        ("--config.interpret=True",),
+        prepare=_write("out/cpu.json", b'[{"op": '),
+    ),
+    Case("an unknown TPU", "expected a TPU topology", "aot", ("--config.targets=v9:2x2",)),
+    Case("an unknown GPU", "expected one of a100, h100, b200", "aot_cuda", ("--config.targets=h900",)),
+    Case("an unknown op to compile", "expected one of packed_attention", "aot_cuda", ("--config.ops=attention",)),
+    Case("widths that are none, to compile", "expected all or pairs like 4/2", "aot_cuda", ("--config.bits=7/7",)),
 )
 
 

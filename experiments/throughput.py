@@ -26,6 +26,7 @@ from rich.table import Table
 
 from experiments import program
 from kvjax.caches.base import CacheShape, KVWeights
+from kvjax.caches.kv import KV
 from kvjax.caches.plan import CachePlan, parse_spec, split_list
 from kvjax.checkpoints.model import Model
 from kvjax.errors import KvjaxError
@@ -64,6 +65,7 @@ class Heads(NamedTuple):
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
+    check(config)
     deadline = time.monotonic() + 60 * config.minutes
     results = workdir / "throughput.jsonl"
     work = [*_ops(config, results), *_models(config, results)]
@@ -151,15 +153,14 @@ def _einsum(values: str) -> Callable:
 
 def _packed(q: jax.Array, name: str, heads: Heads, batch: int, tokens: int) -> Contestant:
     shape = CacheShape(batch, tokens, *heads, model_dim=heads.heads * heads.head_dim, dtype=q.dtype)
-    history = parse_spec(name).init(shape).history  # type: ignore[attr-defined]
-    keys, values = (filled(stored, i) for i, stored in enumerate(history.packed))
+    keys, values = (filled(stored, i) for i, stored in enumerate(pair_of(name).init(shape).history.packed))
     at, stop = jnp.full((batch, 1), tokens - 1), jnp.full((batch,), tokens)
     args = q, at, keys, values, stop
     attend = lambda q, at, k, v, stop: attention.attend_packed(q, at, k, v, 0, stop, None)  # noqa: E731
     return Contestant.of(attend, args, sum(a.nbytes for a in jax.tree.leaves((keys, values))))
 
 
-def filled(stored: store.Packed, seed: int) -> store.Packed:
+def filled(stored: store.Stored, seed: int) -> store.Stored:
     """Random codes, and scales that leave values near one."""
     leaves, form = jax.tree.flatten(stored)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -258,11 +259,33 @@ def race(contestants: dict[str, Contestant], rounds: int, calls: int) -> dict[st
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def check(config: config_dict.ConfigDict) -> None:
+    """Raises KvjaxError where nothing could be timed that way, before anything is."""
+    if config.rounds < 1 or config.calls < 1 or not config.minutes > 0:
+        given = f"rounds={config.rounds}, calls={config.calls}, minutes={config.minutes}"
+        raise KvjaxError(f"{given}: expected at least 1 round and 1 call, and minutes above 0")
+    if config.dtype not in ("float32", "bfloat16"):
+        raise KvjaxError(f"dtype={config.dtype}: expected float32 or bfloat16")
+    heads_of(config.heads)
+    for name in split_list(config.pairs):
+        pair_of(name)
+
+
+def pair_of(name: str) -> KV:
+    spec = parse_spec(name)
+    if not isinstance(spec, KV):
+        raise KvjaxError(f"pairs: {name}; expected widths of keys and values, as in k4v2@kivi")
+    return spec
+
+
 def heads_of(text: str) -> Heads:
-    match = re.fullmatch(r"(\d+)/(\d+)x(\d+)", text)
+    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)x([1-9]\d*)", text)
     if not match:
         raise KvjaxError(f"heads={text}: expected query heads/kv heads x head_dim, as in 32/8x128")
-    return Heads(*map(int, match.groups()))
+    heads = Heads(*map(int, match.groups()))
+    if heads.heads % heads.kv_heads:
+        raise KvjaxError(f"heads={text}: expected query heads that are a multiple of the kv heads")
+    return heads
 
 
 def points_of(text: str) -> list[tuple[int, int]]:

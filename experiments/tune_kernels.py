@@ -18,9 +18,10 @@ from ml_collections import config_dict
 from rich.console import Console
 
 from experiments import program
-from experiments.throughput import Contestant, filled, heads_of, points_of, race
+from experiments.throughput import Contestant, check, filled, heads_of, pair_of, points_of, race
 from kvjax.caches.base import CacheShape
-from kvjax.caches.plan import parse_spec, split_list
+from kvjax.caches.plan import split_list
+from kvjax.errors import KvjaxError
 from kvjax.ops import store
 from pallas_kernels.packed_attention import triton
 from pallas_kernels.tuning import attention_class, file_of
@@ -30,9 +31,12 @@ Entry = dict[str, Any]
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
+    check(config)
+    if jax.default_backend() != "gpu" and not config.interpret:
+        raise KvjaxError(f"no GPU, but {jax.default_backend()}; interpret=True tries the program without one")
     deadline = time.monotonic() + 60 * config.minutes
     file = workdir / file_of(jax.devices()[0].device_kind).name
-    entries: list[Entry] = json.loads(file.read_text()) if file.exists() else []
+    entries = _read(file)
     work = [(name, *point) for point in points_of(config.points) for name in split_list(config.pairs)]
     for number, (name, batch, tokens) in enumerate(work):
         if time.monotonic() > deadline:
@@ -49,11 +53,23 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     print(file)
 
 
+def _read(file: Path) -> list[Entry]:
+    if not file.exists():
+        return []
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        if all(entry.keys() >= {"op", "class", "settings", "us"} for entry in entries):
+            return entries
+    except (ValueError, AttributeError, TypeError):
+        pass
+    raise KvjaxError(f"{file.name}: no settings of kernels; remove it to measure them again")
+
+
 def _arguments(config: config_dict.ConfigDict, name: str, batch: int, tokens: int) -> tuple[tuple, dict[str, Any]]:
     heads = heads_of(config.heads)
     q = jax.random.normal(jax.random.key(0), (batch, 1, heads.heads, heads.head_dim), config.dtype)
     shape = CacheShape(batch, tokens, *heads, model_dim=heads.heads * heads.head_dim, dtype=q.dtype)
-    packed = parse_spec(name).init(shape).history.packed  # type: ignore[attr-defined]
+    packed = pair_of(name).init(shape).history.packed
     keys, values = (store.for_kernels(filled(stored, i)) for i, stored in enumerate(packed))
     stop = jax.numpy.full((batch,), tokens, jax.numpy.int32)
     return (q, keys, values, stop - 1, stop), attention_class(q.shape, keys, values)
