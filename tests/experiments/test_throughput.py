@@ -39,7 +39,7 @@ def config(monkeypatch: pytest.MonkeyPatch) -> config_dict.ConfigDict:
 
 def test_rows_and_going_on(config: config_dict.ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "throughput.jsonl"
-    throughput.main(_with(config, minutes=-1.0), tmp_path)
+    throughput.main(_with(config, minutes=1e-9), tmp_path)
     assert read_rows(file) == []  # no time, nothing begun
 
     def full(*_):
