@@ -1,4 +1,4 @@
-"""Every pair of widths in the Triton kernel."""
+"""Every pair of widths in the jax-triton kernel, on a GPU."""
 
 from __future__ import annotations
 
