@@ -105,23 +105,32 @@ def test_reference_reads_what_is_stored(bits: int, per: str) -> None:
     check(run("reference", case, case.tensors()), reference(case), 3e-6)
 
 
-@pytest.fixture(scope="module")
-def plain_native():
-    """The C++ kernel as it is built for a CPU without a matrix unit."""
+@functools.cache
+def plain_native() -> str:
+    """The target of the C++ kernel as it is built for a CPU without a matrix unit."""
     with pytest.MonkeyPatch.context() as patch:
         if platform.machine() == "x86_64":
             patch.setattr(native, "FLAGS", (*native.FLAGS, "-mno-amx-int8"))
         library = ctypes.CDLL(str(native._build(SOURCE)))
-        handler = jax.ffi.pycapsule(library.pallas_kernels_packed_attention)
-        jax.ffi.register_ffi_target("plain_packed_attention", handler, platform="cpu")
-        patch.setattr(native, "register", lambda source, symbol: "plain_packed_attention")
-        yield
+    handler = jax.ffi.pycapsule(library.pallas_kernels_packed_attention)
+    jax.ffi.register_ffi_target("plain_packed_attention", handler, platform="cpu")
+    return "plain_packed_attention"
 
 
+@pytest.mark.skipif("native" not in KERNELS, reason="another device's")
 @pytest.mark.parametrize("case", PAIRS[::3], ids=lambda case: f"k{case.key_bits}v{case.value_bits}")
-def test_native_without_a_matrix_unit(case: Case, plain_native) -> None:
-    found = run("native", case, case.tensors())
-    check(found, reference(case), 3e-6)
+def test_native_without_a_matrix_unit(case: Case, monkeypatch) -> None:
+    target = plain_native()
+    monkeypatch.setattr(native, "register", lambda source, symbol: target)
+    check(run("native", case, case.tensors()), reference(case), 3e-6)
+
+
+@pytest.mark.skipif("native" not in KERNELS, reason="another device's")
+@pytest.mark.parametrize("bits", [(8, 8), (3, 5), (1, 6)])
+@pytest.mark.parametrize(("per", "pack"), [("token", 40), ("token", 96), ("channel", 160)])
+def test_native_packing_blocks_of_any_size(per: str, pack: int, bits: tuple[int, int]) -> None:
+    case = Case(*bits, per, 128, rows=3, group=32, pack=pack, stops=(480, 77), tokens=480)
+    check(run("native", case, case.tensors()), reference(case), 3e-6)
 
 
 LENGTHS = (1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 2048, 4095, 4096, 4097, 0)
