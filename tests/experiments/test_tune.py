@@ -108,8 +108,8 @@ def rows_of(file: Path) -> list[Row]:
 
 
 def evaluations(workdir: Path) -> dict[str, Row]:
-    """What was evaluated, by plan."""
-    rows = [json.loads(file.read_text()) for file in sorted((workdir / "evaluations").iterdir())]
+    """What was evaluated, by plan. A kill may leave the hidden beginning of a file."""
+    rows = [json.loads(file.read_text()) for file in sorted((workdir / "evaluations").glob("*.json"))]
     assert len({row["cache"] for row in rows}) == len(rows)
     return {row["cache"]: row["figures"] for row in rows}
 
