@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels.gpu_layout import Stored, power_of_two
+from pallas_kernels.gpu_layout import SMALLEST, Stored, power_of_two
 from pallas_kernels.layout import Packed, by_kv_head, by_query
 from pallas_kernels.packed_attention import gpu
 
@@ -30,18 +30,22 @@ def packed_attention(
     window: int | None,
     scale: float,
     interpret: bool = False,
+    block: int | None = None,
+    splits: int | None = None,
+    num_warps: int | None = None,
+    num_stages: int | None = None,
     compute_capability: int | None = None,
-    **settings: int,
 ) -> tuple[Float32[Array, "B T H V"], Float32[Array, "B T H"]]:
     """See `pallas_kernels.packed_attention`.
 
+    block to num_stages: `defaults` where None.
     compute_capability: of the device that is compiled for, 90 say; that of this machine's where None.
-    settings: block, splits, num_warps, num_stages, where they are not to be `defaults`.
     """
     if interpret:
         raise NotImplementedError("Pallas' interpreter does not run Triton's language")
     jax_triton, kernel = _modules()
-    chosen = defaults(q, keys, values) | settings
+    settings = {"block": block, "splits": splits, "num_warps": num_warps, "num_stages": num_stages}
+    chosen = defaults(q, keys, values) | {name: value for name, value in settings.items() if value is not None}
     plan, launch = gpu.plan_of(gpu.Plan, q, keys, values, first, window, scale, interpret, chosen)
     parts = q.shape[0], keys.shape[1], plan.splits
     shapes = (*parts, plan.rows, values.shape[3]), (*parts, plan.rows)
@@ -76,6 +80,8 @@ def arguments(q: Array, keys: Packed, values: Packed, start: Array, stop: Array)
     arrays = [by_kv_head(q, keys.shape[1]), start.astype(jnp.int32), stop.astype(jnp.int32)]
     for packed in (keys, values):
         stored = Stored.of(packed)
+        if stored.channels < SMALLEST:
+            raise NotImplementedError(f"{stored.channels} channels; expected at least {SMALLEST}")
         if stored.groups > 1 and not power_of_two(stored.group):
             raise NotImplementedError(f"groups of {stored.group} channels; expected a power of two")
         scales = [packed.planes[0] if a is None else a for a in (packed.scale, packed.zero)]

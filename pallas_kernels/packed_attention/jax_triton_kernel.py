@@ -276,7 +276,7 @@ def attend_kernel(
     answer += tl.sum(zeros, 0)[None, :]
     whole = tl.sum(total, 0)
     lift: tl.constexpr = LIFT if P.light and not values.exact and not folds(values) else 1.0
-    found = whole > 0
+    found = whole != 0  # NaN was found, too
     safe = tl.where(found, whole, 1.0)
     row = tl.arange(0, P.columns)
     known = row < P.rows

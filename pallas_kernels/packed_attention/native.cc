@@ -157,7 +157,7 @@ void copy(const Tensor& t, int64_t head, int64_t start, int from, int until, int
 
 // Floats that dequantize needs beside its result.
 int64_t scratch_size(const Tensor& t, int tile, int64_t padded) {
-  return t.per_channel ? 3 * padded : 2 * (t.channels / t.group) * tile;
+  return t.bits == 16 ? 0 : t.per_channel ? 3 * padded : 2 * (t.channels / t.group) * tile;
 }
 
 void read_tile(const Tensor& t, int64_t head, int64_t start, int from, int until, int tile, int64_t padded, float* to,
@@ -272,7 +272,10 @@ class Reader {
     if (amx::serves_values(v_)) values_.emplace(v_, tile);
     if (!keys_.empty() && values_) return;
 #endif
-    tensor_.resize(tile * std::max(dk_, dv_));
+    // One buffer for both where it can be: a tile of keys and one of values would not fit the first-level cache. What
+    // values leave must not lie beside keys of fewer channels, which are read with the columns behind them.
+    values_at_ = k_.channels == v_.channels ? 0 : tile * dk_;
+    tensor_.resize(values_at_ + tile * std::max(dk_, dv_));
     scratch_.resize(std::max(scratch_size(k_, tile, dk_), scratch_size(v_, tile, dv_)));
   }
 
@@ -300,10 +303,10 @@ class Reader {
       return;
     }
 #endif
-    // The buffer of the keys again: both together would not fit the first-level cache.
-    read_tile(v_, head, start, from, until, tile_, dv_, tensor_.data(), scratch_.data());
+    float* const values = tensor_.data() + values_at_;
+    read_tile(v_, head, start, from, until, tile_, dv_, values, scratch_.data());
     for (int64_t r = 0; r < rows_; r += kRows)
-      weigh_all<kRows>(p + r * tile_, tile_, tensor_.data(), from, until, dv_, out + r * dv_);
+      weigh_all<kRows>(p + r * tile_, tile_, values, from, until, dv_, out + r * dv_);
   }
 
  private:
@@ -312,6 +315,7 @@ class Reader {
   const int64_t rows_;
   const int tile_;
   const int64_t dk_, dv_;
+  int64_t values_at_ = 0;
   std::vector<float> tensor_, scratch_;
 #ifdef PALLAS_KERNELS_AMX
   std::optional<amx::Unit> unit_;
@@ -326,15 +330,16 @@ void attend(const Problem& pr, int64_t b, int64_t h, int64_t begin, int64_t end,
   const int64_t dk = round_up(pr.keys.channels, kLanes), dv = round_up(pr.values.channels, kLanes);
   const int64_t rows = pr.rows(), padded_rows = round_up(rows, kRows), per = pr.heads / pr.kv_heads;
   const int64_t head = b * pr.kv_heads + h;
-  std::vector<float> q(padded_rows * dk), s(padded_rows * tile);
   part.out.assign(padded_rows * dv, 0.0f);
   part.top.assign(padded_rows, kMasked);
   part.total.assign(padded_rows, 0.0f);
+  const int64_t last = std::min<int64_t>(end, pr.stop[b]);
+  if (begin >= last) return;
+  std::vector<float> q(padded_rows * dk), s(padded_rows * tile);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t d = 0; d < pr.keys.channels; ++d)
       q[r * dk + d] = pr.q[pr.at(b, h, r) * pr.keys.channels + d] * pr.scale;
   Reader<kRows> reader(pr, q.data(), padded_rows, tile);
-  const int64_t last = std::min<int64_t>(end, pr.stop[b]);
   for (int64_t t0 = begin; t0 < last; t0 += tile) {
     const int n = int(std::min<int64_t>(tile, pr.keys.tokens - t0));
     // What the rows see of the tile: the first query has the lowest window, the last one the highest edge.
@@ -443,12 +448,13 @@ ffi::Error packed_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::
   Problem pr{q.typed_data(), start.typed_data(), stop.typed_data(), *k, *v, dims[0], dims[1], dims[2], kv_heads,
              first, window, scale, output->typed_data(), lse->typed_data()};
   // Tokens and query rows at a time, and what tokens are a multiple of.
-  int tile = 64, together = int(std::min<int64_t>(pr.rows(), 4)), unit = std::max(k->pack, v->pack);
+  int tile = 64, together = int(std::min<int64_t>(pr.rows(), 4)), unit = std::lcm(kLanes, std::max(k->pack, v->pack));
 #ifdef PALLAS_KERNELS_AMX
   if (amx::serves_keys(*k) && amx::serves_values(*v)) tile = amx::kTokens;
   if (amx::serves_keys(*k) || amx::serves_values(*v)) together = amx::kRows, unit = std::lcm(64, unit);
 #endif
   tile = int(round_up(tile, unit));
+  if (pr.batch == 0) return ffi::Error::Success();
   const int64_t heads = pr.batch * kv_heads, tiles = (k->tokens + tile - 1) / tile;
   // Four parts a thread even the load out; a part has at least eight tiles, so that its merge does not show.
   const int64_t wanted = (4 * pool.num_threads() + heads - 1) / heads;
@@ -456,8 +462,10 @@ ffi::Error packed_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::
   std::vector<Part> parts(heads * splits);
   parallel(pool, heads * splits, [&](int64_t i) {
     const int64_t b = i / splits / kv_heads, h = i / splits % kv_heads, split = i % splits;
-    const int64_t used = (std::min<int64_t>(pr.stop[b], k->tokens) + tile - 1) / tile;
-    const int64_t begin = used * split / splits * tile, end = used * (split + 1) / splits * tile;
+    const int64_t low = std::max(first, window ? pr.start[b] - window + 1 : int64_t{0}) / tile;
+    const int64_t high = (std::min<int64_t>(pr.stop[b], k->tokens) + tile - 1) / tile;
+    const int64_t used = std::max<int64_t>(high - low, 0);
+    const int64_t begin = (low + used * split / splits) * tile, end = (low + used * (split + 1) / splits) * tile;
     const auto run = together == 1 ? attend<1> : together == 2 ? attend<2> : attend<4>;
     run(pr, b, h, begin, end, tile, parts[i]);
   });

@@ -35,7 +35,8 @@ bool available() {
   return granted;
 }
 
-// Whether scales are those of whole registers, or of their rows.
+// Keys are multiplied 32 tokens at a time, which share scales per channel, and values 32 channels at a time, which share
+// scales per token.
 bool serves_keys(const Tensor& t) { return t.bits != 16 && (!t.per_channel || t.group % 32 == 0) && available(); }
 bool serves_values(const Tensor& t) { return t.bits != 16 && !t.per_channel && t.group % 32 == 0 && available(); }
 
@@ -47,10 +48,14 @@ struct Unit {
       uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
+    asm volatile("" ::"r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
   ~Unit() { _tile_release(); }
 };
+
+// Has all that was written in memory: GCC's tile loads do not say that they read it.
+inline void settle() { asm volatile("" ::: "memory"); }
 
 struct alignas(64) Line {
   uint8_t byte[64];
@@ -94,7 +99,7 @@ inline void read_scales(const Tensor& t, int64_t at, int64_t n, float* scale, fl
 }
 
 // Codes of tokens [from, until) of the tile that begins at token `start` of a head, a byte each, a row a token. Rows
-// up to the next 64th token may be read: they have some bytes.
+// up to the next multiple of 64 tokens may be read, whatever is in them.
 class Codes {
  public:
   Codes(const Tensor& t, int64_t head, int64_t start, int from, int until, std::vector<Line>& buffer) {
@@ -158,7 +163,6 @@ class Keys {
         scale_(std::max<int64_t>(tile, width_)), zero_(scale_.size()), product_(tile) {
     for (int r = 0; r < kRows; ++r) {
       std::copy_n(q + r * padded, t.channels, &q_[r * width_]);
-      top_[r] = largest(&q_[r * width_], width_);
     }
     groups_.resize(t.per_channel ? 1 : t.channels / t.group);
     for (size_t g = 0; g < groups_.size(); ++g) {
@@ -172,7 +176,7 @@ class Keys {
         std::copy_n(own, t.group, &x_[r * width_ + g * t.group]);
         group.bias[r] = std::accumulate(own, own + t.group, 0.0f);
       }
-      write(group, 1.0f);
+      write(group);
     }
   }
 
@@ -214,10 +218,13 @@ class Keys {
     float step[kRows], bias[kRows];
   };
 
-  // The digits of x_, whose rows are at most `scale` times the queries.
-  void write(Group& group, float scale) {
+  // The digits of x_.
+  void write(Group& group) {
     float inverse[kRows];
-    for (int r = 0; r < kRows; ++r) group.step[r] = top_[r] * scale * kUnit, inverse[r] = 1.0f / group.step[r];
+    for (int r = 0; r < kRows; ++r) {
+      group.step[r] = largest(&x_[r * width_], width_) * kUnit;
+      inverse[r] = 1.0f / group.step[r];
+    }
     for (size_t i = 0; i < group.lines.size(); i += 4) {
       IntVec v[kRows];
       for (int r = 0; r < kRows; ++r)
@@ -239,11 +246,12 @@ class Keys {
       }
     const Vec total = sums(bias);
     for (int r = 0; r < kRows; ++r) groups_[0].bias[r] = total[r];
-    write(groups_[0], largest(scale_.data(), width_));
+    write(groups_[0]);
   }
 
   // raw_ = products of whole codes and whole digits for tokens [from, until), multiples of 32.
   void multiply(const Group& group, const Codes& codes, int from, int until) {
+    settle();
     // All tiles first: the unit's latency is that of several tiles.
     for (int i = from; i < until; i += 32) {
       _tile_zero(0);
@@ -273,7 +281,6 @@ class Keys {
   const int64_t width_;
   std::vector<float> q_, x_, raw_, scale_, zero_;
   std::vector<Line> product_;  // of tokens, 4 digits of 4 queries
-  float top_[kRows];
   std::vector<Group> groups_;
 };
 
@@ -282,7 +289,7 @@ class Values {
  public:
   Values(const Tensor& t, int tile)
       : t_(t), tile_(tile), lines_(tile / 64 * (t.channels / kLanes) * kLines), digits_(tile / 64 * kLines),
-        product_(t.channels), scale_(tile), zero_(tile) {}
+        product_(t.channels), x_(tile), scale_(tile), zero_(tile) {}
 
   // The codes of tokens [from, until), four tokens side by side, as `add` takes them.
   void interleave(const Codes& codes, int from, int until) {
@@ -318,9 +325,8 @@ class Values {
       read_scales(t_, at, until - from, &scale_[from], &zero_[from]);
       std::fill(scale_.data() + until, scale_.data() + end, 0.0f);
       std::fill(zero_.data() + until, zero_.data() + end, 0.0f);
-      const float step = largest(&scale_[begin], end - begin) * kUnit;
-      float bias[kRows];
-      write(p, begin, end, 1.0f / step, bias);
+      float step[kRows], bias[kRows];
+      write(p, begin, end, step, bias);
       multiply(g, begin, end, step, bias, out, padded);
     }
   }
@@ -330,16 +336,19 @@ class Values {
   static int line_of(int i) { return i % 4 * 4 + i / 4; }
 
   // Digits of probabilities times scales, and the probabilities' sums weighted by zero points.
-  void write(const float* p, int begin, int end, float inverse, float* bias) {
+  void write(const float* p, int begin, int end, float* step, float* bias) {
     Vec total[kLanes] = {};
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = begin; i < end; i += kLanes) {
+        const Vec x = ::load(p + r * tile_ + i);
+        total[r] += x * ::load(&zero_[i]);
+        ::store(&x_[i], x * ::load(&scale_[i]));
+      }
+      step[r] = largest(&x_[begin], end - begin) * kUnit;
+      const float inverse = 1.0f / step[r];
       for (int i = begin; i < end; i += 64) {
         __m512i v[4];
-        for (int j = 0; j < 4; ++j) {
-          const Vec x = ::load(p + r * tile_ + i + j * kLanes);
-          total[r] += x * ::load(&zero_[i + j * kLanes]);
-          v[j] = (__m512i)digits(x * (::load(&scale_[i + j * kLanes]) * inverse));
-        }
+        for (int j = 0; j < 4; ++j) v[j] = (__m512i)digits(::load(&x_[i + j * kLanes]) * inverse);
         // In each quarter, lane k of v[j] becomes lane j of digit k.
         const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
         const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
@@ -349,12 +358,14 @@ class Values {
         store(to[2], (IntVec)_mm512_unpacklo_epi64(b, d));
         store(to[3], (IntVec)_mm512_unpackhi_epi64(b, d));
       }
+    }
     const Vec all = sums(total);
     for (int r = 0; r < kRows; ++r) bias[r] = all[r];
   }
 
   // Channels of group g.
-  void multiply(int64_t g, int begin, int end, float step, const float* bias, float* out, int64_t padded) {
+  void multiply(int64_t g, int begin, int end, const float* step, const float* bias, float* out, int64_t padded) {
+    settle();
     const int64_t across = t_.channels / kLanes, first = g * t_.group / kLanes, last = first + t_.group / kLanes;
     for (int64_t c = first; c < last; c += 2) {  // all tiles first, as above
       _tile_zero(0);
@@ -376,14 +387,14 @@ class Values {
         for (int j = 3; j >= 0; --j)
           x = x * 256.0f + __builtin_convertvector(load(product_[c * kLines + r * 4 + j]), Vec);
         float* to = out + r * padded + c * kLanes;
-        ::store(to, ::load(to) + (x * step + bias[r]));
+        ::store(to, ::load(to) + (x * step[r] + bias[r]));
       }
   }
 
   const Tensor& t_;
   const int tile_;
   std::vector<Line> lines_, digits_, product_;
-  std::vector<float> scale_, zero_;
+  std::vector<float> x_, scale_, zero_;
 };
 
 }  // namespace amx

@@ -148,7 +148,7 @@ def _kernel(q_ref, start_ref, stop_ref, keys: Packed, values: Packed, output_ref
     )
     highest, total, answers = jax.lax.fori_loop(*blocks, step, empty)
     total = total.sum(0)
-    seen = total > 0
+    seen = total != 0  # NaN is seen, too
     lse = jnp.where(seen, highest * (1 / LOG2_E) + jnp.log(jnp.where(seen, total, 1.0)), MASKED)
     plgpu.store(lse_ref.at[row], lse, mask=row < plan.rows)
     inverse = jnp.where(seen, 1.0, 0.0) / jnp.where(seen, total, 1.0)

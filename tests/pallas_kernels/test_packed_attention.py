@@ -126,6 +126,16 @@ def test_native_without_a_matrix_unit(case: Case, monkeypatch) -> None:
 
 
 @pytest.mark.skipif("native" not in KERNELS, reason="another device's")
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("pack", [24, 72])
+def test_native_tiles_of_any_size_without_a_matrix_unit(pack: int, rows: int, monkeypatch) -> None:
+    target = plain_native()
+    monkeypatch.setattr(native, "register", lambda source, symbol: target)
+    case = Case(4, 2, rows=rows, pack=pack, stops=(360, 71), tokens=360, window=100)
+    check(run("native", case, case.tensors()), reference(case), 3e-6)
+
+
+@pytest.mark.skipif("native" not in KERNELS, reason="another device's")
 @pytest.mark.parametrize("bits", [(8, 8), (3, 5), (1, 6)])
 @pytest.mark.parametrize(("per", "pack"), [("token", 40), ("token", 96), ("channel", 160)])
 def test_native_packing_blocks_of_any_size(per: str, pack: int, bits: tuple[int, int]) -> None:

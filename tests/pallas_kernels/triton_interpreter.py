@@ -3,6 +3,8 @@ imported: python triton_interpreter.py, with TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -12,8 +14,9 @@ from pallas_kernels.layout import by_query
 from pallas_kernels.packed_attention import gpu, jax_triton, jax_triton_kernel
 
 
-def attend(case: Case, dtype, **settings: int):
+def attend(case: Case, dtype, spoil=lambda tensor: tensor, **settings: int):
     q, keys, values, *lengths = case.tensors(dtype)
+    keys = spoil(keys)
     chosen = jax_triton.defaults(q, keys, values) | settings
     scale = case.head_dim**-0.5
     plan, _ = gpu.plan_of(gpu.Plan, q, keys, values, case.first, case.window, scale, True, chosen)
@@ -42,3 +45,9 @@ for per in ("token", "channel"):
             case = Case(*bits, per, 128, rows=4, group=group)
             # The interpreter cuts bfloat16 off where devices round: an error twice as large, and one-sided.
             check(attend(case, jnp.bfloat16, splits=3), reference(case, jnp.bfloat16), 3e-2)
+
+for per, group in (("token", None), ("channel", 32)):
+    case = Case(4, 4, per, group=group)
+    bad = attend(case, jnp.float32, lambda k: dataclasses.replace(k, scale=k.scale.at[0, 0, 0, 10].set(jnp.nan)))[0]
+    found = np.isnan(np.asarray(bad)).any((1, 3))
+    assert found[0, :2].all() and not found[0, 2:].any() and not found[1].any(), per
