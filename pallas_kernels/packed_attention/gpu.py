@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.gpu_layout import PROGRAMS, Cut, Stored, cut
-from pallas_kernels.layout import Packed
+from pallas_kernels.layout import Packed, by_query
 
 LOWEST = -1e20  # the first running maximum: far above MASKED, so that masked scores have probability 0
 MOST_ROWS = 64  # query rows of a kv head
@@ -43,7 +43,7 @@ class Plan:
 
     @property
     def columns(self) -> int:
-        """What a tensor core takes at least: all rows, again and again."""
+        """`distinct`, or what a tensor core takes at least; those beyond the rows are rows again."""
         return max(8, self.distinct)
 
     @property
@@ -87,6 +87,14 @@ def settings_of(q: Float[Array, "B T H D"], keys: Packed, values: Packed, rows: 
     splits = min(math.ceil(PROGRAMS / (batch * kv_heads)), math.ceil(keys.shape[2] / (2 * chosen.block)))
     few = tokens * heads // kv_heads <= 32 and q.dtype == jnp.bfloat16
     return {"block": chosen.block, "splits": max(1, splits), "num_warps": 4 if few else 8, "num_stages": 2}
+
+
+def result(
+    output: Float32[Array, "B K N R V"], lse: Float32[Array, "B K N R"], queries: int
+) -> tuple[Float32[Array, "B T H V"], Float32[Array, "B T H"]]:
+    """The parts of every kv head merged, by query."""
+    merged, total = merge(output, lse)
+    return by_query(merged, queries), by_query(total[..., None], queries)[..., 0]
 
 
 def merge(

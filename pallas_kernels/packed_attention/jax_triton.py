@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.gpu_layout import SMALLEST, Stored, power_of_two
-from pallas_kernels.layout import Packed, by_kv_head, by_query
+from pallas_kernels.layout import Packed, by_kv_head
 from pallas_kernels.packed_attention import gpu
 
 
@@ -59,8 +59,7 @@ def packed_attention(
         compute_capability=compute_capability,
         **launch,
     )
-    output, lse = gpu.merge(output, lse)
-    return by_query(output, q.shape[1]), by_query(lse[..., None], q.shape[1])[..., 0]
+    return gpu.result(output, lse, q.shape[1])
 
 
 def _modules() -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.gpu_layout import LIFT, LOG2_E, Stored, quotient, remainder
-from pallas_kernels.layout import MASKED, Packed, by_kv_head, by_query
+from pallas_kernels.layout import MASKED, Packed, by_kv_head
 from pallas_kernels.packed_attention import gpu
 from pallas_kernels.packed_attention.gpu import LOWEST
 from pallas_kernels.triton_common import Piece, Stream, dot, heads_spec, pieces, share, span
@@ -81,7 +81,7 @@ def packed_attention(
         tuned = lookup("packed_attention", attention_class(q.shape, keys, values))
         given = defaults(q, keys, values) | tuned | given
     plan, launch = gpu.plan_of(Plan, q, keys, values, first, window, scale, interpret, given)
-    (batch, tokens, _, _), kv_heads, splits = q.shape, keys.shape[1], plan.splits
+    batch, kv_heads, splits = q.shape[0], keys.shape[1], plan.splits
     rows, width = by_kv_head(q, kv_heads), values.shape[3]
     own = lambda b, k, s: (b, k, s, 0, 0)  # noqa: E731
     output, lse = pl.pallas_call(
@@ -105,8 +105,7 @@ def packed_attention(
         compiler_params=plgpu.CompilerParams(**launch),
         interpret=interpret,
     )(rows, start.astype(jnp.int32), stop.astype(jnp.int32), keys, values)
-    output, lse = gpu.merge(output, lse)
-    return by_query(output, tokens), by_query(lse[..., None], tokens)[..., 0]
+    return gpu.result(output, lse, q.shape[1])
 
 
 def defaults(q: Float[Array, "B T H D"], keys: Packed, values: Packed) -> dict[str, int]:

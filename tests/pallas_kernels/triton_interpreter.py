@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from test_packed_attention import LENGTHS, PAIRS, Case, check, reference
 
-from pallas_kernels.layout import by_query
 from pallas_kernels.packed_attention import gpu, jax_triton, jax_triton_kernel
 
 
@@ -25,8 +24,7 @@ def attend(case: Case, dtype, spoil=lambda tensor: tensor, **settings: int):
     lse = torch.full((*parts, plan.rows), torch.nan)
     arguments = [tensor(a) for a in jax_triton.arguments(q, keys, values, *lengths)]
     jax_triton_kernel.attend_kernel[parts](*arguments, output, lse, P=plan, KV_HEADS=case.kv_heads)
-    merged, total = gpu.merge(jnp.asarray(output.numpy()), jnp.asarray(lse.numpy()))
-    return by_query(merged, case.queries), by_query(total[..., None], case.queries)[..., 0]
+    return gpu.result(jnp.asarray(output.numpy()), jnp.asarray(lse.numpy()), case.queries)
 
 
 def tensor(array) -> torch.Tensor:
