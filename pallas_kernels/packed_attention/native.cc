@@ -89,8 +89,7 @@ template <int kPlanes>
 void dequantize(const Tensor& t, int64_t head, int64_t start, int from, int until, int tile, int64_t padded, float* to,
                 float* scratch) {
   const int64_t channels = t.channels, groups = t.per_channel ? 1 : channels / t.group;
-  int rows[kPlanes], run = t.pack;
-  for (int p = 0; p < kPlanes; ++p) rows[p] = t.pack * t.width[p] / 8, run = std::min(run, rows[p]);
+  const int run = run_of(t);
   // Per token, scales of the tile, a row for each group; per channel, those of one group of tokens, a row a plane.
   float* const zero = scratch + (t.per_channel ? 2 * padded : groups * tile);
   if (!t.per_channel) {
@@ -101,15 +100,12 @@ void dequantize(const Tensor& t, int64_t head, int64_t start, int from, int unti
     }
   }
   for (int first = from / run * run; first < until; first += run) {
-    const int64_t block = (start + first) / t.pack;
-    const int in = (start + first) % t.pack;
     Codes codes[kPlanes];
     float factor[kPlanes];
     for (int p = 0; p < kPlanes; ++p) {
-      const int shift = in / rows[p] * t.width[p];
-      codes[p].mask = ((1 << t.width[p]) - 1) << shift;
-      factor[p] = std::ldexp(1.0f, (p ? t.width[0] : 0) - shift);
-      codes[p].bytes = t.plane[p] + ((head * (t.tokens / t.pack) + block) * rows[p] + in % rows[p]) * channels;
+      const Place at = place(t, p, head, start + first);
+      codes[p] = {at.bytes, ((1 << t.width[p]) - 1) << at.shift};
+      factor[p] = std::ldexp(1.0f, (p ? t.width[0] : 0) - at.shift);
     }
     int64_t stale = 0;  // the first token whose scales per channel are not at hand
     for (int i = first; i < std::min(first + run, until); ++i) {

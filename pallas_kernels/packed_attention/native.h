@@ -38,6 +38,25 @@ struct Tensor {
   int64_t tokens, channels;
 };
 
+// Where the codes of a token stand in a plane: its bytes, and by how much they are shifted.
+struct Place {
+  const uint8_t* bytes;
+  int shift;
+};
+
+inline Place place(const Tensor& t, int plane, int64_t head, int64_t token) {
+  const int rows = t.pack * t.width[plane] / 8, in = token % t.pack;
+  const int64_t block = head * (t.tokens / t.pack) + token / t.pack;
+  return {t.plane[plane] + (block * rows + in % rows) * t.channels, in / rows * t.width[plane]};
+}
+
+// Tokens, from a packing block's first on, that stand in one shift of every plane.
+inline int run_of(const Tensor& t) {
+  int run = t.pack;
+  for (int p = 0; p < t.planes; ++p) run = t.pack * t.width[p] / 8 < run ? t.pack * t.width[p] / 8 : run;
+  return run;
+}
+
 void widen(const _Float16* from, int64_t n, float* to) {
   int64_t d = 0;
 #ifdef __AVX512F__

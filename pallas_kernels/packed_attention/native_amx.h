@@ -120,16 +120,14 @@ class Codes {
   template <int kPlanes>
   static void unpack(const Tensor& t, int64_t head, int64_t start, int from, int until, int64_t stride, uint8_t* to) {
     const int64_t channels = t.channels;
-    int rows[kPlanes], run = t.pack;  // of tokens that stand in one shift of every plane
-    for (int p = 0; p < kPlanes; ++p) rows[p] = t.pack * t.width[p] / 8, run = std::min(run, rows[p]);
+    const int run = run_of(t);
     for (int first = from / run * run; first < until; first += run) {
-      const int64_t block = head * (t.tokens / t.pack) + (start + first) / t.pack;
-      const int in = (start + first) % t.pack;
       const uint8_t* plane[kPlanes];
       __m512i shift[kPlanes], mask[kPlanes];
       for (int p = 0; p < kPlanes; ++p) {
-        plane[p] = t.plane[p] + (block * rows[p] + in % rows[p]) * channels;
-        shift[p] = _mm512_set1_epi16(in / rows[p] * t.width[p]);
+        const Place at = place(t, p, head, start + first);
+        plane[p] = at.bytes;
+        shift[p] = _mm512_set1_epi16(at.shift);
         mask[p] = _mm512_set1_epi8((1 << t.width[p]) - 1);
       }
       const __m512i above = _mm512_set1_epi16(t.width[0]);
