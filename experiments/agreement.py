@@ -15,8 +15,9 @@ from ml_collections import config_dict
 
 import kvjax
 from experiments import program
-from kvjax.caches.plan import CachePlan, split_list
-from kvjax.tasks import agreement
+from kvjax.caches.grammar import split_list
+from kvjax.caches.plan import CachePlan
+from kvjax.evaluate.tasks import agreement
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:

@@ -16,13 +16,14 @@ from ml_collections import config_dict
 
 from experiments import program
 from kvjax.caches.base import CacheShape
-from kvjax.caches.plan import CachePlan, split_list
-from kvjax.checkpoints.model import Model
+from kvjax.caches.grammar import split_list
+from kvjax.caches.plan import CachePlan
+from kvjax.calibrate.bases import load_bases
+from kvjax.checkpoints.load import load
 from kvjax.evaluate.perplexity import cut_windows, hidden_states
 from kvjax.evaluate.text import load_text
-from kvjax.factors import factors
-from kvjax.load import load
 from kvjax.models.decoder import Decoder
+from kvjax.models.model import Model
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
@@ -53,10 +54,10 @@ def _logits(model: Model, plan: CachePlan, tokens: np.ndarray, chunk: int) -> np
     @jax.jit
     def run(params, bases):
         ids = jnp.asarray(tokens, jnp.int32)
-        hidden = hidden_states(decoder, params, ids, plan.init(shape), chunk, "exact", factors=bases)
+        hidden = hidden_states(decoder, params, ids, plan.init(shape), chunk, "exact", bases=bases)
         return decoder.apply({"params": params}, hidden, method="logits")
 
-    return np.asarray(run(model.params, factors(model, plan)))
+    return np.asarray(run(model.params, load_bases(model, plan)))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from rich.table import Table
 
 from experiments import program
 from experiments.aot_cases import SHAPE, Case, Kernels, cases
-from kvjax.caches.plan import split_list
+from kvjax.caches.grammar import split_list
 from kvjax.errors import KvjaxError
 from kvjax.files import brief
 from pallas_kernels.packed_attention import mosaic_tpu as packed_attention

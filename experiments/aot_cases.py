@@ -14,7 +14,8 @@ from flax.traverse_util import unflatten_dict
 from ml_collections import config_dict
 
 from kvjax.caches.base import CacheShape
-from kvjax.caches.plan import CachePlan, split_list
+from kvjax.caches.grammar import split_list
+from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
 from kvjax.models.decoder import Decoder
 from kvjax.models.params import param_shapes

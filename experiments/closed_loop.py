@@ -20,12 +20,12 @@ from experiments import program
 from experiments.pareto import save_figure
 from kvjax.caches.base import CacheShape
 from kvjax.caches.plan import CachePlan
-from kvjax.caches.x import default_group
-from kvjax.checkpoints.model import Model
+from kvjax.caches.registry import parse_spec
+from kvjax.checkpoints.load import load
 from kvjax.evaluate.perplexity import cut_windows
 from kvjax.evaluate.text import load_text
-from kvjax.load import load
 from kvjax.models.decoder import Decoder, rms_norm
+from kvjax.models.model import Model
 from kvjax.quant import affine
 
 
@@ -33,7 +33,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     model = load(config.model, "float32")
     ids = cut_windows(model.tokenizer.encode(load_text(config.text)), config.tokens, 1)
     x = layer_inputs(model, jnp.asarray(ids, jnp.int32))
-    group = default_group(model.config.model_dim)
+    group = parse_spec("x4@input").resolve(model.config).token_group  # type: ignore[attr-defined]
 
     def stored(x: Array, bits: int) -> Array:
         return affine.dequantize(affine.quantize(x, bits, -1, group), -1, group, x.dtype)

@@ -25,14 +25,15 @@ from rich.progress import track
 from rich.table import Table
 
 from experiments import program
-from kvjax.caches.base import Cache, CacheShape
-from kvjax.caches.plan import CachePlan, split_list
-from kvjax.checkpoints.model import Model
+from kvjax.caches.base import CacheShape
+from kvjax.caches.grammar import split_list
+from kvjax.caches.plan import Cache, CachePlan
+from kvjax.calibrate.bases import load_bases
+from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.text import load_text
-from kvjax.factors import factors
-from kvjax.load import load
 from kvjax.models.decoder import Decoder
+from kvjax.models.model import Model
 from kvjax.ops import remat
 
 PREFILL = 512  # tokens a prefill chunk
@@ -45,14 +46,14 @@ class Contestant:
 
     compiled: Any
     compile_seconds: float
-    factors: Any
+    bases: Any
     token: jax.Array
     cache: Cache
     seconds: list[float]
 
     def step(self, params: Any) -> None:
         start = time.perf_counter()
-        self.token, self.cache = self.compiled(params, self.factors, self.token, self.cache)
+        self.token, self.cache = self.compiled(params, self.bases, self.token, self.cache)
         jax.block_until_ready(self.token)
         self.seconds.append(time.perf_counter() - start)
 
@@ -104,10 +105,10 @@ def _point(config: config_dict.ConfigDict, plan: CachePlan, kv_dtype: str, rebui
 def _prepare(
     model: Model, ids: np.ndarray, plan: CachePlan, kv_dtype: str, rebuild: bool, max_len: int
 ) -> Contestant:
-    decoder, bases = Decoder(model.config), factors(model, plan)
+    decoder, bases = Decoder(model.config), load_bases(model, plan)
 
-    def feed(params, factors, tokens, cache, lengths):
-        hidden, cache = decoder.apply({"params": params}, tokens, cache, lengths, factors=factors)
+    def feed(params, bases, tokens, cache, lengths):
+        hidden, cache = decoder.apply({"params": params}, tokens, cache, lengths, bases=bases)
         logits = jnp.asarray(decoder.apply({"params": params}, hidden[:, -1:], method="logits"))
         return logits.argmax(-1).astype(jnp.int32), cache
 
@@ -119,9 +120,9 @@ def _prepare(
         padded = jnp.asarray(np.pad(piece, (0, PREFILL - len(piece))))[None]
         token, cache = prefill(model.params, bases, padded, cache, jnp.asarray([len(piece)], jnp.int32))
     one = jnp.ones((1,), jnp.int32)
-    step = jax.jit(lambda params, factors, token, cache: feed(params, factors, token, cache, one), donate_argnums=3)
+    step = jax.jit(lambda params, bases, token, cache: feed(params, bases, token, cache, one), donate_argnums=3)
     # What values absorbed into the output save is measured against a step that rebuilds them.
-    with mock.patch.object(remat, "few_rows", lambda rows: False) if rebuild else contextlib.nullcontext():
+    with mock.patch.object(remat, "is_decode_shape", lambda rows: False) if rebuild else contextlib.nullcontext():
         began = time.perf_counter()
         compiled = step.lower(model.params, bases, token, cache).compile()
     return Contestant(compiled, time.perf_counter() - began, bases, token, cache, [])

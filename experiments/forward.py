@@ -19,13 +19,15 @@ import numpy as np
 from ml_collections import config_dict
 
 from experiments import program
-from kvjax.caches.plan import CachePlan, split_list
-from kvjax.checkpoints.model import Model
+from kvjax.caches.grammar import split_list
+from kvjax.caches.plan import CachePlan
+from kvjax.checkpoints.load import load
+from kvjax.downloads import fetch
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Scorer, cut_windows
 from kvjax.evaluate.text import load_text
-from kvjax.load import load
 from kvjax.models import zoo
+from kvjax.models.model import Model
 
 HF = ("HF transformers", "forward")
 PROTOCOLS = ("parallel", "streaming")
@@ -109,7 +111,7 @@ def _hf(windows: np.ndarray) -> Callable[[], Any]:
         import transformers
     except ImportError as error:
         raise KvjaxError(f"{error.name} is not installed; this comparison needs torch and transformers") from None
-    file = zoo.fetch(zoo.SMOLLM2)
+    file = fetch(zoo.SMOLLM2)
     hf = transformers.AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
     ).eval()

@@ -20,9 +20,9 @@ from rich.table import Table
 
 import kvjax
 from experiments import program
-from kvjax.caches.base import REAL_DTYPE, CacheShape
-from kvjax.caches.plan import CachePlan, split_list
-from kvjax.tasks import common_prefix
+from kvjax.caches.grammar import split_list
+from kvjax.caches.plan import CachePlan
+from kvjax.evaluate.tasks import common_prefix
 
 
 def main(config: config_dict.ConfigDict, workdir: Path | None) -> None:
@@ -65,7 +65,6 @@ def _generate(
     if show:
         print(flush=True)
     new, plan, room = len(made.tokens[0]), made.state.cache.plan, made.state.cache.shape.max_len
-    shape = CacheShape.of(model.config, 1, room, REAL_DTYPE)
     row = {
         "experiment": "generate",
         "model": model.name,
@@ -78,8 +77,8 @@ def _generate(
         "first_token_seconds": times[0] - start,
         "compile_seconds": compiled.total(),
         "tokens_per_second": (new - 1) / (times[-1] - times[0]) if new > 1 else None,
-        "bytes": plan.nbytes(shape),
-        "dense_bytes": CachePlan.parse("dense", model.config).nbytes(shape),
+        "bytes": plan.nbytes(room),
+        "dense_bytes": CachePlan.parse("dense", model.config).nbytes(room),
         **program.provenance(),
     }
     return row, made

@@ -23,13 +23,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from experiments import pareto, program
-from kvjax.caches.base import REAL_DTYPE, CacheShape
-from kvjax.caches.plan import CachePlan, split_list
-from kvjax.checkpoints.model import Model
+from kvjax.caches.grammar import split_list
+from kvjax.caches.plan import CachePlan
+from kvjax.checkpoints.load import load
 from kvjax.evaluate.perplexity import Score, Scorer, Timing, concatenate, cut_windows
 from kvjax.evaluate.text import load_text
-from kvjax.evaluate.vocabulary import Dense, TokenScores
-from kvjax.load import load
+from kvjax.evaluate.vocabulary import DenseRun, TokenScores
+from kvjax.models.model import Model
 
 SAME_RUN = ("model", "model_sha256", "dtype", "text", "tokens_sha256", "protocol", "context", "windows", "offset")
 
@@ -70,11 +70,11 @@ def identity_of(config: config_dict.ConfigDict, model: Model, windows: np.ndarra
     """What two runs must share for their windows to be the same."""
     tokens = hashlib.sha256(windows.astype(np.int32).tobytes()).hexdigest()
     values = {**config.to_dict(), "model_sha256": model.checksum, "tokens_sha256": tokens, "protocol": protocol}
-    values |= {key: shown(values[key]) for key in ("model", "text")}
+    values |= {key: strip_paths(values[key]) for key in ("model", "text")}
     return {key: values[key] for key in SAME_RUN}
 
 
-def shown(names: str) -> str:
+def strip_paths(names: str) -> str:
     """Names separated by commas, paths cut: where a file lies says nothing to others; its checksum does."""
     return ",".join(Path(name).name if Path(name).exists() else name for name in split_list(names))
 
@@ -106,18 +106,17 @@ class Sweep:
         return self.describe(plan) | dataclasses.asdict(score) | dataclasses.asdict(timing) | program.provenance()
 
     def describe(self, plan: CachePlan) -> dict[str, Any]:
-        config, context = self.model.config, self.windows.shape[1]
-        shape = CacheShape.of(config, 1, context, REAL_DTYPE)
-        nbytes = plan.nbytes(shape)
+        context = self.windows.shape[1]
         return {
             "experiment": "perplexity",
             **self.identity,
             "cache": str(plan),
             "bits_nominal": plan.bits_nominal,
-            "bits_asymptotic": plan.bits_asymptotic(shape),
-            "bits_real": plan.bits_real(shape),
-            "bytes_per_token": nbytes / context,
-            "compression": 2 * shape.elements_per_token * config.layers * context / nbytes,
+            "bits_asymptotic": plan.bits_asymptotic,
+            "bits_real": plan.bits_real(context),
+            "bytes_per_token": plan.counted_bytes(context) / context,
+            "compression": plan.compression(context),
+            "simulated": plan.simulated,
         }
 
     def _batch(self, plan: CachePlan, start: int) -> tuple[TokenScores, Timing]:
@@ -135,10 +134,10 @@ class Sweep:
         timing = Timing(float(arrays.pop("seconds")), float(arrays.pop("compile_seconds")))
         return TokenScores(**arrays), timing
 
-    def _dense(self, start: int) -> Dense:
+    def _dense(self, start: int) -> DenseRun:
         """The dense run of the windows from `start`, made where it is not there yet."""
         self._batch(self.dense, start)
-        return Dense(**program.load_arrays(self._file("dense run", start)))
+        return DenseRun(**program.load_arrays(self._file("dense run", start)))
 
     def _file(self, what: str, start: int) -> Path:
         key = json.dumps([self.identity, what], sort_keys=True)

@@ -22,15 +22,16 @@ from rich.table import Table
 
 from experiments import program
 from experiments.pareto import save_figure
-from experiments.perplexity import identity_of, shown
+from experiments.perplexity import identity_of
 from experiments.tune import Search, calibration, progress_bar
 from experiments.tune_pictures import short_names
 from kvjax.caches.base import REAL_DTYPE, CacheShape
-from kvjax.caches.plan import CachePlan, split_list
-from kvjax.checkpoints.model import Model
+from kvjax.caches.grammar import split_list
+from kvjax.caches.plan import CachePlan
+from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score
-from kvjax.load import load
+from kvjax.models.model import Model
 from kvjax.tuner.evaluations import Evaluations
 from kvjax.tuner.simulate import Simulator
 from kvjax.tuner.space import pareto
@@ -125,13 +126,13 @@ def _rows(
 ) -> list[Row]:
     """The plan's row, and one for every uniform plan that fits its budget, with what the plan is better by."""
     dense = judge(CachePlan.parse("dense", model.config))
-    common = {"experiment": "plans", **judge.identity, "calibrated_on": shown(config.text)}
+    common = {"experiment": "plans", **judge.identity, "calibrated_on": strip_paths(config.text)}
     common |= {"search": name, "budget": budget, "budget_of": config.budget_of}
     rows: list[Row] = []
     for other in [plan, *uniform]:
         figures = judge(other)
         row = common | {"kind": "uniform" if other in uniform and rows else "searched", "cache": str(other)}
-        row |= {"bits_nominal": other.bits_nominal, "bits_asymptotic": other.bits_asymptotic(_shape(model))}
+        row |= {"bits_nominal": other.bits_nominal, "bits_asymptotic": other.bits_asymptotic}
         row |= {key: figures[key] for key in ("kld", "nll", "top1")}
         row |= {"nll_increase": figures["nll"] - dense["nll"], "nll_dense": dense["nll"]}
         better = np.subtract(figures["segments"]["kld"], judge(plan)["segments"]["kld"])

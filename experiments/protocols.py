@@ -18,14 +18,15 @@ from ml_collections import config_dict
 
 from experiments import program
 from kvjax.caches.base import CacheShape
-from kvjax.caches.plan import CachePlan, split_list
-from kvjax.checkpoints.model import Model
+from kvjax.caches.grammar import split_list
+from kvjax.caches.plan import CachePlan
+from kvjax.calibrate.bases import load_bases
+from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import cut_windows, hidden_states
 from kvjax.evaluate.text import load_text
-from kvjax.factors import factors
-from kvjax.load import load
 from kvjax.models.decoder import Decoder
+from kvjax.models.model import Model
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
@@ -70,14 +71,14 @@ def _difference(model: Model, plan: CachePlan, windows: np.ndarray, lengths: np.
     shape = CacheShape.of(model.config, len(windows), windows.shape[1], model.dtype)
 
     @functools.partial(jax.jit, static_argnums=2)
-    def nll(params, factors, chunk):
+    def nll(params, bases, chunk):
         cache = plan.init(shape)
-        hidden = hidden_states(decoder, params, tokens, cache, chunk, "exact", jnp.asarray(lengths), factors)
+        hidden = hidden_states(decoder, params, tokens, cache, chunk, "exact", jnp.asarray(lengths), bases)
         logits = jnp.asarray(decoder.apply({"params": params}, hidden[:, :-1], method="logits"))
         picked = jnp.take_along_axis(logits, tokens[:, 1:, None], 2)[..., 0]
         return jax.nn.logsumexp(logits, -1) - picked
 
-    bases = factors(model, plan)
+    bases = load_bases(model, plan)
     real = np.arange(1, lengths.max()) < lengths[:, None]
     streaming, decode = (np.asarray(nll(model.params, bases, chunk))[real] for chunk in (plan.stream_chunk, 1))
     return {

@@ -17,7 +17,6 @@ from scipy.stats import spearmanr
 from experiments import closed_loop, pareto, plans, tune_pictures
 from experiments import searches as search_courses
 from experiments.program import read_rows, write_atomically
-from kvjax.caches.base import REAL_DTYPE, CacheShape
 from kvjax.caches.plan import CachePlan
 from kvjax.models.zoo import RANDOM
 
@@ -118,8 +117,7 @@ def accounting() -> str:
     for name, column in PAPER.items():
         for cache, share in column.items():
             config = RANDOM[name]
-            shape = CacheShape.of(config, 1, 4096, REAL_DTYPE)
-            own = CachePlan.parse(cache, config).bits_asymptotic(shape) / 16
+            own = CachePlan.parse(cache, config).bits_asymptotic / 16
             figures = f"{share:.2f}", f"{own:.4f}", f"{1 / share:.1f}", f"{1 / own:.2f}"
             lines.append([f"{name.removeprefix('random:')} `{cache}`", *figures])
     return table(("model and cache", "paper", "ours", "paper's ratio", "true ratio"), lines)
@@ -156,11 +154,12 @@ def bad_inputs(rows: list[Row], fuzzed: list[Row]) -> str:
     header = ("input", "given", "exit", "what it said")
     lines = [[row["input"], f"`{row['given']}`", str(row["exit"]), f"`{row['said']}`"] for row in rows]
     text = (
-        "Bad input, given to the programs by `configs/bad_input.py`: one line each, no traceback, and nothing"
-        " half-written. Folders are relative to the case's own; `tiny` and `text.txt` there are a small model and a"
-        " text, which the case has made bad where its arguments do not say more."
+        "Bad input, given to the programs by `python -m tests.robustness.bad_input`: one line each, no traceback, and"
+        " nothing half-written. Folders are relative to the case's own; `tiny` and `text.txt` there are a small model"
+        " and a text, which the case has made bad where its arguments do not say more."
     )
-    damaged = "## Damaged files\n\nEach kind of file that is read, cut and altered at random by `configs/fuzz.py`."
+    by = "`python -m tests.robustness.fuzz`"
+    damaged = f"## Damaged files\n\nEach kind of file that is read, cut and altered at random by {by}."
     cases = f"{_source(rows)}\n\n{table(header, lines, numbers=False)}"
     return f"# Bad inputs\n\n{text}\n\n{cases}\n\n{damaged}\n\n{fuzz(fuzzed)}\n"
 

@@ -30,17 +30,19 @@ from kvjax.caches.base import CacheSpec
 from kvjax.caches.dense import Dense
 from kvjax.caches.kv import KIVI_GROUP, KV
 from kvjax.caches.plan import CachePlan
+from kvjax.caches.stored import Width
+from kvjax.checkpoints.load import load
+from kvjax.downloads import fetch
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import cut_windows
 from kvjax.evaluate.text import load_text
-from kvjax.load import load
 from kvjax.models import zoo
-from kvjax.ops.store import EXACT
+from kvjax.models.config import ModelConfig
 from kvjax.tuner.simulate import Simulator
 
 OURS, HF, ONE_PASS = SIDES = "kvjax", "HF transformers", "HF transformers, one pass"
 KINDS = ("random", "one layer")
-WIDTHS = (2, 4, 8)
+WIDTHS: tuple[Width, ...] = (2, 4, 8)
 Evaluate = Callable[[CachePlan], tuple[float, float]]  # mean KL divergence and nll, nats a token
 
 
@@ -80,11 +82,11 @@ def _point(config: config_dict.ConfigDict, kind: str, side: str) -> dict[str, An
 def _measure(config: config_dict.ConfigDict, kinds: Sequence[str], points: dict, results: Path) -> None:
     """Appends the rows of some kinds of plans."""
     model = load("smollm2-135m", "float32")
-    plans = {kind: _plans(config, kind, model.config.layers) for kind in kinds}
+    plans = {kind: _plans(config, kind, model.config) for kind in kinds}
     windows = cut_windows(model.tokenizer.encode(load_text(config.text)), config.context, config.windows)
     simulator = Simulator(model, windows)
     simulator.dense(len(windows) - 1)
-    hf = _hf(windows)
+    hf = _hf(windows, simulator.dense_plan)
 
     def ours(plan: CachePlan) -> tuple[float, float]:
         scores = simulator.score(plan)
@@ -97,22 +99,22 @@ def _measure(config: config_dict.ConfigDict, kinds: Sequence[str], points: dict,
         program.append_rows(results, [points[kind, side] | figures[side] | provenance for side in SIDES])
 
 
-def _plans(config: config_dict.ConfigDict, kind: str, layers: int) -> list[CachePlan]:
+def _plans(config: config_dict.ConfigDict, kind: str, model: ModelConfig) -> list[CachePlan]:
     """Plans of a kind. After the first, layers that are quantised alone are spread evenly: their median costs what
     the mean of a sweep does."""
-    rng = random.Random(f"{kind} {config.seed}")
+    rng, layers = random.Random(f"{kind} {config.seed}"), model.layers
 
     def draw() -> KV:
         return KV(rng.choice(WIDTHS), rng.choice(WIDTHS), config.mode)
 
     if kind == "random":
-        return [CachePlan(tuple(draw() for _ in range(layers))) for _ in range(config.plans)]
+        return [CachePlan.of([draw() for _ in range(layers)], model) for _ in range(config.plans)]
     timed = config.plans - 1
     plans = []
     for layer in [0, *((2 * i + 1) * layers // (2 * timed) for i in range(timed))]:
-        specs: list[KV] = [Dense()] * layers
+        specs: list[CacheSpec] = [Dense()] * layers
         specs[layer] = draw()
-        plans.append(CachePlan(tuple(specs)))
+        plans.append(CachePlan.of(specs, model))
     return plans
 
 
@@ -141,14 +143,14 @@ def _time(sides: dict[str, Evaluate], plans: Sequence[CachePlan]) -> dict[str, d
 # ---- HF transformers
 
 
-def _hf(windows: np.ndarray) -> dict[str, Evaluate]:
+def _hf(windows: np.ndarray, dense_plan: CachePlan) -> dict[str, Evaluate]:
     """Evaluations by HF's float32 model of the same file; makes the dense run."""
     try:
         import torch
         import transformers
     except ImportError as error:
         raise KvjaxError(f"{error.name} is not installed; this comparison needs torch and transformers") from None
-    file = zoo.fetch(zoo.SMOLLM2)
+    file = fetch(zoo.SMOLLM2)
     transformers.AttentionInterface.register("streamed", _attention(windows.shape[1]))
     hf = transformers.AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
@@ -166,7 +168,7 @@ def _hf(windows: np.ndarray) -> dict[str, Evaluate]:
         return (hf(window[None], past_key_values=_cache(plan)).logits[0] for window in tokens)
 
     with torch.inference_mode():
-        dense = [logits[:-1].log_softmax(-1) for logits in whole(CachePlan((Dense(),) * hf.config.num_hidden_layers))]
+        dense = [logits[:-1].log_softmax(-1) for logits in whole(dense_plan)]
         dense = [(log_p.exp(), _dot(log_p.exp(), log_p)) for log_p in dense]
 
     def evaluate(run: Callable[[CachePlan], Any], plan: CachePlan) -> tuple[float, float]:
@@ -223,7 +225,7 @@ def _growing(plan: CachePlan):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             new = key_states, value_states
-            stored = new if self.spec.key_bits == EXACT else _block(self.spec, *new)
+            stored = new if isinstance(self.spec, Dense) else _block(self.spec, *new)
             read = stored if self.spec.mode == "token" else new
             read = tuple(torch.cat(pair, 2) for pair in zip((self.keys, self.values), read, strict=True))
             self.keys, self.values = (
@@ -261,7 +263,7 @@ def _read(spec: Any, keys, values):
     """Keys and values of a window to read: all as stored, or complete blocks as stored and then all exact ones."""
     import torch
 
-    if spec.key_bits == EXACT:
+    if isinstance(spec, Dense):
         return keys, values
     if spec.mode == "token":
         return _block(spec, keys, values)

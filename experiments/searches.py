@@ -20,7 +20,7 @@ from experiments import program
 from experiments.pareto import save_figure
 from experiments.tune import Search, calibration
 from kvjax.caches.plan import CachePlan
-from kvjax.load import load
+from kvjax.checkpoints.load import load
 from kvjax.tuner.space import hypervolume
 
 SEARCHES: dict[str, dict[str, str]] = {

@@ -26,12 +26,14 @@ from rich.table import Table
 
 from experiments import program
 from kvjax.caches.base import CacheShape, KVWeights
+from kvjax.caches.grammar import split_list
 from kvjax.caches.kv import KV
-from kvjax.caches.plan import CachePlan, parse_spec, split_list
-from kvjax.checkpoints.model import Model
+from kvjax.caches.plan import CachePlan
+from kvjax.caches.registry import parse_spec
+from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
-from kvjax.load import load
 from kvjax.models.decoder import Decoder
+from kvjax.models.model import Model
 from kvjax.ops import attention, dispatch, store
 
 COLD = 1 << 28  # bytes a contestant's calls go through before they read the same ones again
@@ -153,10 +155,10 @@ def _einsum(values: str) -> Callable:
 
 def _packed(q: jax.Array, name: str, heads: Heads, batch: int, tokens: int) -> Contestant:
     shape = CacheShape(batch, tokens, *heads, model_dim=heads.heads * heads.head_dim, dtype=q.dtype)
-    keys, values = (filled(stored, i) for i, stored in enumerate(pair_of(name).init(shape).history.packed))
+    keys, values = (filled(stored, i) for i, stored in enumerate(pair_of(name).init(shape).store.packed))
     at, stop = jnp.full((batch, 1), tokens - 1), jnp.full((batch,), tokens)
     args = q, at, keys, values, stop
-    attend = lambda q, at, k, v, stop: attention.attend_packed(q, at, k, v, 0, stop, None)  # noqa: E731
+    attend = lambda q, at, k, v, stop: attention.attend_packed(q, attention.Span(at, 0, stop, None), k, v)  # noqa: E731
     return Contestant.of(attend, args, sum(a.nbytes for a in jax.tree.leaves((keys, values))))
 
 
@@ -195,7 +197,8 @@ def _step(config: config_dict.ConfigDict, point: Row, made: list[Model]) -> list
     except KvjaxError as error:  # a plan of 32 layers on a model of 28
         return [point | {"skipped": str(error)}]
     shape = CacheShape.of(model.config, point["batch"], point["tokens"] + ROOM, jnp.dtype(config.dtype))
-    sizes = {"cache_bytes": plan.nbytes(shape), "bits_real": plan.bits_real(shape)}
+    nbytes = plan.nbytes(shape.max_len, shape.batch, shape.dtype)
+    sizes = {"cache_bytes": nbytes, "bits_real": plan.bits_real(shape.max_len, shape.batch)}
     try:
         seconds, compile_seconds = _decode(model, plan, shape, point["tokens"], config.rounds)
     except jax.errors.JaxRuntimeError as error:
@@ -212,7 +215,7 @@ def _decode(model: Model, plan: CachePlan, shape: CacheShape, tokens: int, round
     cache = dataclasses.replace(plan.init(shape), length=jnp.full((shape.batch,), tokens, jnp.int32))
 
     def step(params, bases, token, cache):
-        hidden, cache = decoder.apply({"params": params}, token, cache, factors=bases)
+        hidden, cache = decoder.apply({"params": params}, token, cache, bases=bases)
         logits = jnp.asarray(decoder.apply({"params": params}, hidden[:, -1:], method="logits"))
         return logits.argmax(-1).astype(jnp.int32), cache
 
@@ -236,11 +239,11 @@ def _bases(model: Model, plan: CachePlan) -> list[Any] | None:
     made: dict[str, Any] = {}
     first = model.params["layer_0"]
     for spec in plan.specs:
-        if spec.factors_key and spec.factors_key not in made:
+        if spec.bases_key and spec.bases_key not in made:
             weights = KVWeights(k=first["k"], v=first["v"], head_dim=model.config.head_dim)
-            made[spec.factors_key] = spec.factors(weights, first["attention_norm"])
+            made[spec.bases_key] = spec.bases(weights, first["attention_norm"])
     dtype = model.params["embed"].dtype
-    return [jax.tree.map(lambda a: jnp.asarray(a, dtype), made.get(spec.factors_key, [])) for spec in plan.specs]
+    return [jax.tree.map(lambda a: jnp.asarray(a, dtype), made.get(spec.bases_key, [])) for spec in plan.specs]
 
 
 # ---- what both share

@@ -28,24 +28,25 @@ from rich.table import Table
 
 from experiments import program, tune_pictures
 from experiments.perplexity import identity_of
+from kvjax.caches import cross_layer
 from kvjax.caches.base import REAL_DTYPE, CacheShape, CacheSpec
+from kvjax.caches.grammar import split_list
 from kvjax.caches.kv import KV
-from kvjax.caches.plan import CachePlan, split_list
-from kvjax.caches.xcl import XCL
-from kvjax.checkpoints.model import Model
+from kvjax.caches.plan import CachePlan
+from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score, cut_windows
+from kvjax.evaluate.tasks import accuracy, agreement, load_gsm8k
 from kvjax.evaluate.text import load_text
-from kvjax.generate import generate
-from kvjax.load import load
-from kvjax.tasks import accuracy, agreement, load_gsm8k
+from kvjax.generation.generate import generate
+from kvjax.models.model import Model
 from kvjax.tuner import sensitivity
 from kvjax.tuner.evaluations import Evaluations, locked
 from kvjax.tuner.evolve import evolve
 from kvjax.tuner.knapsack import knapsack
 from kvjax.tuner.refine import refine
 from kvjax.tuner.simulate import Simulator
-from kvjax.tuner.space import Bits, cluster, default_candidates, pareto, settled
+from kvjax.tuner.space import Bits, cluster, default_candidates, pareto, resolved
 
 CHOICES = {
     "mode": ("kivi", "token"),
@@ -112,8 +113,8 @@ class Search:
         budget = config.budget_asymptotic or config.budget
         self.bits = Bits(kind, budget, self.shape)
         names = split_list(config.candidates) if config.candidates else default_candidates(config.mode)
-        self.candidates = settled(names, model.config)
-        self.uniform = [CachePlan.of((spec,) * model.config.layers, model.config) for spec in self.candidates]
+        self.candidates = resolved(names, model.config)
+        self.uniform = [CachePlan.uniform(spec, model.config) for spec in self.candidates]
         least = min(self.bits.of_plan(plan) for plan in self.uniform)
         if least > budget + 1e-9:
             raise KvjaxError(f"budget={budget} {kind} bits; expected at least {least:g}, the least of the candidates")
@@ -167,7 +168,8 @@ class Search:
         needed = {"layer", "cache", "bits_asymptotic", "e_o", self.config.error}
         rows = [row for row in program.read_rows(file) if common.items() <= row.items() and needed <= row.keys()]
         found = {(row["layer"], row["cache"]): row for row in rows}
-        missing = [[spec for spec in specs if (layer, _key(spec)) not in found] for layer in range(layers)]
+        names = {spec: cross_layer.label(spec) for spec in specs}
+        missing = [[spec for spec in specs if (layer, names[spec]) not in found] for layer in range(layers)]
         gradients = None
         with progress_bar() as progress:
             task = progress.add_task("sensitivity", total=layers, completed=sum(not m for m in missing))
@@ -187,7 +189,7 @@ class Search:
         local = sensitivity.local_errors(self.simulator, layer, specs, gradients)
         rows = []
         for spec, figures in zip(specs, local, strict=True):
-            row = {"layer": layer, "cache": _key(spec), **_bits(spec, self.shape), **figures}
+            row = {"layer": layer, "cache": cross_layer.label(spec), **_bits(spec, self.shape), **figures}
             if self.config.error == "kld":
                 row["kld"] = sensitivity.measured(self.simulator, layer, spec)
             rows.append(row)
@@ -195,10 +197,10 @@ class Search:
 
     def _places(self) -> list[CacheSpec]:
         """What the candidates store in all their places."""
-        return list(dict.fromkeys(spec.alone for plan in self.uniform for spec in plan.specs))
+        return list(dict.fromkeys(cross_layer.canonical(spec) for plan in self.uniform for spec in plan.specs))
 
     def error(self, layer: int, spec: CacheSpec) -> float:
-        return self.errors()[layer, _key(spec.alone)][self.config.error]
+        return self.errors()[layer, cross_layer.label(spec)][self.config.error]
 
     # ---- the methods
 
@@ -213,7 +215,7 @@ class Search:
     def knapsack_front(self) -> list[CachePlan]:
         """The front under additive errors, most bits first."""
         choices = [self.candidates] * self.model.config.layers
-        return [plan for plan, _ in knapsack(choices, self.bits.of, self.error)]
+        return [plan for plan, _ in knapsack(choices, self.bits.of, self.error, self.model.config)]
 
     def _knapsack(self) -> list[CachePlan]:
         """The budget's plan, and some of the front below it, evenly spread over the bits."""
@@ -279,7 +281,7 @@ class Search:
         return self.uniform[self.candidates.index(candidate)].specs[-1]
 
     def _row(self, layer: int, candidate: CacheSpec) -> Row:
-        return self.errors()[layer, _key(self._top(candidate).alone)]
+        return self.errors()[layer, cross_layer.label(self._top(candidate))]
 
     # ---- what is handed over
 
@@ -295,8 +297,9 @@ class Search:
     def _describe(self, plan: CachePlan) -> Row:
         return {
             "cache": str(plan),
-            **_bits(plan, self.shape),
-            "bits_real": plan.bits_real(self.shape),
+            "bits_nominal": plan.bits_nominal,
+            "bits_asymptotic": plan.bits_asymptotic,
+            "bits_real": plan.bits_real(self.config.context),
             "predicted": self.predicted(plan),
             **self.evaluations(plan),
         }
@@ -312,10 +315,10 @@ class Search:
         tune_pictures.front(rows, self.workdir / "front.png")
         if self._errors:
             layers = range(self.model.config.layers)
-            errors = [self._errors[layer, _key(spec)] for layer in layers for spec in self._places()]
+            errors = [self._errors[layer, cross_layer.label(spec)] for layer in layers for spec in self._places()]
             tune_pictures.heat_map(errors, self.config.error, self.workdir / "sensitivity.png")
             groups, choices = self.groups()
-            kept = [[_key(self._top(spec).alone) for spec in choices[group[0]]] for group in groups]
+            kept = [[cross_layer.label(self._top(spec)) for spec in choices[group[0]]] for group in groups]
             named = [{"layers": g, "candidates": names} for g, names in zip(groups, kept, strict=True)]
             tune_pictures.clusters(errors, named, self.workdir / "clusters.png")
 
@@ -358,14 +361,7 @@ def _objective(config: config_dict.ConfigDict, model: Model) -> Objective:
     return Objective(identity, measure)
 
 
-def _key(spec: CacheSpec) -> str:
-    """A spec's name in sensitivity.jsonl: with its place, where that decides what it stores."""
-    if isinstance(spec, XCL):
-        return f"{spec} {'above' if spec.delta else 'up to'} its base"
-    return str(spec)
-
-
-def _bits(spec: CacheSpec | CachePlan, shape: CacheShape) -> dict[str, float]:
+def _bits(spec: CacheSpec, shape: CacheShape) -> dict[str, float]:
     return {"bits_nominal": spec.bits_nominal, "bits_asymptotic": spec.bits_asymptotic(shape)}
 
 

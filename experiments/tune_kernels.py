@@ -20,7 +20,7 @@ from rich.console import Console
 from experiments import program
 from experiments.throughput import Contestant, check, filled, heads_of, pair_of, points_of, race
 from kvjax.caches.base import CacheShape
-from kvjax.caches.plan import split_list
+from kvjax.caches.grammar import split_list
 from kvjax.errors import KvjaxError
 from kvjax.ops import store
 from pallas_kernels.packed_attention import triton
@@ -69,7 +69,7 @@ def _arguments(config: config_dict.ConfigDict, name: str, batch: int, tokens: in
     heads = heads_of(config.heads)
     q = jax.random.normal(jax.random.key(0), (batch, 1, heads.heads, heads.head_dim), config.dtype)
     shape = CacheShape(batch, tokens, *heads, model_dim=heads.heads * heads.head_dim, dtype=q.dtype)
-    packed = pair_of(name).init(shape).history.packed
+    packed = pair_of(name).init(shape).store.packed
     keys, values = (store.for_kernels(filled(stored, i)) for i, stored in enumerate(packed))
     stop = jax.numpy.full((batch,), tokens, jax.numpy.int32)
     return (q, keys, values, stop - 1, stop), attention_class(q.shape, keys, values)
@@ -78,9 +78,9 @@ def _arguments(config: config_dict.ConfigDict, name: str, batch: int, tokens: in
 def _tuned(config: config_dict.ConfigDict, args: tuple, shape: dict[str, Any]) -> Entry:
     best = triton.defaults(*args[:3])
     seconds = _seconds(config, args, best)
-    for name, factors in FACTORS.items():
+    for name, bases in FACTORS.items():
         start = best
-        for value in dict.fromkeys(max(1, round(start[name] * factor)) for factor in factors):
+        for value in dict.fromkeys(max(1, round(start[name] * factor)) for factor in bases):
             settings = start | {name: value}
             if settings != best and (taken := _seconds(config, args, settings)) < seconds:
                 best, seconds = settings, taken

@@ -5,12 +5,12 @@ print(kvjax.generate(model, "What is a cache?", cache="k4v2@kivi").text)
 print(kvjax.score(model, "demo", cache="k4v2@kivi"))
 """
 
-from kvjax.checkpoints.model import Model
+from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score, score
-from kvjax.generate import Generation, State, generate, plan, prefill, stream
-from kvjax.load import load
-from kvjax.resume import restore_state, save_state
+from kvjax.generation.generate import Generation, State, generate, plan, prefill, stream
+from kvjax.generation.states import restore_state, save_state
+from kvjax.models.model import Model
 
 __all__ = [
     "Generation",

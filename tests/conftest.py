@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax import factors
 from kvjax.caches.base import CacheShape
 from kvjax.caches.plan import CachePlan
-from kvjax.checkpoints.model import Model
-from kvjax.load import load
+from kvjax.calibrate import bases
+from kvjax.checkpoints.load import load
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
+from kvjax.models.model import Model
 from kvjax.models.params import Params
 
 
@@ -27,11 +27,11 @@ def goldens() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_factors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def own_bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Bases of test models do not go to the user's cache folder."""
-    folder = tmp_path_factory.mktemp("factors")
+    folder = tmp_path_factory.mktemp("bases")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(factors, "cache_folder", lambda: folder)
+        patch.setattr(bases, "cache_folder", lambda: folder)
         yield
 
 

@@ -2,7 +2,17 @@
 
 A `CacheSpec` is the method and its settings for one layer: frozen, hashable, static under jit. It makes a
 `LayerCache`, a pytree with one verb: `attend` takes the `Chunk` of tokens that arrived, attends, stores and
-flushes in the order that suits the method. `Cache` is what a whole model holds.
+flushes in the order that suits the method.
+
+What a query reads must not depend on how its tokens were fed, unless the spec says what it allows:
+
+  * `largest_chunk`: feeding aligned chunks of so many tokens gives what feeding token by token gives. 1 unless the
+    spec promises more; `streaming` scores in chunks that all layers allow.
+  * `whole_windows`: how a query at position p reads each token (exactly, as stored, or not at all) follows from p and
+    `residual_length` alone, so that one pass over a window gives what decoding gives. `parallel` scores and the
+    tuner's simulation refuse a spec that does not promise it.
+
+The contract suite (`python -m kvjax.testing`) holds every method to what it promises.
 """
 
 from __future__ import annotations
@@ -10,15 +20,17 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.errors import KvjaxError
+from kvjax.caches import fields
 from kvjax.ops.norm import normalize
 
 REAL_DTYPE = jnp.bfloat16  # what an unquantised element counts as in every figure of bits
@@ -42,6 +54,22 @@ class ModelShapes(LayerShapes, Protocol):
 
     @property
     def layers(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSizes:
+    """The sizes of a model that plans depend on; hashable."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    model_dim: int
+
+    @classmethod
+    def of(cls, model: ModelShapes) -> ModelSizes:
+        """The sizes of a model config."""
+        return cls(model.layers, model.heads, model.kv_heads, model.head_dim, model.model_dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +131,17 @@ class Chunk:
     positions: Int[Array, "B T"]  # consecutive; the first is the number of tokens stored before
     lengths: Int[Array, "B"]  # how many of the T are real
     weights: KVWeights
-    factors: Any
+    bases: Any
     rope: Rotates
     rotation: tuple[Float[Array, "B T d"], Float[Array, "B T d"]]  # its cos and sin at `positions`
     window: int | None = struct.field(pytree_node=False)
     read: str = struct.field(pytree_node=False)  # "exact" or "stored"
+
+
+class Attends(Protocol):
+    """What a decoder layer asks of its cache."""
+
+    def attend(self, chunk: Chunk, carry: Any) -> tuple[Float[Array, "B T H d"], Any, Any]: ...
 
 
 @struct.dataclass
@@ -116,64 +150,97 @@ class LayerCache(abc.ABC):
 
     @abc.abstractmethod
     def attend(self, chunk: Chunk, carry: Any) -> tuple[Float[Array, "B T H d"], LayerCache, Any]:
-        """Attends, stores and flushes; output, the cache with the chunk in it, and the carry for the next layer."""
+        """Attends, stores and flushes.
+
+        Returns:
+          The output, the cache with the chunk in it, and the carry for the next layer.
+        """
 
     @abc.abstractmethod
     def materialize(
         self, chunk: Chunk, carry: Any
     ) -> tuple[Float[Array, "B N K d"], Float[Array, "B N K d"], Int[Array, "B N"], LayerCache, Any]:
-        """The same store and flush, slow and plain: k (after RoPE), v and their positions, -1 where absent, over
-        the `visible` of which softmax attention gives `attend`'s output. Allocated tokens come first, in order."""
+        """The same store and flush as `attend`, slow and plain.
+
+        Returns:
+          Keys (after RoPE), values and their positions, -1 where absent: softmax attention over those that are
+          `visible` gives `attend`'s output. Allocated tokens come first, in order. Then the cache and the carry.
+        """
 
 
 class CacheSpec(abc.ABC):
-    """A method and its settings for one layer. Subclasses are frozen dataclasses."""
+    """A method and its settings for one layer. Subclasses are frozen dataclasses.
 
-    pattern: ClassVar[str]  # regular expression of the method's names in the plan grammar
-    modes: ClassVar[tuple[str, ...]]  # the first is meant where none is named; () where there are none
+    Attributes:
+      form: the method's name in the plan grammar; {field} stands for the value of a field, as in `k{key_bits}`.
+      modes: the values of the field `mode`; () where the method has none.
+      aliases: more names, in the same form, with the fields that they set.
+      examples: plans that the contract suite runs.
+      simulated: whether the bits are claimed and not allocated.
+    """
+
+    form: ClassVar[str]
+    modes: ClassVar[tuple[str, ...]] = ()
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
+    examples: ClassVar[tuple[str, ...]] = ()
+    simulated: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Raises KvjaxError for a value that its field's type does not allow, and for a number below 0."""
+        fields.check(self)
 
     @classmethod
-    @abc.abstractmethod
-    def parse(cls, name: str, mode: str | None, fields: dict[str, Any]) -> CacheSpec:
-        """The spec of a name that matches `pattern`."""
+    def parse(cls, name: str, mode: str | None, settings: Mapping[str, str]) -> CacheSpec | None:
+        """The spec of a name, its @mode and its (field=value,...); None where the name is another method's.
 
-    def settle(self, model: LayerShapes) -> CacheSpec:
-        """This spec with the defaults that follow the model filled in. Raises KvjaxError where it does not fit."""
-        return self
+        Raises:
+          KvjaxError: a mode, field or value that the method does not have.
+        """
+        return fields.parse(cls, name, mode, settings)
 
-    def placed(self, below: CacheSpec | None) -> CacheSpec:
-        """This spec on top of the layer below, for methods whose layers depend on one another."""
-        return self
-
-    def each_width(self, change: Callable[[int], int]) -> CacheSpec:
-        """This spec with `change` applied to its widths."""
-        names = (field.name for field in dataclasses.fields(self) if field.name.endswith("bits"))  # type: ignore[arg-type]
-        return dataclasses.replace(self, **{name: change(getattr(self, name)) for name in names})  # type: ignore[type-var]
-
-    @property
-    def alone(self) -> CacheSpec:
-        """What this spec stores, whatever its place among the layers: the same for specs that store the same."""
-        return self
-
-    @property
-    def place(self) -> Any:
-        """All of this spec that the layer above depends on, hashable; None where it depends on nothing."""
-        return None
-
-    def check_below(self, above: CacheSpec | None) -> None:  # noqa: B027, most methods need no look above
-        """Raises KvjaxError where the method cannot end under the layer above (None: the last layer)."""
-
-    @abc.abstractmethod
     def __str__(self) -> str:
         """Canonical name: parses back to this spec."""
+        return fields.to_text(self)
+
+    # ---- what the method promises, see the module's first lines
+
+    @property
+    def largest_chunk(self) -> int | None:
+        """Tokens of the largest chunks that decoding may be replaced by; None: of any size."""
+        return 1
+
+    @property
+    def whole_windows(self) -> bool:
+        """Whether one pass over a whole window reads what decoding reads."""
+        return False
+
+    @property
+    def residual_length(self) -> int:
+        """R: tokens that are stored together, exact until then; 0 where every token is stored as it comes."""
+        return 0
+
+    # ---- what it stores
+
+    def resolve(self, model: LayerShapes) -> CacheSpec:
+        """This spec with the defaults that follow the model filled in.
+
+        Raises:
+          KvjaxError: it does not fit the model.
+        """
+        return self
 
     @abc.abstractmethod
     def init(self, shape: CacheShape) -> LayerCache:
-        """An empty cache. Raises KvjaxError where the settings do not fit the shape."""
+        """An empty cache.
 
-    @abc.abstractmethod
+        Raises:
+          KvjaxError: the settings do not fit the shape.
+        """
+
     def logical_axes(self, shape: CacheShape) -> Any:
-        """The tree of `init`, every leaf a PartitionSpec of logical axis names."""
+        """The tree of `init`, every leaf a PartitionSpec of logical axis names: here, batch first and no more."""
+        tree = jax.eval_shape(lambda: self.init(shape))
+        return jax.tree.map(lambda leaf: PartitionSpec("batch", *(None,) * (leaf.ndim - 1)), tree)
 
     @property
     @abc.abstractmethod
@@ -181,45 +248,37 @@ class CacheSpec(abc.ABC):
         """KVTuner's figure: the mean of key and value code bits."""
 
     @abc.abstractmethod
-    def bits_asymptotic(self, shape: CacheShape) -> float:
+    def bits_asymptotic(self, shape: LayerShapes) -> float:
         """Bits per element of K and V at long context: codes and scales, no residual."""
-
-    @property
-    @abc.abstractmethod
-    def block(self) -> int:
-        """The residual R in tokens, 0 where every token is stored as it comes."""
-
-    @property
-    def factors_key(self) -> str:
-        """A name for what `factors` computes, the same for specs that share it; "" where there is nothing."""
-        return ""
-
-    def factors(self, weights: KVWeights, norm: Array) -> Any:
-        """What is computed once per model, from a layer's K/V weights and the weight of the norm before them:
-        nested lists of numpy arrays in float64."""
-        return []
-
-    def init_carry(self, shape: CacheShape) -> Any:
-        """What runs across the layers within one step; () where the method threads nothing."""
-        return ()
 
     def nbytes(self, shape: CacheShape) -> int:
         """Allocated bytes of one layer."""
         leaves = jax.tree.leaves(jax.eval_shape(lambda: self.init(shape)))
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
+    def counted_bytes(self, shape: CacheShape) -> float:
+        """The bytes that figures state: the allocated ones, or those that a simulated method stands for."""
+        return self.nbytes(shape)
 
-@struct.dataclass
-class Cache:
-    """What a model holds for a batch of sequences."""
+    # ---- what it computes once per model, and what the tuner may vary without compiling
 
-    layers: tuple[LayerCache, ...]
-    length: Int[Array, "B"]  # tokens stored per sequence
-    plan: Any = struct.field(pytree_node=False)  # CachePlan
-    shape: CacheShape = struct.field(pytree_node=False)
+    @property
+    def bases_key(self) -> str:
+        """A name for what `bases` computes, the same for specs that share it; "" where there is nothing."""
+        return ""
 
-    def __str__(self) -> str:
-        return self.plan.describe(self.shape, self.length)
+    def bases(self, weights: KVWeights, norm: Array) -> Any:
+        """What is computed once per model, from a layer's K/V weights and the weight of the norm before them.
+
+        Returns:
+          Nested lists of numpy arrays in float64.
+        """
+        return []
+
+    @property
+    def program_form(self) -> CacheSpec:
+        """The spec that stands for all specs which one program serves, their code widths being data: itself here."""
+        return self
 
 
 def visible(chunk: Chunk, positions: Int[Array, "B N"]) -> Bool[Array, "B T N"]:
@@ -227,12 +286,3 @@ def visible(chunk: Chunk, positions: Int[Array, "B N"]) -> Bool[Array, "B T N"]:
     at, seen = chunk.positions[:, :, None], positions[:, None, :]
     mask = (seen >= 0) & (seen <= at)
     return mask if chunk.window is None else mask & (seen > at - chunk.window)
-
-
-def check_fields(name: str, fields: dict[str, Any], known: dict[str, type]) -> None:
-    """Raises KvjaxError for a field that the method does not have or a value of the wrong kind."""
-    for key, value in fields.items():
-        if key not in known:
-            raise KvjaxError(f"{name}: no field {key!r}; expected one of {', '.join(known)}")
-        if not isinstance(value, known[key]):
-            raise KvjaxError(f"{name}: {key}={value!r}; expected {known[key].__name__}")

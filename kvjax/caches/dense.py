@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from kvjax.caches.kv import KV
-from kvjax.errors import KvjaxError
+from kvjax.caches.base import LayerShapes
+from kvjax.caches.fields import derived
+from kvjax.caches.stored import StoredSpec, TensorSpec
 from kvjax.ops.store import EXACT
 
 
 @dataclasses.dataclass(frozen=True)
-class Dense(KV):
+class Dense(StoredSpec):
     """Keys (after RoPE) and values in the cache's dtype, every token as it comes."""
 
-    key_bits: int = EXACT
-    value_bits: int = EXACT
-    mode: str = "token"
+    residual: int | None = derived(None)
+    sink: int = derived(0)
 
-    pattern: ClassVar[str] = "dense"
+    form: ClassVar[str] = "dense"
+    examples: ClassVar[tuple[str, ...]] = ("dense",)
 
-    @classmethod
-    def parse(cls, name: str, mode: str | None, fields: dict[str, Any]) -> Dense:
-        if mode or fields:
-            raise KvjaxError(f"dense takes no {' and no '.join([f'@{mode}'] * bool(mode) + list(fields))}")
-        return cls()
+    def tensors(self, shape: LayerShapes) -> list[TensorSpec]:
+        return [TensorSpec(self.format(EXACT, "token", 1), shape.kv_heads, shape.head_dim)] * 2
 
-    def __str__(self) -> str:
-        return "dense"
+    @property
+    def bits_nominal(self) -> float:
+        return EXACT

@@ -14,12 +14,12 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from kvjax.checkpoints.gguf_reader import read_gguf
-from kvjax.checkpoints.tokenizer import Tokenizer, read_backend
 from kvjax.errors import KvjaxError
 from kvjax.files import brief
 from kvjax.models.config import ModelConfig, RopeConfig
 from kvjax.models.params import Names, ParamPath, Params, build_params
 from kvjax.models.rope import make_rope
+from kvjax.models.tokenizer import Tokenizer, read_backend
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE_FACTORS = "rope_freqs.weight"

@@ -19,12 +19,12 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
-from kvjax.checkpoints.model import Model
-from kvjax.checkpoints.tokenizer import AnyTokenizer, ByteTokenizer, Tokenizer, read_tokenizer
 from kvjax.errors import KvjaxError
 from kvjax.files import brief, check_digests, digests, read_json, write_json
 from kvjax.models.config import ModelConfig, RopeConfig
+from kvjax.models.model import Model
 from kvjax.models.params import Params, check_tensors, keep_layers, param_shapes
+from kvjax.models.tokenizer import AnyTokenizer, ByteTokenizer, Tokenizer, read_tokenizer
 
 METADATA = "kvjax.json"
 

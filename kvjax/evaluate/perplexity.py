@@ -18,15 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax.caches.base import Cache, CacheShape
-from kvjax.caches.plan import CachePlan
-from kvjax.checkpoints.model import Model
+from kvjax.caches.base import CacheShape
+from kvjax.caches.plan import Cache, CachePlan
+from kvjax.calibrate.bases import load_bases
 from kvjax.errors import KvjaxError
 from kvjax.evaluate import vocabulary
 from kvjax.evaluate.text import load_text
-from kvjax.factors import factors
 from kvjax.models.decoder import Decoder
-from kvjax.models.faults import first_fault
+from kvjax.models.model import Model
+from kvjax.models.nonfinite import find_first_nonfinite
 
 PROTOCOLS = ("streaming", "decode", "parallel")
 
@@ -69,7 +69,7 @@ def hidden_states(
     chunk: int,
     read: str,
     lengths: Int[Array, "B"] | None = None,
-    factors: Any = None,
+    bases: Any = None,
 ) -> Float[Array, "B N D"]:
     """Final hidden states of all tokens, fed `chunk` at a time; of sequence b the first `lengths[b]` are real."""
     batch, count = tokens.shape
@@ -80,7 +80,7 @@ def hidden_states(
     def step(cache: Cache, x: tuple[Array, Array]):
         piece, start = x
         real = jnp.clip(total - start, 0, chunk).astype(jnp.int32)
-        hidden, stored = decoder.apply({"params": params}, piece, cache, real, read, factors)
+        hidden, stored = decoder.apply({"params": params}, piece, cache, real, read, bases)
         return stored, hidden
 
     pieces = padded.reshape(batch, steps, chunk).swapaxes(0, 1)
@@ -110,11 +110,11 @@ class Scorer:
         self.shape = CacheShape.of(model.config, self.batch, context, model.dtype)
         self._decoder = Decoder(model.config)
         self._compiled: dict[Any, Any] = {}
-        self._factors: dict[CachePlan, Any] = {}
+        self._loaded: dict[CachePlan, Any] = {}
 
     def run(
-        self, plan: CachePlan, windows: Int[np.ndarray, "w c"], dense: vocabulary.Dense | None
-    ) -> tuple[vocabulary.TokenScores, vocabulary.Dense | None, Timing]:
+        self, plan: CachePlan, windows: Int[np.ndarray, "w c"], dense: vocabulary.DenseRun | None
+    ) -> tuple[vocabulary.TokenScores, vocabulary.DenseRun | None, Timing]:
         """Scores at most `batch` windows, [w, context - 1] a field (position 0 is not scored).
 
         Args:
@@ -137,38 +137,40 @@ class Scorer:
         rows = count * (windows.shape[1] - 1)
         scores = jax.tree.map(lambda a: np.asarray(a, np.float64)[:rows].reshape(count, -1), scores)
         if not np.isfinite([scores.nll, scores.kld]).all():
-            raise KvjaxError(f"{plan}: the logits are not finite: {self._fault(plan, tokens)}")
+            raise KvjaxError(f"{plan}: the logits are not finite: {self._explain_nonfinite(plan, tokens)}")
         return scores, jax.tree.map(lambda a: np.asarray(a)[:rows], dense), timing + more
 
     def _protocol(self, plan: CachePlan, count: int) -> tuple[int, str]:
         """Tokens a step, and what their queries read."""
+        if self.protocol == "parallel":
+            plan.require_whole_windows("protocol parallel")
         chunk = {"parallel": count, "decode": 1, "streaming": plan.stream_chunk}[self.protocol]
         return chunk, "stored" if self.protocol == "parallel" else "exact"
 
-    def _fault(self, plan: CachePlan, tokens: Int[Array, "B N"]) -> str:
+    def _explain_nonfinite(self, plan: CachePlan, tokens: Int[Array, "B N"]) -> str:
         """The windows again, with every layer looked at."""
         batch, count = tokens.shape
         chunk, read = self._protocol(plan, count)
         pieces = (tokens[:, i : i + chunk] for i in range(0, count, chunk))
         chunks = ((piece, jnp.full((batch,), piece.shape[1], jnp.int32)) for piece in pieces)
         bases = self._bases(plan)
-        fault = first_fault(self._decoder, self.model.params, plan.init(self.shape), chunks, read, bases)
+        fault = find_first_nonfinite(self._decoder, self.model.params, plan.init(self.shape), chunks, read, bases)
         return str(fault) if fault else "every layer is finite, the head is not"
 
     def _hidden(self, plan: CachePlan, tokens: Int[Array, "B N"]) -> tuple[Float[Array, "B N D"], Timing]:
         chunk, read = self._protocol(plan, tokens.shape[1])
 
-        def hidden(params, tokens, factors):
+        def hidden(params, tokens, bases):
             cache = plan.init(self.shape)
-            return hidden_states(self._decoder, params, tokens, cache, chunk, read, factors=factors)
+            return hidden_states(self._decoder, params, tokens, cache, chunk, read, bases=bases)
 
         return self._call(plan, hidden, self.model.params, tokens, self._bases(plan))
 
     def _bases(self, plan: CachePlan) -> Any:
-        """The plan's factors, read once for all its windows."""
-        if plan not in self._factors:
-            self._factors[plan] = factors(self.model, plan)
-        return self._factors[plan]
+        """The plan's bases, read once for all its windows."""
+        if plan not in self._loaded:
+            self._loaded[plan] = load_bases(self.model, plan)
+        return self._loaded[plan]
 
     def _call(self, key: Any, function, *args) -> tuple[Any, Timing]:
         start = time.perf_counter()
@@ -179,9 +181,9 @@ class Scorer:
         return out, Timing(time.perf_counter() - compiled, compiled - start)
 
     def forget(self, plan: CachePlan) -> None:
-        """Drops a plan's program and factors, so that memory does not grow with the number of plans."""
+        """Drops a plan's program and bases, so that memory does not grow with the number of plans."""
         self._compiled.pop(plan, None)
-        self._factors.pop(plan, None)
+        self._loaded.pop(plan, None)
 
 
 def _pad_rows(a: np.ndarray, rows: int) -> list[tuple[int, int]]:

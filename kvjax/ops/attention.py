@@ -1,7 +1,7 @@
-"""Blockwise attention over packed and exact keys and values, exactly mergeable.
+"""Tiled attention over packed and exact keys and values, exactly mergeable.
 
 Every op returns (output, log-sum-exp), so that packed history, residual, sinks and the chunk itself merge without
-loss. Blocks of keys and values are read, used and forgotten: nothing the size of the history is ever built.
+loss. Tiles of keys and values are read, used and forgotten: nothing the size of the history is ever built.
 B batch, T queries, H heads, K kv heads, Q = T*H/K query rows per kv head, N keys, D head_dim.
 """
 
@@ -17,14 +17,14 @@ from jaxtyping import Array, Float, Int
 from kvjax.ops import store
 from kvjax.ops.dispatch import dispatch
 from kvjax.ops.rotate import rotate
-from kvjax.ops.store import Block
+from kvjax.ops.store import Tile
 from pallas_kernels.layout import MASKED
 from pallas_kernels.packed_attention import packed_attention
 
 QUERY_TILE = 256  # queries that share a pass over the keys
 
-_FEW_ROWS = 16  # query rows per kv head up to which folding scales costs less than applying them
-_BLOCK_ELEMENTS = 2**17  # of one block of codes: 512 KiB of float32 stay in a core's cache
+_DECODE_ROWS = 16  # query rows per kv head up to which folding scales costs less than applying them
+_TILE_ELEMENTS = 2**17  # of one tile of codes: 512 KiB of float32 stay in a core's cache
 
 
 class Partial(NamedTuple):
@@ -35,13 +35,46 @@ class Partial(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Where keys come from: `load(i)` gives block i as (keys, values, positions [B, n], -1 where absent);
-    `span(first, last)` the blocks [lo, hi) that the queries with indices first..last of the chunk can see."""
+    """Where keys come from: `load(i)` gives tile i as (keys, values, positions [B, n], -1 where absent);
+    `reach(first, last)` the tiles [lo, hi) that the queries with indices first..last of the chunk can see."""
 
-    blocks: int
-    load: Callable[[Array | int], tuple[Block, Block, Array]]
-    span: Callable[[Array, Array], tuple[Array, Array]]
+    tiles: int
+    load: Callable[[Array | int], tuple[Tile, Tile, Array]]
+    reach: Callable[[Array, Array], tuple[Array, Array]]
     width: int | None = None  # of a value, where it is not the head's
+
+
+class Span(NamedTuple):
+    """Which stored tokens the queries of a chunk see: positions [first, stop) of each sequence, and of those only
+    positions > p - window from position p."""
+
+    positions: Int[Array, "B T"]  # of the queries, consecutive in each sequence
+    first: int
+    stop: Int[Array, "B"]
+    window: int | None
+
+    def for_kernels(self) -> dict[str, Any]:
+        """The same as kernels take it."""
+        return {"start": self.positions[:, 0], "first": self.first, "stop": self.stop, "window": self.window}
+
+    def tiles(
+        self, tokens: int, size: int, read: Callable[[Array], tuple[Tile, Tile]], width: int | None = None
+    ) -> Keys:
+        """Tiles of `size` of the `tokens` allocated ones; `read(start)` gives those from `start` on."""
+
+        def load(i):
+            # The last tile starts early where `size` does not divide S; what it repeats is masked.
+            start = jnp.minimum(i * size, tokens - size)
+            index = start + jnp.arange(size)
+            there = (index >= jnp.maximum(self.first, i * size)) & (index < self.stop[:, None])
+            return *read(start), jnp.where(there, index, -1)
+
+        def reach(first_query, last_query):
+            last = jnp.minimum(self.positions[:, last_query] + 1, self.stop).max()
+            lo = 0 if self.window is None else (self.positions[:, first_query] - self.window + 1).min()
+            return jnp.maximum(lo, self.first) // size, -(-last // size)
+
+        return Keys(-(-tokens // size), load, reach, width)
 
 
 def merge(parts: Sequence[Partial]) -> Float[Array, "B T H D"]:
@@ -53,67 +86,47 @@ def merge(parts: Sequence[Partial]) -> Float[Array, "B T H D"]:
 
 def attend_packed(
     q: Float[Array, "B T H D"],
-    q_positions: Int[Array, "B T"],
+    span: Span,
     keys: store.Stored,
     values: store.Stored,
-    first: int,
-    stop: Int[Array, "B"],
-    window: int | None,
     table: tuple[Float[Array, "S D"], Float[Array, "S D"]] | None = None,
 ) -> Partial:
-    """Attention of q (after RoPE) over the stored positions [first, stop) of each sequence.
+    """Attention of q (after RoPE) over the stored positions of a span.
 
-    q_positions: consecutive in each sequence.
-    window: a query at position p sees only positions > p - window.
-    table: cos and sin of every position, for keys that are stored before RoPE.
+    Args:
+      table: cos and sin of every position, for keys that are stored before RoPE.
     """
 
     def kernel(name: str, interpret: bool) -> Partial:
-        if table is not None or q.dtype == jnp.float64 or not few_rows(q.shape[1] * q.shape[2] // keys.heads):
+        if table is not None or q.dtype == jnp.float64 or not is_decode_shape(q.shape[1] * q.shape[2] // keys.heads):
             raise NotImplementedError("keys before RoPE, float64 and many queries are XLA's")
-        packed = store.for_kernels(keys), store.for_kernels(values)
-        where: dict[str, Any] = {"first": first, "window": window, "implementation": name, "interpret": interpret}
-        output, lse = packed_attention(q, *packed, q_positions[:, 0], stop, **where)
-        return Partial(output, lse)
+        how: dict[str, Any] = {"implementation": name, "interpret": interpret, **span.for_kernels()}
+        return Partial(*packed_attention(q, store.for_kernels(keys), store.for_kernels(values), **how))
 
-    return dispatch(
-        "packed_attention", kernel, lambda: _attend_blocks(q, q_positions, keys, values, first, stop, window, table)
-    )
+    return dispatch("packed_attention", kernel, lambda: _attend_tiles(q, span, keys, values, table))
 
 
-def _attend_blocks(
+def _attend_tiles(
     q: Float[Array, "B T H D"],
-    q_positions: Int[Array, "B T"],
+    span: Span,
     keys: store.Stored,
     values: store.Stored,
-    first: int,
-    stop: Int[Array, "B"],
-    window: int | None,
     table: tuple[Float[Array, "S D"], Float[Array, "S D"]] | None,
 ) -> Partial:
     """`attend_packed` in XLA."""
     kv_heads, head_dim = keys.heads, q.shape[-1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     exact = keys.format.bits == values.format.bits == store.EXACT
-    size = keys.tokens if exact and q.shape[1] == 1 else block_size(keys.tokens, kv_heads * head_dim, q.shape[1])
+    size = keys.tokens if exact and q.shape[1] == 1 else tile_size(keys.tokens, kv_heads * head_dim, q.shape[1])
     size = min(keys.tokens, store.capacity(size, keys.format, values.format))
 
-    def load(i):
-        # The last block starts early where `size` does not divide S; what it repeats is masked.
-        start = jnp.minimum(i * size, keys.tokens - size)
-        index = start + jnp.arange(size)
-        there = (index >= jnp.maximum(first, i * size)) & (index < stop[:, None])
-        k, v = (store.read_block(a, start, size, dtype) for a in (keys, values))
+    def load(start):
+        k, v = (store.read_tile(a, start, size, dtype) for a in (keys, values))
         if table is not None:
-            k = Block(rotate(k.dequantize(), *(jax.lax.dynamic_slice_in_dim(a, start, size) for a in table)))
-        return k, v, jnp.where(there, index, -1)
+            k = Tile(rotate(k.dequantize(), *(jax.lax.dynamic_slice_in_dim(a, start, size) for a in table)))
+        return k, v
 
-    def span(first_query, last_query):
-        last = jnp.minimum(q_positions[:, last_query] + 1, stop).max()
-        lo = 0 if window is None else (q_positions[:, first_query] - window + 1).min()
-        return jnp.maximum(lo, first) // size, -(-last // size)
-
-    return attend_keys(q, q_positions, kv_heads, Keys(-(-keys.tokens // size), load, span), window)
+    return attend_keys(q, span.positions, kv_heads, span.tiles(keys.tokens, size, load), span.window)
 
 
 def attend_exact(
@@ -133,17 +146,17 @@ def attend_exact(
     edges: a query sees only positions below its edge; up to its own where None.
     """
     count, tokens, kv_heads, head_dim = k.shape[1], q.shape[1], k.shape[2], k.shape[3]
-    size = count if tokens == 1 else block_size(count, kv_heads * head_dim, tokens)
+    size = count if tokens == 1 else tile_size(count, kv_heads * head_dim, tokens)
     pad = -count % size
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     k, v = (jnp.pad(a, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2).astype(dtype) for a in (k, v))
     k_positions = jnp.pad(k_positions, ((0, 0), (0, pad)), constant_values=-1)
 
     def load(i):
-        k_block, v_block = (Block(jax.lax.dynamic_slice_in_dim(a, i * size, size, 2)) for a in (k, v))
+        k_block, v_block = (Tile(jax.lax.dynamic_slice_in_dim(a, i * size, size, 2)) for a in (k, v))
         return k_block, v_block, jax.lax.dynamic_slice_in_dim(k_positions, i * size, size, 1)
 
-    def span(first_query, last_query):
+    def reach(first_query, last_query):
         if not own:
             return 0, k.shape[2] // size
         before = count - tokens  # keys before the chunk are older than all of it
@@ -151,18 +164,18 @@ def attend_exact(
         lo = jnp.where(jnp.asarray(lo) > 0, before + lo, 0)
         return lo // size, -(-(before + last_query + 1) // size)
 
-    return attend_keys(q, q_positions, kv_heads, Keys(k.shape[2] // size, load, span), window, edges)
+    return attend_keys(q, q_positions, kv_heads, Keys(k.shape[2] // size, load, reach), window, edges)
 
 
 def attend_streamed(
     q: Float[Array, "B T H D"],
     stored: tuple[Float[Array, "B N K D"], Float[Array, "B N K D"], Int[Array, "B N"]],
     own: tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]],
-    block: int,
+    residual_length: int,
     window: int | None,
 ) -> Float[Array, "B T H D"]:
     """What decoding would see, for all tokens of a sequence at once: a query at position p reads positions below
-    floor(p / block) * block as stored and the rest exactly; everything as stored where block is 0.
+    floor(p / R) * R as stored and the rest exactly, R the residual length; everything as stored where that is 0.
 
     stored: keys (after RoPE), values and positions (-1 where absent) as they are read from a cache: those of tokens
       0 to T - 1 first, in order, and then any.
@@ -170,17 +183,18 @@ def attend_streamed(
     """
     batch, tokens = q.shape[:2]
     at = jnp.broadcast_to(jnp.arange(tokens), (batch, tokens))
-    edges = at // block * block if block else at + 1
+    r = residual_length
+    edges = at // r * r if r else at + 1
     k, v, positions = stored
     parts = [attend_exact(q, at, k[:, :tokens], v[:, :tokens], positions[:, :tokens], window, edges=edges)]
     if k.shape[1] > tokens:
         more = k[:, tokens:], v[:, tokens:], positions[:, tokens:]
         parts.append(attend_exact(q, at, *more, window, own=False, edges=edges))
-    if block:
+    if r:
 
         def blocks(a: Array) -> Array:
-            a = jnp.pad(a, ((0, 0), (0, -tokens % block), (0, 0), (0, 0)))
-            return a.reshape(-1, block, *a.shape[2:])
+            a = jnp.pad(a, ((0, 0), (0, -tokens % r), (0, 0), (0, 0)))
+            return a.reshape(-1, r, *a.shape[2:])
 
         inside = blocks(at[:, :, None, None] + 1)[..., 0, 0] - 1  # -1 at padding
         late = attend_exact(blocks(q), inside, blocks(own[0]), blocks(own[1]), inside, window)
@@ -189,15 +203,15 @@ def attend_streamed(
     return merge(parts).astype(q.dtype)
 
 
-def block_size(tokens: int, channels: int, queries: int) -> int:
-    """Keys per block. (One query over exact keys needs no blocks: its scores are small, and slicing would copy.)"""
-    size = 1 << ((_BLOCK_ELEMENTS // channels).bit_length() - 1)
+def tile_size(tokens: int, channels: int, queries: int) -> int:
+    """Keys per tile. (One query over exact keys needs no tiles: its scores are small, and slicing would copy.)"""
+    size = 1 << ((_TILE_ELEMENTS // channels).bit_length() - 1)
     return min(tokens, size if queries == 1 else min(size, QUERY_TILE))
 
 
-def few_rows(rows: int) -> bool:
+def is_decode_shape(rows: int) -> bool:
     """Whether so many query rows per kv head are few: scales, and weights of values, fold into what is small."""
-    return rows <= _FEW_ROWS
+    return rows <= _DECODE_ROWS
 
 
 def attend_keys(
@@ -208,7 +222,7 @@ def attend_keys(
     window: int | None,
     edges: Int[Array, "B T"] | None = None,
 ) -> Partial:
-    """Attention of q (after RoPE) over keys that come block by block; `edges` as in `attend_exact`."""
+    """Attention of q (after RoPE) over keys that come tile by tile; `edges` as in `attend_exact`."""
     edges = q_positions + 1 if edges is None else edges
     batch, tokens, heads, head_dim = q.shape
     dtype = jnp.promote_types(q.dtype, jnp.float32)
@@ -223,7 +237,7 @@ def attend_keys(
         first = index * tile
         q_tile = jax.lax.dynamic_slice_in_dim(q, first, tile, 1)
         ends = (jax.lax.dynamic_slice_in_dim(a, first, tile, 1) for a in (q_positions, edges))
-        lo, hi = keys.span(first, jnp.minimum(first + tile, tokens) - 1)
+        lo, hi = keys.reach(first, jnp.minimum(first + tile, tokens) - 1)
         rows = q_tile.reshape(batch, tile, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
         rows = rows.reshape(batch, kv_heads, -1, head_dim)
         row_positions, row_edges = (jnp.tile(a, (1, heads // kv_heads)) for a in ends)
@@ -248,30 +262,30 @@ def _online_softmax(
     window: int | None,
 ) -> tuple[Float[Array, "B K Q D"], Float[Array, "B K Q"]]:
     def step(i, state):
-        top, total, acc = state
+        m, l, acc = state
         k, v, positions = keys.load(i)
         positions = positions[:, None, :]
         visible = (positions >= 0) & (positions < edges[:, :, None])
         if window is not None:
             visible &= positions > q_positions[:, :, None] - window
         scores = jnp.where(visible[:, None], _scores(q, k), MASKED)
-        new_top = jnp.maximum(top, scores.max(-1))
-        p, shrink = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
+        new_m = jnp.maximum(m, scores.max(-1))
+        p, shrink = jnp.exp(scores - new_m[..., None]), jnp.exp(m - new_m)
         acc = acc * shrink[..., None] + _weighted(p, v)
-        return new_top, total * shrink + p.sum(-1), acc
+        return new_m, l * shrink + p.sum(-1), acc
 
     shape = q.shape[:3]
     acc = jnp.zeros((*shape, keys.width or q.shape[3]), q.dtype)
     start = (jnp.full(shape, MASKED, q.dtype), jnp.zeros(shape, q.dtype), acc)
-    # One block needs no loop, and XLA would copy a whole history into one.
-    top, total, acc = step(0, start) if keys.blocks == 1 else jax.lax.fori_loop(lo, hi, step, start)
-    # A row that saw no key has top = MASKED: its weight in a merge with any other part is zero.
-    total = jnp.maximum(total, jnp.finfo(q.dtype).tiny)
-    return acc / total[..., None], top + jnp.log(total)
+    # One tile needs no loop, and XLA would copy a whole history into one.
+    m, l, acc = step(0, start) if keys.tiles == 1 else jax.lax.fori_loop(lo, hi, step, start)
+    # A row that saw no key has m = MASKED: its weight in a merge with any other part is zero.
+    l = jnp.maximum(l, jnp.finfo(q.dtype).tiny)
+    return acc / l[..., None], m + jnp.log(l)
 
 
-def _scores(q: Float[Array, "B K Q D"], k: Block) -> Float[Array, "B K Q n"]:
-    if not few_rows(q.shape[2]):
+def _scores(q: Float[Array, "B K Q D"], k: Tile) -> Float[Array, "B K Q n"]:
+    if not is_decode_shape(q.shape[2]):
         # Transposed first: XLA's CPU matmul is three times slower with both operands contracted along rows.
         columns = jax.lax.optimization_barrier(k.dequantize().swapaxes(2, 3))
         return jnp.einsum("bkqd,bkdn->bkqn", q, columns)
@@ -290,8 +304,8 @@ def _few_scores(q: Float[Array, "B K Q D"], k: Float[Array, "B K n D"]) -> Float
     return jnp.einsum("bknd,bkqd->bknq", k, q).swapaxes(2, 3)[:, :, :rows]
 
 
-def _weighted(p: Float[Array, "B K Q n"], v: Block) -> Float[Array, "B K Q D"]:
-    if few_rows(p.shape[2]) and v.scale_per_token:
+def _weighted(p: Float[Array, "B K Q n"], v: Tile) -> Float[Array, "B K Q D"]:
+    if is_decode_shape(p.shape[2]) and v.scale_per_token:
         scale, zero = (a.astype(p.dtype) for a in (v.scale, v.zero))
         return jnp.einsum("bkqn,bknd->bkqd", p * scale, v.codes) + (p * zero).sum(-1, keepdims=True)
     x = v.dequantize()

@@ -1,5 +1,5 @@
-"""Rematerialising attention: keys (and, for many queries, values) are rebuilt from a stored layer input or its
-latents, block by block, inside the online softmax.
+"""Rematerialising attention (not jax.remat): keys (and, for many queries, values) are rebuilt from a stored layer
+input or its latents, tile by tile, inside the online softmax.
 
 Values need no rebuilding for few queries: with X̂ the stored rows and R_v what turns them into values,
 softmax(..) (X̂ R_v) = (softmax(..) X̂) R_v. Keys do, because RoPE stands between (XQuant, sections 3.1 and 3.3).
@@ -14,18 +14,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from kvjax.ops import store
-from kvjax.ops.attention import Keys, Partial, attend_keys, block_size, few_rows
+from kvjax.ops.attention import Partial, Span, attend_keys, is_decode_shape, tile_size
 from kvjax.ops.dispatch import dispatch
 from kvjax.ops.norm import normalize
 from kvjax.ops.rotate import rotate
-from kvjax.ops.store import Block
+from kvjax.ops.store import Tile
 from pallas_kernels.remat_attention import remat_attention
 from pallas_kernels.remat_attention.weights import Rebuild
 
-Latents = Callable[[Array | int, int], tuple[Float[Array, "B G n r"], Float[Array, "B G n s"]]]
 Table = tuple[Float[Array, "S D"], Float[Array, "S D"]]
 
 
@@ -78,85 +77,68 @@ def _rebuild(
     return out.reshape(batch, count, kv_heads, width // kv_heads).swapaxes(1, 2)
 
 
+class Latents(NamedTuple):
+    """Where latents of keys and of values come from: `load(start, size)` gives those of tokens [start, start + size),
+    both multiples of `pack_size`, of `tokens` allocated ones."""
+
+    load: Callable[[Array | int, int], tuple[Float[Array, "B G n r"], Float[Array, "B G n s"]]]
+    tokens: int
+    pack_size: int
+
+
 def attend_latents(
     q: Float[Array, "B T H D"],
-    q_positions: Int[Array, "B T"],
+    span: Span,
     latents: Latents,
-    tokens: int,
-    pack: int,
     remat: Remat,
     kv_heads: int,
     table: Table,
-    first: int,
-    stop: Int[Array, "B"],
-    window: int | None,
-    stored: tuple[store.Stored, store.Stored] | None = None,
+    packed: tuple[store.Stored, store.Stored] | None = None,
 ) -> Partial:
-    """Attention of q (after RoPE) over positions [first, stop) of each sequence.
+    """Attention of q (after RoPE) over the stored positions of a span.
 
-    latents: tokens [start, start + size) as they are read, both multiples of `pack`, of `tokens` allocated ones.
-    table: cos and sin of every position.
-    window: a query at position p sees only positions > p - window.
-    stored: what `latents` reads, of keys and of values (the same object where one serves both), where it is nothing
-      but packed tensors: kernels take those.
+    Args:
+      table: cos and sin of every position.
+      packed: what `latents` reads, of keys and of values (the same object where one serves both), where it is nothing
+        but packed tensors: kernels take those.
     """
-    absorb = few_rows(q.shape[1] * q.shape[2] // kv_heads)
+    absorb = is_decode_shape(q.shape[1] * q.shape[2] // kv_heads)
 
     def kernel(name: str, interpret: bool) -> Partial:
-        if stored is None or q.dtype == jnp.float64 or not absorb:
-            raise NotImplementedError("other streams, float64 and many queries are XLA's")
-        keys = store.for_kernels(stored[0])
-        values = keys if stored[1] is stored[0] else store.for_kernels(stored[1])
+        if packed is None or q.dtype == jnp.float64 or not absorb:
+            raise NotImplementedError("other tensors, float64 and many queries are XLA's")
+        keys = store.for_kernels(packed[0])
+        values = keys if packed[1] is packed[0] else store.for_kernels(packed[1])
         rebuild = Rebuild(remat.key, *table, remat.key_bias, remat.key_norm, remat.eps)
-        where: dict[str, Any] = {"first": first, "window": window, "implementation": name, "interpret": interpret}
-        output, lse = remat_attention(q, keys, values, rebuild, q_positions[:, 0], stop, **where)
+        how: dict[str, Any] = {"implementation": name, "interpret": interpret, **span.for_kernels()}
+        output, lse = remat_attention(q, keys, values, rebuild, **how)
         return Partial(remat.absorbed(output, kv_heads), lse)
 
-    def xla() -> Partial:
-        return _attend_rebuilt(
-            q, q_positions, latents, tokens, pack, remat, kv_heads, table, first, stop, window, absorb
-        )
-
+    xla = lambda: _attend_rebuilt(q, span, latents, remat, kv_heads, table, absorb)  # noqa: E731
     return dispatch("remat_attention", kernel, xla)
 
 
 def _attend_rebuilt(
     q: Float[Array, "B T H D"],
-    q_positions: Int[Array, "B T"],
+    span: Span,
     latents: Latents,
-    tokens: int,
-    pack: int,
     remat: Remat,
     kv_heads: int,
     table: Table,
-    first: int,
-    stop: Int[Array, "B"],
-    window: int | None,
     absorb: bool,
 ) -> Partial:
     """`attend_latents` in XLA. absorb: whether values stay latents until their weighted sums are made."""
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    dtype, tokens = jnp.promote_types(q.dtype, jnp.float32), latents.tokens
     remat = remat.astype(dtype)
-    width = remat.value.shape[1] if absorb else q.shape[3]
-    size = block_size(tokens, max(remat.key.shape[1] * remat.key.shape[0], kv_heads * q.shape[3]), q.shape[1])
-    size = min(tokens, -(-size // pack) * pack)
+    size = tile_size(tokens, max(remat.key.shape[1] * remat.key.shape[0], kv_heads * q.shape[3]), q.shape[1])
+    size = min(tokens, -(-size // latents.pack_size) * latents.pack_size)
 
-    def load(i):
-        # The last block starts early where `size` does not divide S; what it repeats is masked.
-        start = jnp.minimum(i * size, tokens - size)
-        index = start + jnp.arange(size)
-        there = (index >= jnp.maximum(first, i * size)) & (index < stop[:, None])
-        of_keys, of_values = (x.astype(dtype) for x in latents(start, size))
+    def load(start):
+        of_keys, of_values = (x.astype(dtype) for x in latents.load(start, size))
         cos, sin = (jax.lax.dynamic_slice_in_dim(a, start, size) for a in table)
         k = rotate(remat.keys(of_keys, kv_heads), cos, sin)
-        v = of_values if absorb else remat.values(of_values, kv_heads)
-        return Block(k), Block(v), jnp.where(there, index, -1)
+        return Tile(k), Tile(of_values if absorb else remat.values(of_values, kv_heads))
 
-    def span(first_query, last_query):
-        last = jnp.minimum(q_positions[:, last_query] + 1, stop).max()
-        lo = 0 if window is None else (q_positions[:, first_query] - window + 1).min()
-        return jnp.maximum(lo, first) // size, -(-last // size)
-
-    keys = Keys(-(-tokens // size), load, span, width)
-    part = attend_keys(q, q_positions, kv_heads, keys, window)
+    width = remat.value.shape[1] if absorb else q.shape[3]
+    part = attend_keys(q, span.positions, kv_heads, span.tiles(tokens, size, load, width), span.window)
     return Partial(remat.absorbed(part.output, kv_heads), part.lse) if absorb else part

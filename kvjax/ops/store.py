@@ -8,16 +8,17 @@ K kv heads, S allocated tokens, D head_dim.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from kvjax.errors import KvjaxError
 from kvjax.ops.dispatch import dispatch
@@ -36,24 +37,26 @@ class Format:
     bits: code width, or 16 for the values themselves in the cache's dtype.
     per: "token" (groups of `group` channels of a token) or "channel" (groups of `group` tokens of a channel).
     group: elements that share a scale and a zero point.
-    block: tokens written at a time, 0 for one by one.
+    residual_length: tokens written at a time, 0 for one by one.
     """
 
     bits: int
     per: str
     group: int
-    block: int
+    residual_length: int
 
     def __post_init__(self) -> None:
-        if self.block % 8:
-            raise KvjaxError(f"residual {self.block}: expected a multiple of 8")
-        if self.per == "channel" and (self.block == 0 or self.block % self.group):
-            raise KvjaxError(f"residual {self.block}: expected a positive multiple of the token group {self.group}")
+        if self.residual_length % 8:
+            raise KvjaxError(f"residual {self.residual_length}: expected a multiple of 8")
+        if self.per == "channel" and (self.residual_length == 0 or self.residual_length % self.group):
+            raise KvjaxError(
+                f"residual {self.residual_length}: expected a positive multiple of the token group {self.group}"
+            )
 
     @property
-    def pack(self) -> int:
+    def pack_size(self) -> int:
         """Tokens that are packed together."""
-        return self.block or (1 if self.bits == EXACT else PACK)
+        return self.residual_length or (1 if self.bits == EXACT else PACK)
 
     @property
     def group_axis(self) -> int:
@@ -63,6 +66,56 @@ class Format:
     def bits_asymptotic(self) -> float:
         """Bits per element, scale and zero point (float16 each) included."""
         return self.bits if self.bits == EXACT else self.bits + 32 / self.group
+
+
+class RowFormat(abc.ABC):
+    """A custom quantiser that encodes each token's row of each head by itself. Subclasses are frozen dataclasses."""
+
+    bits: ClassVar[int] = 0  # no codes of ours
+    pack_size: ClassVar[int] = 1
+
+    @property
+    @abc.abstractmethod
+    def bits_asymptotic(self) -> float:
+        """Bits per element, all that is kept included."""
+
+    @abc.abstractmethod
+    def encode(self, x: Float[Array, "... D"]) -> tuple[Array, ...]:
+        """What is kept of rows: arrays [..., w] of any widths and types."""
+
+    @abc.abstractmethod
+    def decode(self, kept: tuple[Array, ...], dtype: Any) -> Float[Array, "... D"]:
+        """The rows that are read, in `dtype`."""
+
+
+AnyFormat = Format | RowFormat
+
+
+@struct.dataclass
+class Rows:
+    """What a `RowFormat` keeps."""
+
+    kept: tuple[Shaped[Array, "B K S _"], ...]
+    format: Any = struct.field(pytree_node=False)  # RowFormat
+
+    @property
+    def tokens(self) -> int:
+        """Allocated tokens S."""
+        return self.kept[0].shape[2]
+
+    @property
+    def heads(self) -> int:
+        return self.kept[0].shape[1]
+
+    def write(self, x: Float[Array, "B T K D"], positions: Int[Array, "B T"]) -> Rows:
+        """Stores tokens at positions; positions at or beyond S are dropped."""
+        pairs = zip(self.kept, self.format.encode(x), strict=True)
+        return dataclasses.replace(self, kept=tuple(_put(old, new, positions) for old, new in pairs))
+
+    def read(self, start: Int[Array, ""] | int, size: int, dtype: Any) -> Tile:
+        """Tokens [start, start + size)."""
+        kept = tuple(jax.lax.dynamic_slice_in_dim(a, start, size, 2) for a in self.kept)
+        return Tile(self.format.decode(kept, dtype))
 
 
 @struct.dataclass
@@ -105,7 +158,7 @@ class Unpacked:
         return self.codes.shape[1]
 
 
-Stored = Packed | Unpacked
+Stored = Packed | Unpacked | Rows
 
 
 def exact(x: Float[Array, "B K S D"]) -> Packed:
@@ -115,30 +168,33 @@ def exact(x: Float[Array, "B K S D"]) -> Packed:
 
 def for_kernels(stored: Stored) -> layout.Packed:
     """The same arrays as kernels take them. Raises NotImplementedError for codes that are not packed."""
-    if isinstance(stored, Unpacked):
-        raise NotImplementedError("widths that are data")
+    if not isinstance(stored, Packed):
+        raise NotImplementedError("other stores and widths that are data are XLA's")
     form = stored.format
-    return layout.Packed(stored.planes, stored.scale, stored.zero, form.bits, form.per, form.group, form.pack)
+    return layout.Packed(stored.planes, stored.scale, stored.zero, form.bits, form.per, form.group, form.pack_size)
 
 
 def unpacked(packed: Packed, levels: Float[Array, ""]) -> Unpacked:
     """A packed history unpacked, that goes on with codes 0 to `levels`."""
-    codes = read_block(packed, 0, packed.tokens, jnp.uint8).codes
+    codes = read_tile(packed, 0, packed.tokens, jnp.uint8).codes
     return Unpacked(codes, packed.scale, packed.zero, levels, packed.format)
 
 
-def capacity(max_len: int, *formats: Format) -> int:
+def capacity(max_len: int, *formats: AnyFormat) -> int:
     """Tokens to allocate for `max_len`: whole packing blocks of every format."""
-    pack = math.lcm(*(format.pack for format in formats))
+    pack = math.lcm(*(format.pack_size for format in formats))
     return -(-max_len // pack) * pack
 
 
-def init(format: Format, batch: int, kv_heads: int, tokens: int, head_dim: int, dtype) -> Packed:
+def init(format: AnyFormat, batch: int, kv_heads: int, tokens: int, head_dim: int, dtype) -> Packed | Rows:
     """An empty history of `tokens` tokens, a `capacity` of the format."""
 
     def rows(count: int, channels: int, dtype) -> Array:
         return jnp.zeros((batch, kv_heads, count, channels), dtype)
 
+    if isinstance(format, RowFormat):
+        kept = jax.eval_shape(format.encode, rows(tokens, head_dim, dtype))
+        return Rows(tuple(jnp.zeros(a.shape, a.dtype) for a in kept), format)
     if format.bits == EXACT:
         return Packed((rows(tokens, head_dim, dtype),), None, None, format)
     planes = tuple(rows(tokens * width // 8, head_dim, jnp.uint8) for width in packing.PLANES[format.bits])
@@ -158,6 +214,8 @@ def write_tokens(
     format, tokens = packed.format, x.shape[1]
     step = jnp.arange(tokens)
     at = jnp.where(step < lengths[:, None], start[:, None] + step, packed.tokens)  # out of range: dropped
+    if isinstance(packed, Rows):
+        return packed.write(x, at)
     if isinstance(packed, Unpacked):
         q = affine.quantize_to(x, packed.levels, -1, format.group)
         scale, zero = _put_last(packed.scale, q.scale, at), _put_last(packed.zero, q.zero, at)
@@ -166,13 +224,13 @@ def write_tokens(
         return dataclasses.replace(packed, planes=(_put(packed.planes[0], x, at),))
     q = affine.quantize(x, format.bits, -1, format.group)
     # Codes aligned to packing blocks, and the bits of the blocks that they replace.
-    count = (tokens + format.pack - 2) // format.pack + 1
-    slot = jnp.arange(count * format.pack) - (start % format.pack)[:, None]
+    count = (tokens + format.pack_size - 2) // format.pack_size + 1
+    slot = jnp.arange(count * format.pack_size) - (start % format.pack_size)[:, None]
     new = (slot >= 0) & (slot < lengths[:, None])
     codes = jnp.take_along_axis(q.codes, jnp.clip(slot, 0, tokens - 1)[:, :, None, None], 1)
     codes = jnp.where(new[:, :, None, None], codes, 0)
-    index = (start // format.pack)[:, None] + jnp.arange(count)
-    index = jnp.where(new.reshape(-1, count, format.pack).any(-1), index, packed.tokens // format.pack)
+    index = (start // format.pack_size)[:, None] + jnp.arange(count)
+    index = jnp.where(new.reshape(-1, count, format.pack_size).any(-1), index, packed.tokens // format.pack_size)
     full = jnp.broadcast_to(new[:, :, None, None] * jnp.uint8(2**format.bits - 1), (*new.shape, 1, 1))
     planes = tuple(
         _put_rows(old, word | (_get_rows(old, index, word.shape[3]) & ~replaced), index)
@@ -187,7 +245,7 @@ def write_tokens(
 def _pack_blocks(codes: Array, format: Format) -> tuple[Array, ...]:
     """[B, N*P, K, D] codes to planes [B, N, K, P*w/8, D]."""
     batch, _, kv_heads, head_dim = codes.shape
-    blocks = codes.reshape(batch, -1, format.pack, kv_heads, head_dim).swapaxes(2, 3)
+    blocks = codes.reshape(batch, -1, format.pack_size, kv_heads, head_dim).swapaxes(2, 3)
     return packing.pack(blocks, format.bits)
 
 
@@ -198,6 +256,8 @@ def write_blocks(
 
     mask: tokens that enter minima and maxima.
     """
+    if isinstance(packed, Rows):
+        return packed.write(x.reshape(x.shape[0], -1, *x.shape[3:]), _rows(index, x.shape[2]))
     format = packed.format
     blocks = x.swapaxes(2, 3)  # [B, N, K, R, D]
     counted = mask[:, :, None, :, None]
@@ -225,17 +285,21 @@ def write_blocks(
     # Most steps of a decode complete no block. The condition spans the small new rows only: XLA copies whatever
     # a conditional returns, and would copy the history.
     nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(encode))
-    planes, scale, zero = jax.lax.cond((index * format.block < packed.tokens).any(), encode, lambda: nothing)
+    planes, scale, zero = jax.lax.cond(
+        (index * format.residual_length < packed.tokens).any(), encode, lambda: nothing
+    )
     planes = tuple(_put_rows(old, new, index) for old, new in zip(packed.planes, planes, strict=True))
     scale, zero = _put_scales(packed, scale, zero, index)
     return dataclasses.replace(packed, planes=planes, scale=scale, zero=zero)
 
 
-def _put_scales(packed: Stored, scale: Array, zero: Array, index: Int[Array, "B N"]) -> tuple[Array, Array]:
+def _put_scales(
+    packed: Packed | Unpacked, scale: Array, zero: Array, index: Int[Array, "B N"]
+) -> tuple[Array, Array]:
     """Scales and zero points of blocks, [B, N, K, R, G] per token or [B, N, K, R/group, D] per channel."""
     if packed.format.per == "channel":
         return _put_rows(packed.scale, scale, index), _put_rows(packed.zero, zero, index)
-    at = _rows(index, packed.format.block)
+    at = _rows(index, packed.format.residual_length)
     scale, zero = (a.swapaxes(2, 3).reshape(*at.shape, a.shape[2], a.shape[4]) for a in (scale, zero))
     return _put_last(packed.scale, scale, at), _put_last(packed.zero, zero, at)
 
@@ -273,7 +337,7 @@ def _get_rows(store: Array, index: Int[Array, "B N"], rows: int) -> Array:
 
 
 @struct.dataclass
-class Block:
+class Tile:
     """n tokens as stored: x = codes * scale + zero in groups of `group` along `axis`; no scale where exact.
 
     scale, zero: [B, K, D/group, n] where groups lie along channels (axis -1), else [B, K, n/group, D].
@@ -298,8 +362,10 @@ class Block:
         return affine.dequantize(q, self.axis, self.group, self.codes.dtype)
 
 
-def read_block(packed: Stored, start: Int[Array, ""] | int, size: int, dtype) -> Block:
-    """Tokens [start, start + size), codes as `dtype`; both are multiples of `format.pack`."""
+def read_tile(packed: Stored, start: Int[Array, ""] | int, size: int, dtype) -> Tile:
+    """Tokens [start, start + size), codes as `dtype`; both are multiples of `format.pack_size`."""
+    if isinstance(packed, Rows):
+        return packed.read(start, size, dtype)
     format = packed.format
 
     def rows(a: Array, numerator: int, denominator: int, axis: int = 2) -> Array:
@@ -307,19 +373,19 @@ def read_block(packed: Stored, start: Int[Array, ""] | int, size: int, dtype) ->
         return jax.lax.dynamic_slice_in_dim(a, first, count, axis)
 
     if isinstance(packed, Unpacked):
-        return _block(rows, packed, rows(packed.codes, 1, 1).astype(dtype))
+        return _tile(rows, packed, rows(packed.codes, 1, 1).astype(dtype))
     if format.bits == EXACT:
-        return Block(rows(packed.planes[0], 1, 1).astype(dtype))
+        return Tile(rows(packed.planes[0], 1, 1).astype(dtype))
     planes = tuple(
         rows(plane, width, 8) for plane, width in zip(packed.planes, packing.PLANES[format.bits], strict=True)
     )
-    planes = tuple(p.reshape(*p.shape[:2], size // format.pack, -1, p.shape[3]) for p in planes)
+    planes = tuple(p.reshape(*p.shape[:2], size // format.pack_size, -1, p.shape[3]) for p in planes)
     codes = packing.unpack(planes, format.bits)
-    return _block(rows, packed, codes.reshape(*codes.shape[:2], size, codes.shape[-1]).astype(dtype))
+    return _tile(rows, packed, codes.reshape(*codes.shape[:2], size, codes.shape[-1]).astype(dtype))
 
 
-def _block(rows: Callable[..., Array], packed: Stored, codes: Float[Array, "B K n D"]) -> Block:
+def _tile(rows: Callable[..., Array], packed: Packed | Unpacked, codes: Float[Array, "B K n D"]) -> Tile:
     format = packed.format
     where = (1, 1, 3) if format.per == "token" else (1, format.group, 2)
     scale, zero = rows(packed.scale, *where), rows(packed.zero, *where)
-    return Block(codes, scale, zero, format.group_axis, format.group)
+    return Tile(codes, scale, zero, format.group_axis, format.group)

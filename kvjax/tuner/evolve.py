@@ -24,7 +24,7 @@ from kvjax.caches.base import CacheSpec, ModelShapes
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
 from kvjax.files import brief
-from kvjax.tuner.space import Bits, together
+from kvjax.tuner.space import Bits, try_plan
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -61,7 +61,7 @@ def evolve(
         specs: dict[int, CacheSpec] = {}
         for i, group in enumerate(groups):
             specs |= dict.fromkeys(group, candidates[group[0]][params[f"group_{i}"]])
-        return together([specs[i] for i in range(model.layers)], model)
+        return try_plan([specs[i] for i in range(model.layers)], model)
 
     with _named(journal):
         storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal), _Lock(str(journal))))

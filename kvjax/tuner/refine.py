@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from kvjax.caches.base import CacheSpec, ModelShapes
 from kvjax.caches.plan import CachePlan
 from kvjax.tuner.knapsack import knapsack
-from kvjax.tuner.space import Bits, together
+from kvjax.tuner.space import Bits, try_plan
 
 
-def swapped(plan: CachePlan, layer: int, spec: CacheSpec, model: ModelShapes) -> CachePlan | None:
+def replace_layer(plan: CachePlan, layer: int, spec: CacheSpec, model: ModelShapes) -> CachePlan | None:
     """The plan with another spec at one layer, None where the layers then do not go together."""
-    return together([*plan.specs[:layer], spec, *plan.specs[layer + 1 :]], model)
+    return try_plan([*plan.specs[:layer], spec, *plan.specs[layer + 1 :]], model)
 
 
 def refine(
@@ -31,7 +31,7 @@ def refine(
     yield best, least
     for _ in range(rounds):
         choices, change, measured = _measure(best, least, candidates, loss, model)
-        front = knapsack(choices, bits.of, lambda layer, spec, change=change: change[layer, str(spec)])  # type: ignore[misc]
+        front = knapsack(choices, bits.of, lambda layer, spec, change=change: change[layer, str(spec)], model)  # type: ignore[misc]
         plan = min((each for each in front if bits.fits(each[0])), key=lambda each: each[1], default=(best, 0.0))[0]
         # What changes together does not add up exactly: half the changes may be better than all.
         tried = [plan, *(_part(best, plan, change, model, share) for share in (2, 4))]
@@ -59,7 +59,7 @@ def _measure(
         near = [here]
         change[layer, str(here)] = 0.0
         for i in (at - 1, at + 1):
-            if 0 <= i < len(choice) and (plan := swapped(best, layer, choice[i], model)):
+            if 0 <= i < len(choice) and (plan := replace_layer(best, layer, choice[i], model)):
                 near.append(choice[i])
                 measured.append((plan, loss(plan)))
                 change[layer, names[i]] = measured[-1][1] - least
@@ -79,4 +79,4 @@ def _part(
     if not kept:
         return None
     specs = [b if i in kept else a for i, (a, b) in enumerate(zip(best.specs, plan.specs, strict=True))]
-    return together(specs, model)
+    return try_plan(specs, model)

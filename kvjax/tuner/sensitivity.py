@@ -25,38 +25,38 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.caches.base import CacheShape, CacheSpec, Chunk, LayerCache, visible
+from kvjax.caches.base import CacheShape, CacheSpec, Chunk, ModelSizes, visible
+from kvjax.caches.cross_layer import CrossLayerSpec
 from kvjax.caches.plan import CachePlan
 from kvjax.models.decoder import rms_norm
 from kvjax.ops import attention
 from kvjax.ops.rotate import rotate_heads
-from kvjax.tuner.simulate import Simulator, Streamed, exact_form, form_of, levels_of, run_layer
+from kvjax.tuner.simulate import Simulator, Streamed, levels_of, run_layer
 
 TINY = 1e-8  # added to denominators
 ROWS = 128  # tokens whose logits are held at a time
 ERRORS = ("e_k", "e_v", "e_a", "e_o", "predicted")
 
 
-def alone(simulator: Simulator, layer: int, spec: CacheSpec) -> CachePlan:
+def quantise_one(simulator: Simulator, layer: int, spec: CacheSpec) -> CachePlan:
     """The plan with this layer quantised and the others exact: dense, or the method itself where its layers depend on
     one another."""
     specs = list(_exact(simulator, spec).specs)
     specs[layer] = spec
-    return CachePlan(tuple(specs))
+    return CachePlan(tuple(specs), ModelSizes.of(simulator.model.config))
 
 
 def _exact(simulator: Simulator, spec: CacheSpec) -> CachePlan:
     """The run that the spec is measured on."""
-    if not spec.init_carry(simulator.shape):
+    if not isinstance(spec, CrossLayerSpec):
         return simulator.dense_plan
-    config = simulator.model.config
-    return CachePlan.of((exact_form(spec),) * config.layers, config)
+    return CachePlan.uniform(spec.exact, simulator.model.config)
 
 
 def measured(simulator: Simulator, layer: int, spec: CacheSpec) -> float:
     """KL divergence, nats a token, with this layer alone quantised."""
     simulator.keep(_exact(simulator, spec))
-    return float(simulator.score(alone(simulator, layer, spec)).kld.mean())
+    return float(simulator.score(quantise_one(simulator, layer, spec)).kld.mean())
 
 
 def local_errors(
@@ -68,7 +68,9 @@ def local_errors(
     """
     config, params = simulator.model.config, simulator.model.params[f"layer_{layer}"]
     found: dict[CacheSpec, dict[str, float]] = {}
-    for form, group in itertools.groupby(sorted(specs, key=lambda s: str(form_of(s))), key=form_of):
+    for form, group in itertools.groupby(
+        sorted(specs, key=lambda s: str(s.program_form)), key=lambda s: s.program_form
+    ):
         same = list(group)
         levels = jnp.stack([levels_of(spec, simulator.shape) for spec in same])
         parts = [
@@ -82,7 +84,7 @@ def local_errors(
                     trace.h[layer],
                     trace.carry[layer],
                 ),
-                *(levels, simulator.factors(form)[layer], g[layer]),
+                *(levels, simulator.bases(form)[layer], g[layer]),
             )
             for trace, g in zip(simulator.keep(_exact(simulator, form)), gradients, strict=True)
         ]
@@ -92,12 +94,12 @@ def local_errors(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layer", "form", "shape"))
-def _local_errors(config, layer, form, shape, params, h, carry, levels, factors, g):
-    return run_layer(config, layer, params, h, factors, _Probe(levels, g, form, shape), carry)[2]
+def _local_errors(config, layer, form, shape, params, h, carry, levels, bases, g):
+    return run_layer(config, layer, params, h, bases, _Probe(levels, g, form, shape), carry)[2]
 
 
 @struct.dataclass
-class _Probe(LayerCache):
+class _Probe:
     """Hands out the errors of C candidates of one form as its carry."""
 
     levels: Float[Array, "C s"]
@@ -115,7 +117,9 @@ class _Probe(LayerCache):
         def candidate(levels):
             cache = Streamed(levels, self.form, self.shape)
             k, v, positions, _, _ = cache.materialize(chunk, carry)
-            streamed = attention.attend_streamed(chunk.q, (k, v, positions), own, self.form.block, chunk.window)
+            streamed = attention.attend_streamed(
+                chunk.q, (k, v, positions), own, self.form.residual_length, chunk.window
+            )
             moved = jnp.einsum("snhd,nhd->sn", self.g, (streamed - exact)[0])
             k, v = (_by_position(x[0], positions[0], self.shape.max_len) for x in (k, v))
             a_hat, o_hat = _late_attention(chunk, k[None], v[None])
@@ -128,9 +132,6 @@ class _Probe(LayerCache):
             }
 
         return jnp.zeros_like(chunk.q), self, jax.lax.map(candidate, self.levels)
-
-    def materialize(self, chunk: Chunk, carry: Any):
-        raise NotImplementedError
 
 
 def _by_position(x: Float[Array, "n K d"], positions: Int[Array, "n"], tokens: int) -> Float[Array, "N K d"]:
@@ -158,7 +159,7 @@ def _relative(exact: Array, other: Array) -> Array:
 
 
 @struct.dataclass
-class _Moved(LayerCache):
+class _Moved:
     """Exact attention, its output moved by `by`; the blockwise one has no gradient."""
 
     by: Float[Array, "1 N H d"]
@@ -168,9 +169,6 @@ class _Moved(LayerCache):
         reach = None if window is None else (window - 1, 0)
         output = jax.nn.dot_product_attention(chunk.q, k, v, is_causal=True, local_window_size=reach)
         return output + self.by, self, carry
-
-    def materialize(self, chunk: Chunk, carry: Any):
-        raise NotImplementedError
 
 
 def gradients(simulator: Simulator, window: int, samples: int, seed: int) -> Float[np.ndarray, "L S N H d"]:

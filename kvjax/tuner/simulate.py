@@ -18,28 +18,17 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from kvjax.caches.base import CacheShape, CacheSpec, Chunk, LayerCache
+from kvjax.caches.base import Attends, CacheShape, CacheSpec, Chunk, LayerCache, ModelSizes
 from kvjax.caches.plan import CachePlan
-from kvjax.checkpoints.model import Model
+from kvjax.calibrate.bases import load_bases
 from kvjax.errors import KvjaxError
 from kvjax.evaluate import vocabulary
-from kvjax.factors import factors
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Layer, rms_norm
+from kvjax.models.model import Model
 from kvjax.models.rope import make_rope
 from kvjax.ops import attention, store
 from kvjax.ops.rotate import rotate_heads
-
-
-@functools.cache
-def form_of(spec: CacheSpec) -> CacheSpec:
-    """The spec with its widths at 8, unquantised ones as they are: specs of one form share a program."""
-    return spec.each_width(lambda bits: bits if bits == store.EXACT else 8)
-
-
-def exact_form(spec: CacheSpec) -> CacheSpec:
-    """The same method unquantised."""
-    return spec.each_width(lambda bits: store.EXACT)
 
 
 @functools.cache
@@ -68,7 +57,7 @@ def _histories(cache: Any) -> list[store.Packed]:
 
 
 @struct.dataclass
-class Streamed(LayerCache):
+class Streamed:
     """An empty cache that a whole window is read through, as `streaming` would."""
 
     levels: Float[Array, "s"]
@@ -78,7 +67,7 @@ class Streamed(LayerCache):
     def attend(self, chunk: Chunk, carry: Any) -> tuple[Float[Array, "B T H d"], Streamed, Any]:
         k, v, positions, _, carry = self.materialize(chunk, carry)
         own = rotate_heads(chunk.k, chunk.rotation), chunk.v
-        output = attention.attend_streamed(chunk.q, (k, v, positions), own, self.form.block, chunk.window)
+        output = attention.attend_streamed(chunk.q, (k, v, positions), own, self.form.residual_length, chunk.window)
         return output, self, carry
 
     def materialize(self, chunk: Chunk, carry: Any):
@@ -92,8 +81,8 @@ def run_layer(
     layer: int,
     params: Any,
     h: Float[Array, "1 N D"],
-    factors: Any,
-    cache: LayerCache,
+    bases: Any,
+    cache: Attends,
     carry: Any,
 ) -> tuple[Float[Array, "1 N D"], Any, Any]:
     """One layer over a whole window, through any cache: output, the cache after it, and the carry."""
@@ -103,12 +92,12 @@ def run_layer(
     module: Any = Layer(config, config.layer_window(layer))
     lengths = jnp.full((1,), count, jnp.int32)
     rotation = rope.table(positions, h.dtype)
-    return module.apply({"params": params}, h, positions, lengths, rope, rotation, factors, cache, carry, "exact")
+    return module.apply({"params": params}, h, positions, lengths, rope, rotation, bases, cache, carry, "exact")
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layer", "form", "shape"))
-def _step(config, layer, form, shape, params, h, carry, levels, factors):
-    h, _, carry = run_layer(config, layer, params, h, factors, Streamed(levels, form, shape), carry)
+def _step(config, layer, form, shape, params, h, carry, levels, bases):
+    h, _, carry = run_layer(config, layer, params, h, bases, Streamed(levels, form, shape), carry)
     return h, carry
 
 
@@ -150,9 +139,9 @@ class Simulator:
         self.shape = CacheShape.of(model.config, 1, windows.shape[1], model.dtype)
         self.layers_run = 0
         self.dense_plan = CachePlan.parse("dense", model.config)
-        self._factors: dict[str, tuple[Any, ...]] = {"": ((),) * model.config.layers}
+        self._bases: dict[str, tuple[Any, ...]] = {"": ((),) * model.config.layers}
         self._kept: dict[CachePlan, list[Trace]] = {}
-        self._dense: list[vocabulary.Dense] = []
+        self._dense: list[vocabulary.DenseRun] = []
         self.keep(self.dense_plan)
 
     @property
@@ -175,26 +164,27 @@ class Simulator:
         """Scores against the dense run, [w, N - 1] a field.
 
         Raises:
-          KvjaxError: the logits are not finite.
+          KvjaxError: a layer's method does not allow whole windows, or the logits are not finite.
         """
+        plan.require_whole_windows("a search")
         parts = [self._score(plan, w) for w in range(len(self.windows))]
         scores = jax.tree.map(lambda *a: np.stack([np.asarray(x, np.float64) for x in a]), *parts)
         if not np.isfinite([scores.nll, scores.kld]).all():
             raise KvjaxError(f"{plan}: the logits are not finite")
         return scores
 
-    def dense(self, window: int) -> vocabulary.Dense:
+    def dense(self, window: int) -> vocabulary.DenseRun:
         """The dense run of a window's scored tokens."""
         while len(self._dense) <= window:
             self._dense.append(_dense_run(*self._scored(self.dense_plan, len(self._dense)))[1])
         return self._dense[window]
 
-    def factors(self, spec: CacheSpec) -> tuple[Any, ...]:
-        """The spec's factors of every layer."""
-        if spec.factors_key not in self._factors:
-            plan = CachePlan((spec,) * self.model.config.layers)
-            self._factors[spec.factors_key] = factors(self.model, plan)
-        return self._factors[spec.factors_key]
+    def bases(self, spec: CacheSpec) -> tuple[Any, ...]:
+        """The spec's bases of every layer."""
+        if spec.bases_key not in self._bases:
+            plan = CachePlan((spec,) * self.model.config.layers, ModelSizes.of(self.model.config))
+            self._bases[spec.bases_key] = load_bases(self.model, plan)
+        return self._bases[spec.bases_key]
 
     def _score(self, plan: CachePlan, window: int) -> vocabulary.TokenScores:
         return _compare(*self._scored(plan, window), self.dense(window))
@@ -220,8 +210,8 @@ class Simulator:
         for i in range(start, config.layers):
             spec = plan.specs[i]
             h, carry = _step(
-                *(config, self.program(i), form_of(spec), self.shape),
-                *(params[f"layer_{i}"], h, carry, levels_of(spec, self.shape), self.factors(spec)[i]),
+                *(config, self.program(i), spec.program_form, self.shape),
+                *(params[f"layer_{i}"], h, carry, levels_of(spec, self.shape), self.bases(spec)[i]),
             )
             self.layers_run += 1
             if whole:

@@ -15,7 +15,8 @@ import numpy as np
 from sklearn.cluster import DBSCAN
 
 from kvjax.caches.base import CacheShape, CacheSpec, ModelShapes
-from kvjax.caches.plan import CachePlan, parse_spec
+from kvjax.caches.plan import CachePlan
+from kvjax.caches.registry import parse_spec
 from kvjax.errors import KvjaxError
 
 EPS, MIN_SAMPLES = 0.05, 2  # of DBSCAN, as in the paper
@@ -29,23 +30,23 @@ def default_candidates(mode: str) -> list[str]:
     return [f"k{k}v{v}@{mode}" for k in PAIRS[::-1] for v in PAIRS[::-1]]
 
 
-def settled(names: Sequence[str], model: ModelShapes) -> tuple[CacheSpec, ...]:
-    """The specs of candidates' names, settled for the model.
+def resolved(names: Sequence[str], model: ModelShapes) -> tuple[CacheSpec, ...]:
+    """The specs of candidates' names, resolved for the model.
 
     Raises:
       KvjaxError: a candidate that the model cannot hold, or one that is there twice.
     """
     specs = []
     for name in names:
-        spec = parse_spec(name).settle(model)
-        CachePlan.of((spec,) * model.layers, model).init_shapes(CacheShape.of(model, 1, 64, np.float32))
+        spec = parse_spec(name).resolve(model)
+        CachePlan.uniform(spec, model).init_shapes(CacheShape.of(model, 1, 64, np.float32))
         if spec in specs:
             raise KvjaxError(f"candidate {name} is there twice")
         specs.append(spec)
     return tuple(specs)
 
 
-def together(specs: Sequence[CacheSpec], model: ModelShapes) -> CachePlan | None:
+def try_plan(specs: Sequence[CacheSpec], model: ModelShapes) -> CachePlan | None:
     """The plan of one spec per layer, None where the layers do not go together."""
     try:
         return CachePlan.of(specs, model)
@@ -68,7 +69,7 @@ class Bits:
         return spec.bits_nominal if self.kind == "nominal" else spec.bits_asymptotic(self.shape)
 
     def of_plan(self, plan: CachePlan) -> float:
-        return plan.bits_nominal if self.kind == "nominal" else plan.bits_asymptotic(self.shape)
+        return plan.bits_nominal if self.kind == "nominal" else plan.bits_asymptotic
 
     def fits(self, plan: CachePlan) -> bool:
         return self.of_plan(plan) <= self.budget + 1e-9

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from one_layer import ENDS, ROPE, TOKENS, Meaning, both, by_position, expected, make_chunk, run, same_bits, schedule
+from oracle import ENDS, ROPE, TOKENS, Meaning, both, by_position, expected, make_chunk, run, same_bits, schedule
 
 from kvjax.caches.base import CacheShape
-from kvjax.caches.plan import parse_spec
+from kvjax.caches.registry import parse_spec
 from kvjax.models.rope import make_rope
 
 TOKEN, KIVI = ("token", 16), ("channel", 32)
@@ -77,10 +77,10 @@ def test_chunkings_leave_the_same_cache(meaning):
     _, one_shot = run(meaning, TOKENS, 20)
     for other in (chunks, one_shot):
         for part in ("packed", "sinks"):
-            same_bits(getattr(steps.history, part), getattr(other.history, part), 1e-12)
+            same_bits(getattr(steps.store, part), getattr(other.store, part), 1e-12)
         for b, end in enumerate(ENDS):
             left = end % r if r else 0
-            for mine, its in zip(steps.history.residual, other.history.residual, strict=True):
+            for mine, its in zip(steps.store.residual, other.store.residual, strict=True):
                 same_bits(mine[b, :left], its[b, :left], 1e-12)
 
 
@@ -120,7 +120,7 @@ def test_read_may_change_on_the_way():
                 np.testing.assert_allclose(output[b, :length], wanted, atol=1e-9)
     for b, end in enumerate(ENDS):
         whole = end // 8 * 8
-        for a, other in zip(cache.history.packed, exact.history.packed, strict=True):
+        for a, other in zip(cache.store.packed, exact.store.packed, strict=True):
             np.testing.assert_array_equal(a.scale[b, ..., :whole], other.scale[b, ..., :whole])
 
 
@@ -181,8 +181,9 @@ import sys
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from kvjax.caches.plan import CachePlan, shardings
-from one_layer import make_chunk, model, same_bits
+from kvjax.caches.plan import CachePlan
+from kvjax.mesh import shardings
+from oracle import make_chunk, model, same_bits
 from test_attend import MATRIX
 
 jax.config.update("jax_enable_x64", True)

@@ -28,13 +28,13 @@ def decode_step(text, layers, max_len=MAX_LEN):
     params = jax.eval_shape(decoder.init, jax.random.key(0), token, dense)
     rng = np.random.default_rng(0)
     weights = KVWeights(*rng.standard_normal((2, 192, 64)), norm_eps=1e-6, head_dim=64)
-    factors = [jax.tree.map(jnp.float32, spec.factors(weights, np.ones(64))) for spec in plan.specs]
+    bases = [jax.tree.map(jnp.float32, spec.bases(weights, np.ones(64))) for spec in plan.specs]
 
-    def step(params, token, cache, factors):
-        return decoder.apply(params, token, cache, factors=factors)
+    def step(params, token, cache, bases):
+        return decoder.apply(params, token, cache, bases=bases)
 
-    program = jax.jit(step, donate_argnums=2).lower(params, token, cache, factors)
-    return program.compile().memory_analysis(), plan.nbytes(shape)
+    program = jax.jit(step, donate_argnums=2).lower(params, token, cache, bases)
+    return program.compile().memory_analysis(), plan.nbytes(max_len, 1, jnp.float32)
 
 
 @pytest.mark.parametrize("text", ["dense", "k8v8@token", "k4v4@token", "k4v4@kivi", "k2v2@kivi"])

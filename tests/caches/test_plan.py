@@ -9,12 +9,14 @@ import pytest
 import yaml
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from one_layer import model
+from oracle import model
 
-from kvjax.caches.base import CacheShape
+from kvjax.caches.base import CacheShape, ModelSizes
 from kvjax.caches.dense import Dense
+from kvjax.caches.grammar import split_list
 from kvjax.caches.kv import KV
-from kvjax.caches.plan import CachePlan, parse_spec, split_list
+from kvjax.caches.plan import CachePlan
+from kvjax.caches.registry import parse_spec
 from kvjax.errors import KvjaxError
 
 SHAPE = CacheShape(batch=2, max_len=256, heads=4, kv_heads=2, head_dim=128, model_dim=512)
@@ -22,6 +24,10 @@ SHAPE = CacheShape(batch=2, max_len=256, heads=4, kv_heads=2, head_dim=128, mode
 
 def parse(text, layers=30):
     return CachePlan.parse(text, model(layers))
+
+
+def plan_of(specs):
+    return CachePlan(specs, ModelSizes.of(model(len(specs))))
 
 
 # ---- grammar
@@ -42,7 +48,7 @@ def parse(text, layers=30):
         ),
         (
             "k4v4@kivi(group=64,residual=128,sink=4)",
-            {(0, 29): KV(4, 4, "kivi", 64, 128, 4)},
+            {(0, 29): KV(4, 4, "kivi", group=64, residual=128, sink=4)},
             "k4v4@kivi(group=64,residual=128,sink=4)",
         ),
         ("k4v4( sink = 4 , rope = pre )", {(0, 29): KV(4, 4, sink=4, rope="pre")}, "k4v4@kivi(sink=4,rope=pre)"),
@@ -90,7 +96,7 @@ specs = st.one_of(
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(specs, st.integers(1, 3)), min_size=1, max_size=6))
 def test_canonical_form_parses_back(runs):
-    plan = CachePlan(tuple(spec for spec, count in runs for _ in range(count)))
+    plan = plan_of(tuple(spec for spec, count in runs for _ in range(count)))
     text, layers = str(plan), len(plan.specs)
     again = parse(text, layers)
     assert again == plan and str(again) == text
@@ -103,16 +109,16 @@ ERRORS = [
     ("", "not known"),
     ("k4", "not known"),
     ("y4", "not known"),
-    ("x7", "7 bits"),
-    ("x4@kivi", "input, latent, head"),
+    ("x7", "bits=7; expected 1, 2"),
+    ("x4@kivi", "expected input, latent or head"),
     ("x4@input(outlier=1)", "for latents only"),
     ("x4@latent(group=24)", "group 24 does not divide"),
     ("x4@latent(residual=0)", "residual 0"),
     ("x4@latent(residual=72)", "residual 72"),
     ("x4@latent(group=8,residual=20)", "residual 20"),
-    ("xcl3@head", "input, latent"),
-    ("xcl3(base_bits=7)", "7 bits"),
-    ("xcl3(per=head)", "token or channel"),
+    ("xcl3@head", "expected input or latent"),
+    ("xcl3(base_bits=7)", "base_bits=7; expected 1, 2"),
+    ("xcl3(per=head)", "per=head; expected token or channel"),
     ("xcl3@latent(norm=pre)", "expected @input"),
     ("xcl3(group=7)", "expected at least 8"),
     ("xcl3@input(group=24)", "group 24 does not divide"),
@@ -126,9 +132,9 @@ ERRORS = [
     ("k4v4@kivi(sink=4))", "not known"),
     ("k4v4@kivi@token", "not known"),
     ("k4v4@kivi(sink=(4))", "not known"),
-    ("k7v4", "7 bits"),
-    ("k4v0", "0 bits"),
-    ("k4v32@token", "32 bits"),
+    ("k7v4", "key_bits=7; expected 1, 2"),
+    ("k4v0", "value_bits=0; expected 1, 2"),
+    ("k4v32@token", "value_bits=32; expected 1, 2"),
     ("k4v4@head", "mode"),
     ("k4v4(colour=3)", "no field 'colour'"),
     ("k4v4(sink)", "field=value"),
@@ -136,13 +142,13 @@ ERRORS = [
     ("k4v4(=4)", "field=value"),
     ("k4v4(sink=4,sink=4)", "each field once"),
     ("k4v4(sink=4,)", "field=value"),
-    ("k4v4(sink=four)", "expected int"),
-    ("k4v4(sink=4.5)", "expected int"),
-    ("k4v4(rope=3)", "expected str"),
+    ("k4v4(sink=four)", "expected a whole number"),
+    ("k4v4(sink=4.5)", "expected a whole number"),
+    ("k4v4(rope=3)", "expected pre or post"),
     ("k4v4(rope=before)", "pre or post"),
-    ("k4v4(sink=-1)", "too small"),
-    ("k4v4(group=0)", "too small"),
-    ("k4v4@token(residual=-8)", "too small"),
+    ("k4v4(sink=-1)", "sink=-1; expected at least 0"),
+    ("k4v4(group=0)", "group=0; expected at least 1"),
+    ("k4v4@token(residual=-8)", "residual=-8; expected at least 0"),
     ("k4v4@kivi(residual=0)", "residual 0"),
     ("k4v4@kivi(residual=48)", "residual 48"),
     ("k4v4@kivi(group=64,residual=32)", "residual 32"),
@@ -206,7 +212,7 @@ def test_default_groups_shrink(text, head_dim, channels):
     keys = 4 + 32 / (spec.token_group if spec.mode == "kivi" else channels)
     assert spec.bits_asymptotic(shape) == pytest.approx((keys + 4 + 32 / channels) / 2)
     cache = spec.init(shape)
-    assert sum(a.size for a in (cache.history.packed[1].scale, cache.history.packed[1].zero)) == (
+    assert sum(a.size for a in (cache.store.packed[1].scale, cache.store.packed[1].zero)) == (
         2 * shape.batch * shape.kv_heads * 256 * head_dim // channels
     )
 
@@ -258,7 +264,7 @@ def test_presets_round_trip(tmp_path):
     assert parse(f"{tmp_path}/kvtuner_pertoken_4_0.yaml@kivi") == kivi  # what is said wins
     assert kivi.preset() == plan.preset()
     sunk = parse(f"{tmp_path}/some.yaml@kivi(sink=4,residual=64)")
-    assert sunk == CachePlan(tuple(dataclasses.replace(s, sink=4, residual=64) for s in kivi.specs))
+    assert sunk == plan_of(tuple(dataclasses.replace(s, sink=4, residual=64) for s in kivi.specs))
 
 
 def test_presets_are_kvtuners_format():
@@ -381,22 +387,19 @@ def test_published_presets(tmp_path, layers, bits, groups):
 def test_bits(text, nominal, asymptotic):
     plan = parse(text, 4)
     assert plan.bits_nominal == nominal
-    assert plan.bits_asymptotic(SHAPE) == asymptotic
-    long = dataclasses.replace(SHAPE, max_len=2**20)
-    assert plan.bits_real(long) == pytest.approx(asymptotic, rel=1e-3)
-    assert plan.bits_real(SHAPE) >= asymptotic
-    assert plan.bits_real(dataclasses.replace(SHAPE, dtype=jnp.float32)) == plan.bits_real(
-        dataclasses.replace(SHAPE, dtype=jnp.bfloat16)
-    )
+    assert plan.bits_asymptotic == asymptotic
+    assert plan.bits_real(2**20) == pytest.approx(asymptotic, rel=1e-3)
+    assert plan.bits_real(256) >= asymptotic
+    assert plan.compression(256) == 16 / plan.bits_real(256)
 
 
 def test_bits_real_counts_everything():
     """Residual, sinks and rounding up to whole blocks, at 16 bits what is not quantised."""
-    shape = CacheShape(batch=1, max_len=40, heads=1, kv_heads=1, head_dim=32, model_dim=32)
+    one_head = ModelSizes(layers=3, heads=1, kv_heads=1, head_dim=32, model_dim=32)
     codes_and_scales = 64 * 5  # 40 tokens are two blocks of 32
     exact = (32 + 4) * 16
-    assert parse("k4v4@kivi(sink=4)", 3).bits_real(shape) == (codes_and_scales + exact) / 40
-    assert parse("dense", 3).bits_real(shape) == 16
+    assert CachePlan.parse("k4v4@kivi(sink=4)", one_head).bits_real(40) == (codes_and_scales + exact) / 40
+    assert CachePlan.parse("dense", one_head).bits_real(40) == 16
 
 
 BYTES = [
@@ -415,12 +418,12 @@ BYTES = [
 def test_nbytes(text, head_dim, dtype, per_head):
     """The formula's bytes, the leaves' bytes and the bytes of a compiled program's argument."""
     shape = dataclasses.replace(SHAPE, head_dim=head_dim, dtype=dtype)
-    plan = parse(text, 2)
+    plan = CachePlan.parse(text, dataclasses.replace(model(2), head_dim=head_dim))
     bytes_of_a_layer = per_head * shape.batch * shape.kv_heads
     assert plan.specs[0].nbytes(shape) == bytes_of_a_layer
-    assert plan.nbytes(shape) == 2 * bytes_of_a_layer
+    assert plan.nbytes(256, 2, dtype) == 2 * bytes_of_a_layer
     cache = plan.init(shape)
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers)) == 2 * bytes_of_a_layer
     compiled = jax.jit(lambda cache: jax.tree.map(lambda a: a + 1, cache)).lower(cache).compile()
     arguments = compiled.memory_analysis().argument_size_in_bytes
-    assert arguments == plan.nbytes(shape) + cache.length.nbytes
+    assert arguments == plan.nbytes(256, 2, dtype) + cache.length.nbytes

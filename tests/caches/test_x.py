@@ -1,4 +1,4 @@
-"""Caches that store the layer input: attend equals attention over materialize, and both an oracle from DESIGN's text.
+"""Caches that store the layer input: attend equals attention over materialize, and both the oracle.
 
 A stack of layers with weights and inputs of their own (a random walk, like a residual stream) is fed ragged chunks;
 the oracle keeps every X, quantises what is flushed as the paper says, and knows nothing of packing or accumulators.
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from one_layer import BATCH, ENDS, ROPE, TOKENS, as_stored, rotated, same_bits, schedule
+from oracle import BATCH, ENDS, ROPE, TOKENS, as_stored, rotated, same_bits, schedule
 
 from kvjax.caches.base import CacheShape, Chunk, KVWeights, visible
 from kvjax.caches.plan import CachePlan
@@ -83,7 +83,7 @@ def stack() -> tuple[Layer, ...]:
     return tuple(layers)
 
 
-def make_chunk(layer: Layer, factors, at, lengths, width, window, read) -> Chunk:
+def make_chunk(layer: Layer, bases, at, lengths, width, window, read) -> Chunk:
     positions = at[:, None] + np.arange(width)
     rows = np.arange(BATCH)[:, None], np.minimum(positions, TOKENS - 1)
     pad = (np.arange(width) >= lengths[:, None])[..., None]
@@ -96,7 +96,7 @@ def make_chunk(layer: Layer, factors, at, lengths, width, window, read) -> Chunk
         positions=jnp.asarray(positions, jnp.int32),
         lengths=jnp.asarray(lengths, jnp.int32),
         weights=layer.weights,
-        factors=factors,
+        bases=bases,
         rope=rope,
         rotation=rope.table(jnp.asarray(positions), jnp.float64),
         window=window,
@@ -122,9 +122,9 @@ def plan_of(text: str) -> CachePlan:
 
 
 @functools.cache
-def factors_of(text: str):
+def bases_of(text: str):
     layers = stack()
-    return [s.factors(layer.weights, layer.norm) for s, layer in zip(plan_of(text).specs, layers, strict=False)]
+    return [s.bases(layer.weights, layer.norm) for s, layer in zip(plan_of(text).specs, layers, strict=False)]
 
 
 @functools.cache
@@ -135,8 +135,8 @@ def run(text: str, width: int, window=None, read="exact"):
         caches = [spec.init(SHAPE) for spec in plan.specs]
         for at, lengths in schedule(width):
             carry, outputs = plan.init_carry(SHAPE), []
-            for i, (layer, factors) in enumerate(zip(stack(), factors_of(text), strict=False)):
-                chunk = make_chunk(layer, factors, at, lengths, width, window, read)
+            for i, (layer, bases) in enumerate(zip(stack(), bases_of(text), strict=False)):
+                chunk = make_chunk(layer, bases, at, lengths, width, window, read)
                 output, plain, caches[i], other, carry, plain_carry = step(caches[i], chunk, carry)
                 same_bits(caches[i], other, 1e-12)
                 jax.tree.map(np.testing.assert_array_equal, carry, plain_carry)
@@ -149,7 +149,7 @@ def run(text: str, width: int, window=None, read="exact"):
 
 
 def blocks_of(spec, before: int, end: int, read: str) -> list[tuple[int, int]]:
-    r = spec.block
+    r = spec.residual_length
     if r == 0:
         return [(i, i + 1) for i in range(end)]
     if read == "exact":
@@ -167,14 +167,14 @@ def by_blocks(z, spec, blocks, bits, per, group):
     return out
 
 
-def seen_x(spec: X, layer: Layer, factors, b, before, end, read):
+def seen_x(spec: X, layer: Layer, bases, b, before, end, read):
     x, blocks = layer.x[b, :end], blocks_of(spec, before, end, read)
     if spec.mode == "input":
         z = by_blocks(x[:, None], spec, blocks, spec.bits, "token", spec.group or 64)[:, 0]
         z[: spec.sink] = x[: spec.sink]
         return layer.kv(z)
     parts = []
-    for (down, up), per in zip(factors, ("channel", "token"), strict=True):
+    for (down, up), per in zip(bases, ("channel", "token"), strict=True):
         z = np.einsum("nd,gdr->ngr", x, down)
         width = z.shape[2]
         group = 64 if per == "channel" else width if spec.mode == "head" else min(64, width)
@@ -188,11 +188,11 @@ def seen_x(spec: X, layer: Layer, factors, b, before, end, read):
     return normalize(k) * layer.k_norm, v
 
 
-def seen_cl(specs: list[XCL], factors, layers, i, b, before, end, read):
+def seen_cl(specs: list[XCL], bases, layers, i, b, before, end, read):
     """X̂ of layer i through the run, closed loop: deltas of what is flushed, against X̂ of the layer below."""
     below = np.zeros((end, DIM))
     for j in range(i + 1):
-        spec, layer, basis = specs[j], layers[j], factors[j][0] if factors[j] else np.eye(DIM)
+        spec, layer, basis = specs[j], layers[j], bases[j][0] if bases[j] else np.eye(DIM)
         x = {"pre": layer.h, "post": layer.x}[spec.norm][b, :end]
         x = layer.unit[b, :end] if spec.fold else x
         prev = below if j > spec.base else np.zeros_like(below)
@@ -214,9 +214,9 @@ def seen_cl(specs: list[XCL], factors, layers, i, b, before, end, read):
 def expected(text, i, b, before, length, window, read):
     spec, layer, end = plan_of(text).specs[i], stack()[i], before + length
     if isinstance(spec, XCL):
-        k, v = seen_cl(plan_of(text).specs, factors_of(text), stack(), i, b, before, end, read)
+        k, v = seen_cl(plan_of(text).specs, bases_of(text), stack(), i, b, before, end, read)
     else:
-        k, v = seen_x(spec, layer, factors_of(text)[i], b, before, end, read)
+        k, v = seen_x(spec, layer, bases_of(text)[i], b, before, end, read)
     k = rotated(k, np.arange(end))
     k, v = (np.repeat(a, HEADS // KV_HEADS, 1) for a in (k, v))
     at, index = np.arange(before, end)[:, None], np.arange(end)
@@ -267,11 +267,11 @@ def test_attend_is_attention_over_materialize(text: str, case: tuple) -> None:
 def test_chunkings_leave_the_same_cache(text: str) -> None:
     (_, steps, _), (_, one_shot, _) = run(text, 1), run(text, TOKENS)
     for spec, a, b in zip(plan_of(text).specs, steps, one_shot, strict=True):
-        same_bits(a.history.packed, b.history.packed, 1e-11)
-        same_bits(a.history.sinks, b.history.sinks, 1e-11)
+        same_bits(a.store.packed, b.store.packed, 1e-11)
+        same_bits(a.store.sinks, b.store.sinks, 1e-11)
         for s, end in enumerate(ENDS):
-            left = end % spec.block if spec.block else 0
-            for mine, its in zip(a.history.residual, b.history.residual, strict=True):
+            left = end % spec.residual_length if spec.residual_length else 0
+            for mine, its in zip(a.store.residual, b.store.residual, strict=True):
                 same_bits(mine[s, :left], its[s, :left], 1e-11)
 
 
@@ -297,7 +297,7 @@ def test_a_run_has_its_own_base_and_bits_may_differ_in_it() -> None:
 def test_values_are_absorbed_only_for_few_queries_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "x4@latent(group=16)"
     few = run(text, 7)[0]
-    monkeypatch.setattr(remat, "few_rows", lambda rows: False)
+    monkeypatch.setattr(remat, "is_decode_shape", lambda rows: False)
     jax.clear_caches()
     many = run.__wrapped__(text, 7)[0]
     for (_, lengths, a), (_, _, b) in zip(few, many, strict=True):

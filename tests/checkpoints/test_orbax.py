@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from kvjax.checkpoints import orbax
-from kvjax.checkpoints.tokenizer import ByteTokenizer
+from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
-from kvjax.load import load
+from kvjax.models.tokenizer import ByteTokenizer
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

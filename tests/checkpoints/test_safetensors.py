@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from kvjax.checkpoints.load import load
 from kvjax.checkpoints.safetensors import load_hf
 from kvjax.errors import KvjaxError
-from kvjax.load import load
 
 HEAD, NORM = "lm_head.weight", "model.norm.weight"
 

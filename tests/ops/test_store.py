@@ -44,7 +44,7 @@ def read(packed):
 
 @jax.jit
 def _read(packed):
-    return store.read_block(packed, 0, packed.tokens, jnp.float64).dequantize().swapaxes(1, 2)
+    return store.read_tile(packed, 0, packed.tokens, jnp.float64).dequantize().swapaxes(1, 2)
 
 
 def reading(x, format, mask=None):
@@ -130,14 +130,14 @@ def test_tokens_beyond_the_end_are_dropped(format):
 def test_blocks_read_alone(format):
     """A block is a slice of the whole."""
     packed = store.init(format, B, K, TOKENS, D, jnp.float32)
-    if format.block:
+    if format.residual_length:
         x = random(1, B, 3, 32, K, D)
         index = np.broadcast_to(np.arange(3), (B, 3))
         packed = write_blocks(packed, x, np.ones((B, 3, 32), bool), index)
     else:
         packed = full_store(format)
     whole = read(packed)
-    one = jax.jit(lambda packed, start: store.read_block(packed, start, 32, jnp.float64).dequantize())
+    one = jax.jit(lambda packed, start: store.read_tile(packed, start, 32, jnp.float64).dequantize())
     with jax.enable_x64(True):
         for start in (0, 32, 64):
             np.testing.assert_array_equal(one(packed, start).swapaxes(1, 2), whole[:, start : start + 32])
@@ -147,7 +147,7 @@ def test_blocks_read_alone(format):
 @settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 1000), data=st.data())
 def test_blocks_land_where_they_belong(format, seed, data):
-    r, rng = format.block, np.random.default_rng(seed)
+    r, rng = format.residual_length, np.random.default_rng(seed)
     count = TOKENS // r
     everywhere = np.broadcast_to(np.arange(count), (B, count))
     base = random(98, B, count, r, K, D)
@@ -176,7 +176,7 @@ def test_blocks_land_where_they_belong(format, seed, data):
 
 @pytest.mark.parametrize("format", BLOCK_FORMATS, ids=str)
 def test_dropped_blocks_leave_every_bit(format):
-    r, count = format.block, TOKENS // format.block
+    r, count = format.residual_length, TOKENS // format.residual_length
     x, mask = random(1, B, count, r, K, D), np.ones((B, count, r), bool)
     packed = store.init(format, B, K, TOKENS, D, jnp.float32)
     packed = write_blocks(packed, x, mask, np.broadcast_to(np.arange(count), (B, count)))
@@ -193,7 +193,7 @@ def test_dropped_blocks_leave_every_bit(format):
 @pytest.mark.parametrize("format", [f for f in BLOCK_FORMATS if f.bits < 16], ids=str)
 @pytest.mark.parametrize("poison", [1e30, np.nan])
 def test_masked_tokens_touch_no_other(format, poison):
-    r, mask = format.block, np.ones((B, 1, format.block), bool)
+    r, mask = format.residual_length, np.ones((B, 1, format.residual_length), bool)
     mask[:, :, :3], mask[1] = False, False
     x = random(1, B, 1, r, K, D)
     dirty = np.where(mask[..., None, None], x, poison)
@@ -228,7 +228,7 @@ def test_float64_and_bfloat16_inputs(format):
         x = jnp.asarray(np.random.default_rng(0).standard_normal((B, 32, K, D)))
         for value in (x, x.astype(jnp.bfloat16)):
             packed = store.init(format, B, K, 32, D, value.dtype)
-            if format.block:
+            if format.residual_length:
                 mask, at = np.ones((B, 1, 32), bool), np.zeros((B, 1), np.int32)
                 packed = write_blocks(packed, value[:, None], mask, at)
             else:
@@ -243,7 +243,7 @@ quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimizati
 @quick_jit
 def codes_of(history):
     """Codes, scales and zero points of everything."""
-    block = store.read_block(history, 0, history.tokens, jnp.uint8)
+    block = store.read_tile(history, 0, history.tokens, jnp.uint8)
     return block.codes, block.scale, block.zero
 
 
@@ -289,11 +289,14 @@ def test_blocks_with_the_width_as_data(format, widths):
     """Some entries masked, some blocks dropped, some written twice; one program for all widths."""
     write, write_packed = (quick_jit(lambda *args: store.write_blocks(*args)) for _ in range(2))
     rng = np.random.default_rng(format.group)
-    count = TOKENS // format.block
+    count = TOKENS // format.residual_length
     for bits in widths:
         packed, other = empty_pair(dataclasses.replace(format, bits=bits))
         for keep in (1.0, 0.5, 0.02):
-            x, mask = random(bits, B, 2, format.block, K, D), rng.random((B, 2, format.block)) < keep
+            x, mask = (
+                random(bits, B, 2, format.residual_length, K, D),
+                rng.random((B, 2, format.residual_length)) < keep,
+            )
             index = np.stack([rng.permutation(count + 1)[:2] for _ in range(B)])  # `count` is beyond the end
             packed, other = write_packed(packed, x, mask, index), write(other, x, mask, index)
             check_pair(packed, other)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
-from making import INTERPRETED
+from helpers import INTERPRETED
 from test_packed_attention import Case, run
 
 from pallas_kernels.gpu_layout import Stored, cut

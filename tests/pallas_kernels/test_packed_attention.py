@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from making import INTERPRETED as KERNELS
-from making import packed, stored, values
+from helpers import INTERPRETED as KERNELS
+from helpers import packed, stored, values
 
 from pallas_kernels import native
 from pallas_kernels.layout import MASKED, PLANES, Packed

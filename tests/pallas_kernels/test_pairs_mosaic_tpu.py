@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from making import INTERPRETED
+from helpers import INTERPRETED
 from test_packed_attention import PAIRS, Case, check, reference, run
 
 pytestmark = pytest.mark.skipif("mosaic_tpu" not in INTERPRETED, reason="another device's")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from making import INTERPRETED, values
+from helpers import INTERPRETED, values
 
 from pallas_kernels.layout import PLANES
 from pallas_kernels.quantize_pack import IMPLEMENTATIONS, quantize_pack

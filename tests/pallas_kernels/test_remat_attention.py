@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from making import INTERPRETED, packed, values
+from helpers import INTERPRETED, packed, values
 
 from pallas_kernels.remat_attention import IMPLEMENTATIONS, reconstruct, remat_attention
 from pallas_kernels.remat_attention.weights import Rebuild

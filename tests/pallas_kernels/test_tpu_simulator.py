@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import packed, values
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator
 from jax.experimental.pallas import tpu as pltpu
-from making import packed, values
 
 from pallas_kernels.packed_attention import packed_attention
 from pallas_kernels.quantize_pack import quantize_pack

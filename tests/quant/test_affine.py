@@ -1,4 +1,4 @@
-"""The quantiser equals a numpy oracle written from DESIGN's text, bit for bit."""
+"""The quantiser equals a numpy oracle written from docs/design.md, bit for bit."""
 
 import functools
 import itertools

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from kvjax.caches.base import ModelSizes
 from kvjax.caches.kv import KV
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
@@ -26,8 +27,9 @@ from kvjax.tuner.evaluations import Evaluations
 SPAWN = multiprocessing.get_context("forkserver")  # forks before JAX has threads
 SPAWN.set_forkserver_preload(["experiments.tune"])  # one list for all tests: it is taken once
 IDENTITY = {"model": "m", "context": 64}
-PLAN = CachePlan((KV(4, 4), KV(2, 2)))
-PLANS = [CachePlan((KV(k, v), KV(2, 2))) for k in (2, 4, 8) for v in (2, 8)]
+MODEL = ModelSizes(2, 4, 2, 16, 64)
+PLAN = CachePlan((KV(4, 4), KV(2, 2)), MODEL)
+PLANS = [CachePlan((KV(k, v), KV(2, 2)), MODEL) for k in (2, 4, 8) for v in (2, 8)]
 
 
 def figures(plan: CachePlan) -> dict[str, Any]:

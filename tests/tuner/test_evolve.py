@@ -23,7 +23,7 @@ from kvjax.errors import KvjaxError
 from kvjax.models.config import ModelConfig
 from kvjax.tuner.evaluations import Evaluations
 from kvjax.tuner.evolve import evolve
-from kvjax.tuner.space import Bits, settled
+from kvjax.tuner.space import Bits, resolved
 
 SPAWN = multiprocessing.get_context("forkserver")  # forks before JAX has threads
 SPAWN.set_forkserver_preload(["experiments.tune"])  # one list for all tests: it is taken once
@@ -49,7 +49,7 @@ def search(
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
     """The plans of a search in a folder."""
-    choices: list[tuple[CacheSpec, ...]] = [settled(names, MODEL)] * MODEL.layers
+    choices: list[tuple[CacheSpec, ...]] = [resolved(names, MODEL)] * MODEL.layers
     journal = folder / "journal.log"
     found = evolve(journal, "study", groups, choices, BITS, score, trials, seed, MODEL, advance)
     return list(map(str, found))
@@ -132,7 +132,7 @@ def test_plans_whose_layers_do_not_go_together_are_pruned(tmp_path: Path) -> Non
 
 def test_no_plan_at_all(tmp_path: Path) -> None:
     """Layer 0 can only begin a run that layer 1 can only break off."""
-    lone, pair = settled(("xcl3(base=1)", "k4v4"), MODEL)
+    lone, pair = resolved(("xcl3(base=1)", "k4v4"), MODEL)
     choices = [[lone], *[[pair]] * 5]
     found = evolve(
         *(tmp_path / "journal.log", "study", [[i] for i in range(6)], choices, BITS, loss),

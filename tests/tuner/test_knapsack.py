@@ -18,7 +18,7 @@ from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
 from kvjax.models.config import ModelConfig
 from kvjax.tuner.knapsack import knapsack
-from kvjax.tuner.space import Bits, settled
+from kvjax.tuner.space import Bits, resolved
 
 Error = Callable[[int, CacheSpec], float]
 KV_NAMES = ["k8v8", "k8v2@token", "k4v4@kivi(sink=4)", "k2v2", "x4@latent"]
@@ -72,7 +72,7 @@ def check(names: Sequence[Sequence[str]], kind: str, error: Error) -> list[Cache
     config, bits = model(len(names)), bits_of(kind, len(names))
     candidates = [[spec for name in choice for spec in settled_alone(name)] for choice in names]
     everything = all_plans(candidates, config)
-    front = knapsack(candidates, bits.of, error)
+    front = knapsack(candidates, bits.of, error, config)
     assert [(round(bits.of_plan(plan), 4), total) for plan, total in front] == brute_force(everything, bits, error)
     for plan, total in front:
         assert total == sum(error(i, spec) for i, spec in enumerate(plan.specs))
@@ -82,7 +82,7 @@ def check(names: Sequence[Sequence[str]], kind: str, error: Error) -> list[Cache
 
 
 def settled_alone(name: str) -> tuple[CacheSpec, ...]:
-    return settled([name], model(4))  # deep enough for every run
+    return resolved([name], model(4))  # deep enough for every run
 
 
 @pytest.mark.parametrize("kind", ["nominal", "asymptotic"])
@@ -124,7 +124,7 @@ def test_errors_hear_of_specs_in_their_place() -> None:
         heard.add((layer, spec.index))
         return 0.0
 
-    knapsack([settled_alone("xcl2@latent(base=1)")] * 4, lambda spec: spec.bits_nominal, error)
+    knapsack([settled_alone("xcl2@latent(base=1)")] * 4, lambda spec: spec.bits_nominal, error, model(4))
     assert heard == {(0, 0), (1, 1), (2, 2), (3, 2)}
 
 
@@ -132,8 +132,8 @@ def test_thirty_layers_at_once() -> None:
     """Additive errors that fall with every bit: one more bit goes where it helps most (a convex knapsack)."""
     rng = np.random.default_rng(0)
     weight = rng.random(30)
-    specs = settled(["k8v8", "k6v6", "k4v4", "k2v2"], model(30))
-    front = knapsack([specs] * 30, lambda s: s.bits_nominal, lambda i, s: weight[i] * 2.0**-s.key_bits)
+    specs = resolved(["k8v8", "k6v6", "k4v4", "k2v2"], model(30))
+    front = knapsack([specs] * 30, lambda s: s.bits_nominal, lambda i, s: weight[i] * 2.0**-s.key_bits, model(30))
     assert len(front) == 91  # from all 2 to all 8, one layer 2 bits more at a time
     widths, error = [2] * 30, weight.sum() / 4
     for plan, found in front[::-1]:
@@ -158,4 +158,4 @@ def test_thirty_layers_at_once() -> None:
 def test_candidates_that_make_no_plan(names: list[list[str]]) -> None:
     candidates = [[spec for name in choice for spec in settled_alone(name)] for choice in names]
     with pytest.raises(KvjaxError, match="no plan can be made"):
-        knapsack(candidates, lambda spec: spec.bits_nominal, lambda layer, spec: 0.0)
+        knapsack(candidates, lambda spec: spec.bits_nominal, lambda layer, spec: 0.0, model(len(names) or 1))

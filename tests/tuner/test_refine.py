@@ -16,8 +16,8 @@ from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
 from kvjax.models.config import ModelConfig
 from kvjax.tuner.knapsack import knapsack
-from kvjax.tuner.refine import refine, swapped
-from kvjax.tuner.space import Bits, settled
+from kvjax.tuner.refine import refine, replace_layer
+from kvjax.tuner.space import Bits, resolved
 
 LADDER = ["k2v2", "k4v2", "k4v4", "k8v8"]
 EVEN = ["k2v2", "k4v4", "k6v6", "k8v8"]
@@ -59,7 +59,7 @@ class Loss:
 
 
 def specs_of(names: list[str]) -> list[CacheSpec]:
-    return [settled([name], model(4))[0] for name in names]
+    return [resolved([name], model(4))[0] for name in names]
 
 
 def all_plans(names: list[str], layers: int) -> list[CachePlan]:
@@ -114,7 +114,7 @@ def test_finds_the_optimum_where_the_errors_were_wrong(seed: int) -> None:
     specs = specs_of(EVEN)
     loss, bits = Loss.random(seed, layers, EVEN, 0.1), bits_of(4, layers)
     loss.alone[:] = weight[:, None] * [2.0**-spec.bits_nominal for spec in specs]
-    wrong = knapsack([specs] * layers, bits.of, lambda i, s: weight[-1 - i] * 2.0**-s.bits_nominal)
+    wrong = knapsack([specs] * layers, bits.of, lambda i, s: weight[-1 - i] * 2.0**-s.bits_nominal, model(layers))
     start = next(plan for plan, _ in wrong if bits.fits(plan))
     best = min((plan for plan in PLANS[tuple(EVEN), layers] if bits.fits(plan)), key=loss.of)
     *_, (plan, _) = found = list(refine(start, [specs] * layers, bits, loss, 10, model(layers)))
@@ -169,8 +169,8 @@ def test_ends_where_nothing_is_better() -> None:
 def test_swapped() -> None:
     run, other, plain = specs_of(["xcl2@latent(base=1)", "xcl4@latent(base=1)", "k4v4"])
     plan = CachePlan.of([run] * 4, model(4))
-    assert swapped(plan, 0, plain, model(4)) == CachePlan.of([plain, run, run, run], model(4))
-    assert [spec.index for spec in swapped(plan, 0, plain, model(4)).specs[1:]] == [0, 1, 2]
-    assert swapped(plan, 1, plain, model(4)) is None  # a run of one layer, with no base layer 1
-    assert swapped(plan, 3, other, model(4)) == CachePlan.of([run, run, run, other], model(4))
+    assert replace_layer(plan, 0, plain, model(4)) == CachePlan.of([plain, run, run, run], model(4))
+    assert [spec.index for spec in replace_layer(plan, 0, plain, model(4)).specs[1:]] == [0, 1, 2]
+    assert replace_layer(plan, 1, plain, model(4)) is None  # a run of one layer, with no base layer 1
+    assert replace_layer(plan, 3, other, model(4)) == CachePlan.of([run, run, run, other], model(4))
     assert plan == CachePlan.of([run] * 4, model(4))

@@ -7,24 +7,24 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from plain import CONFIG, Seen, attention, by_channel, by_token, forward, random_model, rotated
+from reference import CONFIG, Seen, attention, by_channel, by_token, forward, random_model, rotated
 
 from kvjax.caches.base import CacheSpec
 from kvjax.caches.plan import CachePlan
-from kvjax.checkpoints.model import Model
 from kvjax.evaluate.perplexity import Scorer
+from kvjax.models.model import Model
 from kvjax.tuner import sensitivity
-from kvjax.tuner.sensitivity import ERRORS, TINY, alone, gradients, local_errors, measured
+from kvjax.tuner.sensitivity import ERRORS, TINY, gradients, local_errors, measured, quantise_one
 from kvjax.tuner.simulate import Simulator
 
-pytestmark = pytest.mark.usefixtures("quick_float64", "few_rows")
+pytestmark = pytest.mark.usefixtures("quick_float64", "is_decode_shape")
 
 TOKENS, SAMPLES = 40, 512
 WINDOWS = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (2, TOKENS))
 
 
 @pytest.fixture(scope="module")
-def few_rows() -> Iterator[None]:
+def is_decode_shape() -> Iterator[None]:
     """Several passes over the rows of a window, the last not full."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sensitivity, "ROWS", 16)
@@ -151,7 +151,7 @@ def test_measured_is_the_divergence_with_this_layer_alone(text: str, layer: int)
 
 def test_measured_is_the_scorers() -> None:
     """Of a run of XQuant-CL, exact but for one delta."""
-    plan = alone(simulator(), 2, spec_of(XCL, 2))
+    plan = quantise_one(simulator(), 2, spec_of(XCL, 2))
     assert [spec.bits for spec in plan.specs] == [16, 16, 3] and plan.specs[2].delta
     scorer = Scorer(model(), TOKENS, len(WINDOWS))
     _, dense_run, _ = scorer.run(simulator().dense_plan, WINDOWS, None)
@@ -160,7 +160,7 @@ def test_measured_is_the_scorers() -> None:
 
 
 def test_alone_leaves_the_others_dense() -> None:
-    plan = alone(simulator(), 1, spec_of(KV[0], 1))
+    plan = quantise_one(simulator(), 1, spec_of(KV[0], 1))
     assert str(plan) == "0+2:dense;1:k4v2@kivi"
 
 

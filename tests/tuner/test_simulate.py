@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from kvjax.caches.plan import CachePlan
-from kvjax.checkpoints.model import Model
+from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
 from kvjax.evaluate import vocabulary
 from kvjax.evaluate.perplexity import Scorer
-from kvjax.load import load
+from kvjax.models.model import Model
 from kvjax.tuner.simulate import Simulator
 
 pytestmark = pytest.mark.usefixtures("quick_float64")

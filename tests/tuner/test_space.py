@@ -14,7 +14,7 @@ from kvjax.caches.base import CacheShape
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
 from kvjax.models.config import ModelConfig
-from kvjax.tuner.space import Bits, cluster, default_candidates, hypervolume, pareto, settled
+from kvjax.tuner.space import Bits, cluster, default_candidates, hypervolume, pareto, resolved
 
 MODEL = ModelConfig("llama", 64, 48, 64, 3, 2, 1, 24, 256)
 SHAPE = CacheShape.of(MODEL, 1, 256, jnp.float32)
@@ -26,13 +26,13 @@ points = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12)
 
 @pytest.mark.parametrize("mode", ["kivi", "token"])
 def test_default_candidates_are_kvtuners_nine_pairs(mode: str) -> None:
-    specs = settled(default_candidates(mode), MODEL)
+    specs = resolved(default_candidates(mode), MODEL)
     assert {spec.mode for spec in specs} == {mode}
     assert sorted((s.key_bits, s.value_bits) for s in specs) == sorted(itertools.product((2, 4, 8), repeat=2))
 
 
 def test_settled_fills_in_what_the_model_says() -> None:
-    specs = settled(["k4v4", "x4", "xcl3(base=0)", "dense", "k4v4@kivi(residual=64)"], MODEL)
+    specs = resolved(["k4v4", "x4", "xcl3(base=0)", "dense", "k4v4@kivi(residual=64)"], MODEL)
     assert [str(s) for s in specs] == [
         "k4v4@kivi",
         "x4@latent",
@@ -40,7 +40,7 @@ def test_settled_fills_in_what_the_model_says() -> None:
         "dense",
         "k4v4@kivi(residual=64)",
     ]
-    assert [s.block for s in specs] == [32, 64, 0, 0, 64]
+    assert [s.residual_length for s in specs] == [32, 64, 0, 0, 64]
 
 
 @pytest.mark.parametrize(
@@ -53,13 +53,13 @@ def test_settled_fills_in_what_the_model_says() -> None:
         (["k4v4@kivi", "k8v8", "k4v4@kivi(residual=32)"], r"k4v4@kivi\(residual=32\) is there twice"),
         (["x4", "x4@latent"], "x4@latent is there twice"),
         (["xcl3(base=3)"], "has no base layer 3"),
-        (["k7v4"], "7 bits"),
+        (["k7v4"], "key_bits=7; expected 1, 2"),
         (["k4"], "is not known"),
     ],
 )
 def test_settled_refuses(names: list[str], message: str) -> None:
     with pytest.raises(KvjaxError, match=message):
-        settled(names, MODEL)
+        resolved(names, MODEL)
 
 
 # ---- bits
@@ -112,7 +112,7 @@ def test_hypervolume(items: list[tuple[int, int]], reference: tuple[int, int]) -
 
 # ---- groups
 
-A, B, C = settled(["k8v8", "k4v4", "k2v2"], MODEL)
+A, B, C = resolved(["k8v8", "k4v4", "k2v2"], MODEL)
 
 
 def test_layers_are_split_by_their_candidates_first() -> None:

@@ -1,4 +1,4 @@
-"""One layer fed directly with random chunks, and what its queries must see: an oracle written from DESIGN's text."""
+"""One layer fed directly with random chunks, and what its queries must see: an oracle written from docs/design.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.caches.base import CacheShape, Chunk, KVWeights, LayerCache, visible
-from kvjax.caches.plan import parse_spec
+from kvjax.caches.registry import parse_spec
 from kvjax.models.config import ModelConfig, RopeConfig
 from kvjax.models.rope import make_rope
 
@@ -21,7 +21,7 @@ ROPE = RopeConfig(theta=100.0)
 
 @dataclasses.dataclass(frozen=True)
 class Meaning:
-    """A spec, and what DESIGN says that it means."""
+    """A spec, and what docs/design.md says that it means."""
 
     text: str
     bits: tuple[int, int]
@@ -72,7 +72,7 @@ def make_chunk(head_dim, at, lengths, width, window=None, read="exact"):
         positions=jnp.asarray(positions, jnp.int32),
         lengths=jnp.asarray(lengths, jnp.int32),
         weights=KVWeights(k=nothing[0], v=nothing[0]),
-        factors=(),
+        bases=(),
         rope=make_rope(ROPE, head_dim),
         rotation=make_rope(ROPE, head_dim).table(jnp.asarray(positions), q.dtype),
         window=window,

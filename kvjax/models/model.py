@@ -7,9 +7,9 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kvjax.checkpoints.tokenizer import AnyTokenizer
 from kvjax.models.config import ModelConfig
 from kvjax.models.params import Params
+from kvjax.models.tokenizer import AnyTokenizer
 
 
 @dataclasses.dataclass

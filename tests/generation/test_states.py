@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import kvjax
-from kvjax.checkpoints.model import Model
+from kvjax.models.model import Model
 
 OTHER = """
 import sys, kvjax

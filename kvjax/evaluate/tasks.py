@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvjax.caches.plan import CachePlan
-from kvjax.checkpoints.model import Model
 from kvjax.errors import KvjaxError
-from kvjax.generate import generate
+from kvjax.generation.generate import generate
+from kvjax.models.model import Model
 
 # lm-eval's. IGNORED is taken out of numbers and gold answers, one after the other.
 NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")

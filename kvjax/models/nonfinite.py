@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from kvjax.caches.base import Cache
+from kvjax.caches.plan import Cache
 from kvjax.models.decoder import Decoder
 from kvjax.models.params import Params
 
 
-class Fault(NamedTuple):
+class NonFinite(NamedTuple):
     """The first layer whose output is not finite, and the first token and sequence there."""
 
     sequence: int
@@ -28,14 +28,14 @@ class Fault(NamedTuple):
         return f"first in {where}, at token {self.position} of sequence {self.sequence}"
 
 
-def first_fault(
+def find_first_nonfinite(
     decoder: Decoder,
     params: Params,
     cache: Cache,
     chunks: Iterable[tuple[Int[Array, "B T"], Int[Array, "B"]]],
     read: str = "exact",
-    factors: Any = None,
-) -> Fault | None:
+    bases: Any = None,
+) -> NonFinite | None:
     """Feeds chunks (tokens and how many of them are real) to a copy of `cache` until a layer's output is not finite.
 
     Returns:
@@ -43,19 +43,19 @@ def first_fault(
     """
     for tokens, lengths in chunks:
         at = np.asarray(cache.length)
-        finite, cache = _feed(decoder, params, cache, tokens, lengths, read, factors)
+        finite, cache = _feed(decoder, params, cache, tokens, lengths, read, bases)
         bad = ~np.asarray(finite) & (np.arange(tokens.shape[1]) < np.asarray(lengths)[:, None])
         if bad.any():
             # The layer first: from there a NaN reaches earlier tokens too, as 0 * NaN of what they do not see.
             layer = int(np.argmax(bad.any((1, 2))))
             token, sequence = (int(i[0]) for i in np.nonzero(bad[layer].T))
-            return Fault(sequence, int(at[sequence]) + token, layer - 1 if layer else None)
+            return NonFinite(sequence, int(at[sequence]) + token, layer - 1 if layer else None)
     return None
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "read"))
 def _feed(
-    decoder: Decoder, params: Params, cache: Cache, tokens: Array, lengths: Array, read: str, factors: Any
+    decoder: Decoder, params: Params, cache: Cache, tokens: Array, lengths: Array, read: str, bases: Any
 ) -> tuple[Bool[Array, "L+1 B T"], Cache]:
-    (_, cache), kept = decoder.apply({"params": params}, tokens, cache, lengths, read, factors, mutable=["hidden"])
+    (_, cache), kept = decoder.apply({"params": params}, tokens, cache, lengths, read, bases, mutable=["hidden"])
     return jnp.stack([jnp.isfinite(h).all(-1) for h in kept["hidden"]["h"]]), cache

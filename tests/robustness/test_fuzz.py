@@ -1,4 +1,4 @@
-"""Damaged inputs are loaded or refused with one clear line; `experiments.fuzz` tries many more."""
+"""Damaged inputs are loaded or refused with one clear line; `tests.robustness.fuzz` tries many more."""
 
 import dataclasses
 import json
@@ -13,14 +13,15 @@ from gguf import GGUFValueType
 from ml_collections import config_dict
 from safetensors.numpy import load_file, save_file
 
-from experiments import fuzz, program
-from experiments.fuzz import OutOfBounds, attempt, make_kinds
+from experiments import program
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints import orbax
 from kvjax.checkpoints.gguf_reader import read_gguf
+from kvjax.checkpoints.load import load
 from kvjax.errors import LONGEST, KvjaxError
-from kvjax.load import load
 from kvjax.models import zoo
+from tests.robustness import fuzz
+from tests.robustness.fuzz import OutOfBounds, attempt, make_kinds
 
 TRIES = 80
 

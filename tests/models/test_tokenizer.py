@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from kvjax.checkpoints.tokenizer import ByteTokenizer, read_tokenizer
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.text import load_text
+from kvjax.models.tokenizer import ByteTokenizer, read_tokenizer
 
 
 def test_smollm2_ids_are_hf_ids(smollm2, goldens):

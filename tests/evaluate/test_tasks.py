@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import tasks
-from kvjax.checkpoints.model import Model
-from kvjax.tasks import Accuracy, Agreement, Problem, accuracy, agreement, extract, few_shot, load_gsm8k
+from kvjax.evaluate import tasks
+from kvjax.evaluate.tasks import Accuracy, Agreement, Problem, accuracy, agreement, extract, few_shot, load_gsm8k
+from kvjax.models.model import Model
 
 SHOTS = [Problem("How much is 1+1?", "It is 1+1=<<1+1=2>>2.\n#### 2")]
 

@@ -1,4 +1,4 @@
-"""Bad input ends with one clear line and nothing half-written: some of the cases of `experiments.bad_input`."""
+"""Bad input ends with one clear line and nothing half-written: some of the cases of `tests.robustness.bad_input`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from experiments import program
-from experiments.bad_input import CASES, Case, attempt
 from experiments.report import bad_inputs
 from kvjax.errors import KvjaxError
+from tests.robustness.bad_input import CASES, Case, attempt
 
 ROOT = Path(__file__).parents[2]
 SOME = (

@@ -1,6 +1,6 @@
 """Damaged inputs: each loader reads them or refuses them with one clear line, in bounded time and memory.
 
-    python -m experiments.fuzz --config=configs/fuzz.py --workdir=DIR
+    python -m tests.robustness.fuzz --config=tests/robustness/fuzz_config.py --workdir=DIR
 
 Small inputs of every kind are made, and one file of them is damaged at a time. Prints what ends otherwise, with the
 seed that repeats it, and appends one row per kind to DIR/fuzz.jsonl; kinds that are there are not tried again.
@@ -33,11 +33,11 @@ from experiments import program
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints import orbax
 from kvjax.checkpoints.gguf import NAMES, ROPE_FACTORS
-from kvjax.checkpoints.model import Model
+from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.text import load_text
-from kvjax.load import load
 from kvjax.models import zoo
+from kvjax.models.model import Model
 from kvjax.models.params import param_shapes
 from kvjax.models.rope import make_rope
 
@@ -348,4 +348,4 @@ def write_gguf(file: Path, model: Model) -> None:
 
 
 if __name__ == "__main__":
-    program.run(main, "configs/fuzz.py")
+    program.run(main, "tests/robustness/fuzz_config.py")

@@ -15,36 +15,36 @@ import orbax.checkpoint as ocp
 
 from kvjax.caches.base import CacheSpec, KVWeights
 from kvjax.caches.plan import CachePlan
-from kvjax.checkpoints.model import Model
 from kvjax.checkpoints.orbax import new_folder, write_arrays
+from kvjax.downloads import cache_folder
 from kvjax.errors import KvjaxError
 from kvjax.files import brief, check_digests, digests, read_json, write_json
-from kvjax.models.zoo import cache_folder
+from kvjax.models.model import Model
 
-METADATA = "factors.json"
+METADATA = "bases.json"
 
 
-def factors(model: Model, plan: CachePlan) -> tuple[Any, ...]:
-    """The factors of every layer, in the model's dtype: an argument of `Decoder`, never a constant of a program.
+def load_bases(model: Model, plan: CachePlan) -> tuple[Any, ...]:
+    """The bases of every layer, in the model's dtype: an argument of `Decoder`, never a constant of a program.
 
-    They are read from $KVJAX_CACHE/factors, where the checksum of the weights that they belong to names them.
+    They are read from $KVJAX_CACHE/bases, where the checksum of the weights that they belong to names them.
 
     Raises:
       KvjaxError: the files there are of other weights, or damaged, or cannot be written.
     """
-    specs = {spec.factors_key: spec for spec in plan.specs if spec.factors_key}
+    specs = {spec.bases_key: spec for spec in plan.specs if spec.bases_key}
     if not specs:
         return ((),) * model.config.layers
     layers = [_layer(model, i) for i in range(model.config.layers)]
     digest = _digest(layers)
     found = {key: _found(digest, key) or _made(layers, digest, spec) for key, spec in specs.items()}
     cast = functools.partial(jax.tree.map, lambda a: jnp.asarray(a, model.dtype))
-    return tuple(cast(found[s.factors_key][i]) if s.factors_key else () for i, s in enumerate(plan.specs))
+    return tuple(cast(found[s.bases_key][i]) if s.bases_key else () for i, s in enumerate(plan.specs))
 
 
 def folder_of(digest: str, key: str) -> Path:
-    """Where the factors of these weights are kept."""
-    return cache_folder() / "factors" / f"{digest[:16]}-{key}"
+    """Where the bases of these weights are kept."""
+    return cache_folder() / "bases" / f"{digest[:16]}-{key}"
 
 
 def _layer(model: Model, i: int) -> tuple[KVWeights, jax.Array]:
@@ -62,12 +62,12 @@ def _digest(layers: list[tuple[KVWeights, jax.Array]]) -> str:
 
 
 def _made(layers: list[tuple[KVWeights, jax.Array]], digest: str, spec: CacheSpec) -> list[Any]:
-    folder = folder_of(digest, spec.factors_key)
-    print(f"kvjax: computing bases of {len(layers)} layers ({spec.factors_key}), once, for {folder}", file=sys.stderr)
-    trees = [spec.factors(weights, norm) for weights, norm in layers]
+    folder = folder_of(digest, spec.bases_key)
+    print(f"kvjax: computing bases of {len(layers)} layers ({spec.bases_key}), once, for {folder}", file=sys.stderr)
+    trees = [spec.bases(weights, norm) for weights, norm in layers]
     with new_folder(folder) as part:
         write_arrays(part / "arrays", trees)
-        write_json(part / METADATA, {"weights": digest, "key": spec.factors_key, "arrays": digests(part / "arrays")})
+        write_json(part / METADATA, {"weights": digest, "key": spec.bases_key, "arrays": digests(part / "arrays")})
     return trees
 
 

@@ -9,11 +9,11 @@ import jax
 import orbax.checkpoint as ocp
 
 from kvjax.caches.plan import CachePlan
-from kvjax.checkpoints.model import Model
 from kvjax.checkpoints.orbax import new_folder, write_arrays
 from kvjax.errors import KvjaxError
 from kvjax.files import brief, check_digests, digests, read_json, write_json
-from kvjax.generate import State, empty_state
+from kvjax.generation.generate import State, empty_state
+from kvjax.models.model import Model
 
 METADATA = "state.json"
 

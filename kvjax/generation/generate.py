@@ -16,13 +16,13 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.caches.base import Cache, CacheShape
-from kvjax.caches.plan import CachePlan
-from kvjax.checkpoints.model import Model
+from kvjax.caches.base import CacheShape
+from kvjax.caches.plan import Cache, CachePlan
+from kvjax.calibrate.bases import load_bases
 from kvjax.errors import KvjaxError
-from kvjax.factors import factors
 from kvjax.models.decoder import Decoder
-from kvjax.models.faults import first_fault
+from kvjax.models.model import Model
+from kvjax.models.nonfinite import find_first_nonfinite
 from kvjax.models.params import Params
 
 STREAM = 4  # tokens a call where text is shown as it comes
@@ -72,7 +72,7 @@ class Sampling:
 
 
 @struct.dataclass
-class Run:
+class DecodeState:
     """A generation under way."""
 
     state: State
@@ -161,9 +161,9 @@ def generate(
     Raises:
       KvjaxError: one line that says what was expected, or where the model's output stopped being finite.
     """
-    begun = _read(model, prompt, cache, max_len, max_new_tokens, chat)
-    sampling = Sampling.of(temperature, top_k, top_p, seed, begun.batch, model.config.vocab_size)
-    *_, last = _decode(model, begun, max_new_tokens, sampling, stop_tokens, max_new_tokens)
+    prefilled = _read(model, prompt, cache, max_len, max_new_tokens, chat)
+    sampling = Sampling.of(temperature, top_k, top_p, seed, prefilled.batch, model.config.vocab_size)
+    *_, last = _decode(model, prefilled, max_new_tokens, sampling, stop_tokens, max_new_tokens)
     return last
 
 
@@ -182,10 +182,10 @@ def stream(
     chat: bool = True,
 ) -> Iterator[tuple[str, Generation]]:
     """`generate` for one prompt as it comes: pieces of text, each with all that was generated so far."""
-    begun = _read(model, prompt, cache, max_len, max_new_tokens, chat)
-    sampling = Sampling.of(temperature, top_k, top_p, seed, begun.batch, model.config.vocab_size)
+    prefilled = _read(model, prompt, cache, max_len, max_new_tokens, chat)
+    sampling = Sampling.of(temperature, top_k, top_p, seed, prefilled.batch, model.config.vocab_size)
     shown = ""
-    for so_far in _decode(model, begun, max_new_tokens, sampling, stop_tokens, STREAM):
+    for so_far in _decode(model, prefilled, max_new_tokens, sampling, stop_tokens, STREAM):
         text = so_far.text
         if text.endswith("\ufffd") and not so_far.stopped[0] and len(so_far.tokens[0]) < max_new_tokens:
             text = text.rstrip("\ufffd")  # a character whose last bytes are still to come
@@ -194,11 +194,11 @@ def stream(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Begun:
+class Prefilled:
     """A prefilled batch, with what it takes to do it again."""
 
     state: State
-    factors: Any  # the plan's
+    bases: Any  # the plan's
     before: State | None  # what it went on from
     ids: list[Int[np.ndarray, "n"]]
 
@@ -214,7 +214,7 @@ def _read(
     max_len: int | None,
     new: int,
     chat: bool,
-) -> _Begun:
+) -> Prefilled:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     before = cache if isinstance(cache, State) else None
     if not prompts:
@@ -231,10 +231,10 @@ def _read(
     else:
         _check_fits(model, before, ids, new, max_len)
         state = jax.tree.map(jnp.copy, before)  # the loop writes into its own
-    bases = factors(model, state.cache.plan)
+    bases = load_bases(model, state.cache.plan)
     if any(map(len, ids)):
         state = _feed(Decoder(model.config), model.params, bases, state, *_padded(ids))
-    return _Begun(state, bases, before, ids)
+    return Prefilled(state, bases, before, ids)
 
 
 def _encode(model: Model, text: str, chat: bool) -> Int[np.ndarray, "n"]:
@@ -295,21 +295,21 @@ def _padded(ids: Sequence[np.ndarray]) -> tuple[Int[Array, "B T"], Int[Array, "B
 def _feed(
     decoder: Decoder,
     params: Params,
-    factors: Any,
+    bases: Any,
     state: State,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
 ) -> State:
     """Reads `lengths` of the tokens into each sequence in one step. Donates `state`: its buffers are written into."""
     apply: Any = decoder.apply
-    hidden, cache = apply({"params": params}, tokens, state.cache, lengths, factors=factors)
+    hidden, cache = apply({"params": params}, tokens, state.cache, lengths, bases=bases)
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], 1)[:, 0]
     return State(cache, jnp.where(lengths[:, None] > 0, last, state.hidden))
 
 
 def _decode(
     model: Model,
-    begun: _Begun,
+    prefilled: Prefilled,
     new: int,
     sampling: Sampling,
     stop_tokens: Sequence[int] | None,
@@ -318,40 +318,42 @@ def _decode(
     """Runs the loop `piece` tokens at a time, the first alone; at least one Generation comes."""
     stop = [int(i) for i in (model.tokenizer.eos_ids if stop_tokens is None else stop_tokens)]
     decoder = Decoder(model.config)
-    run = start(begun.state, bucket(new) if new else 0)
+    run = start(prefilled.state, bucket(new) if new else 0)
     while True:
         made = np.asarray(run.count)
         steps = min(piece, new - int(made.max())) if made.max() or piece >= new else 1
-        run = advance(decoder, model.params, begun.factors, run, sampling, jnp.array(stop, jnp.int32), steps, new)
+        run = decode_steps(
+            decoder, model.params, prefilled.bases, run, sampling, jnp.array(stop, jnp.int32), steps, new
+        )
         if not np.asarray(run.finite).all():
-            raise KvjaxError(f"the logits are not finite: {_fault(model, begun, run)}")
+            raise KvjaxError(f"the logits are not finite: {_explain_nonfinite(model, prefilled, run)}")
         yield _generation(model, run, stop)
         if new == 0 or np.asarray(run.done).all():
             return
 
 
-def start(state: State, room: int) -> Run:
+def start(state: State, room: int) -> DecodeState:
     """A generation with nothing generated; `room` for so many new tokens."""
     batch = state.hidden.shape[0]
     no = jnp.zeros((batch,), bool)
-    return Run(state, jnp.zeros((batch, room), jnp.int32), jnp.zeros((batch,), jnp.int32), no, ~no)
+    return DecodeState(state, jnp.zeros((batch, room), jnp.int32), jnp.zeros((batch,), jnp.int32), no, ~no)
 
 
 @functools.partial(jax.jit, static_argnames="decoder", donate_argnames="run")
-def advance(
+def decode_steps(
     decoder: Decoder,
     params: Params,
-    factors: Any,
-    run: Run,
+    bases: Any,
+    run: DecodeState,
     sampling: Sampling,
     stop: Int[Array, "s"],
     steps: Int[Array, ""] | int,
     limit: Int[Array, ""] | int,
-) -> Run:
+) -> DecodeState:
     """At most `steps` more tokens for every sequence that is not done; `limit` new tokens end a sequence."""
     apply: Any = functools.partial(decoder.apply, {"params": params})
 
-    def step(carry: tuple[Array, Run]) -> tuple[Array, Run]:
+    def step(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
         i, run = carry
         logits = apply(run.state.hidden, method="logits")
         finite = run.finite & (run.done | jnp.isfinite(logits).all(-1))
@@ -360,12 +362,12 @@ def advance(
         rows = jnp.arange(token.shape[0])
         tokens = run.tokens.at[rows, jnp.where(active, run.count, run.tokens.shape[1])].set(token, mode="drop")
         count = run.count + active
-        hidden, cache = apply(token[:, None], run.state.cache, active.astype(jnp.int32), factors=factors)
+        hidden, cache = apply(token[:, None], run.state.cache, active.astype(jnp.int32), bases=bases)
         state = State(cache, jnp.where(active[:, None], hidden[:, 0], run.state.hidden))
         done = run.done | ~finite | (token[:, None] == stop).any(-1) | (count >= limit)
-        return i + 1, Run(state, tokens, count, done, finite)
+        return i + 1, DecodeState(state, tokens, count, done, finite)
 
-    def unfinished(carry: tuple[Array, Run]) -> Bool[Array, ""]:
+    def unfinished(carry: tuple[Array, DecodeState]) -> Bool[Array, ""]:
         return (carry[0] < steps) & ~carry[1].done.all()
 
     return jax.lax.while_loop(unfinished, step, (jnp.int32(0), run))[1]
@@ -377,7 +379,7 @@ def sample(logits: Float[Array, "B V"], sampling: Sampling, positions: Int[Array
         return logits.argmax(-1).astype(jnp.int32)
     logits = logits / sampling.temperature
     if sampling.cut:
-        logits = jnp.where(logits >= _least(logits, sampling), logits, -jnp.inf)
+        logits = jnp.where(logits >= min_kept_logit(logits, sampling), logits, -jnp.inf)
 
     def noise(seed: Array, position: Array) -> Float[Array, "V"]:
         key = jax.random.fold_in(jax.random.key(seed), position)
@@ -386,7 +388,7 @@ def sample(logits: Float[Array, "B V"], sampling: Sampling, positions: Int[Array
     return (logits + jax.vmap(noise)(sampling.seeds, positions)).argmax(-1).astype(jnp.int32)
 
 
-def _least(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B 1"]:
+def min_kept_logit(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B 1"]:
     """The smallest logit that top_k, and then top_p among those, let in."""
     ordered = jnp.sort(logits, descending=True, axis=-1)
     ordered = jnp.where(jnp.arange(ordered.shape[-1]) < sampling.top_k, ordered, -jnp.inf)
@@ -396,7 +398,7 @@ def _least(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B 1
     return jnp.min(jnp.where(kept, ordered, jnp.inf), -1, keepdims=True)
 
 
-def _generation(model: Model, run: Run, stop: list[int]) -> Generation:
+def _generation(model: Model, run: DecodeState, stop: list[int]) -> Generation:
     counts, rows = np.asarray(run.count), np.asarray(run.tokens)
     tokens = [row[:count].tolist() for row, count in zip(rows, counts, strict=True)]
     stopped = [bool(each) and each[-1] in stop for each in tokens]
@@ -404,18 +406,20 @@ def _generation(model: Model, run: Run, stop: list[int]) -> Generation:
     return Generation([model.tokenizer.decode(body) for body in bodies], tokens, stopped, run.state)
 
 
-def _fault(model: Model, begun: _Begun, run: Run) -> str:
+def _explain_nonfinite(model: Model, prefilled: Prefilled, run: DecodeState) -> str:
     """The same tokens again, with every layer looked at."""
     new = [row[:count] for row, count in zip(np.asarray(run.tokens), np.asarray(run.count), strict=True)]
-    before = begun.before or empty_state(model, run.state.cache.plan, begun.batch, run.state.cache.shape.max_len)
+    before = prefilled.before or empty_state(
+        model, run.state.cache.plan, prefilled.batch, run.state.cache.shape.max_len
+    )
 
     def chunks():
-        if any(map(len, begun.ids)):
-            yield _padded(begun.ids)
+        if any(map(len, prefilled.ids)):
+            yield _padded(prefilled.ids)
         for i in range(max(map(len, new))):
             column = [row[i : i + 1] for row in new]
             lengths = jnp.array([len(each) for each in column], jnp.int32)
             yield jnp.array([[int(each[0]) if len(each) else 0] for each in column], jnp.int32), lengths
 
-    fault = first_fault(Decoder(model.config), model.params, before.cache, chunks(), factors=begun.factors)
+    fault = find_first_nonfinite(Decoder(model.config), model.params, before.cache, chunks(), bases=prefilled.bases)
     return str(fault) if fault else "every layer is finite, the head is not"

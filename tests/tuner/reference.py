@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from kvjax.checkpoints.model import Model
-from kvjax.checkpoints.tokenizer import ByteTokenizer
 from kvjax.models.config import ModelConfig, RopeConfig
+from kvjax.models.model import Model
 from kvjax.models.params import param_shapes
+from kvjax.models.tokenizer import ByteTokenizer
 
 CONFIG = ModelConfig(
     *("qwen3", 30, 32, 40, 3, 4, 2, 8, 64),

@@ -1,6 +1,6 @@
 """Bad input, given to the programs as a user would: each ends with one clear line and leaves nothing half-written.
 
-    python -m experiments.bad_input --config=configs/bad_input.py --workdir=DIR
+    python -m tests.robustness.bad_input --config=tests/robustness/bad_input_config.py --workdir=DIR
 
 Every case runs in a folder of its own with a copy of a tiny model and a text. Appends a row per case to
 DIR/bad_input.jsonl, the cases that are there already left out; prints what ends otherwise.
@@ -28,10 +28,10 @@ from safetensors.numpy import load_file, save_file
 
 import kvjax
 from experiments import program
-from experiments.fuzz import write_gguf
 from kvjax.files import read_json
+from tests.robustness.fuzz import write_gguf
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TINY, SHARDED, SCALED = "llama-linear", "qwen3", "llama-llama3"  # of the models' folder
 DEFAULTS = {
     "perplexity": ("model=tiny", "text=text.txt", "caches=dense,k4v4@token", "context=16", "windows=2"),
@@ -332,7 +332,11 @@ CASES = (
         "--config=config.py",
         prepare=_write("config.py", b"a cache, please"),
     ),
-    _sweep("a config file of another program", "config of another program", f"--config={ROOT}/configs/fuzz.py"),
+    _sweep(
+        "a config file of another program",
+        "config of another program",
+        f"--config={ROOT}/configs/tune_kernels.py",
+    ),
     _sweep("a stray argument", "unexpected argument 'k4v4'", "k4v4"),
     _sweep("no workdir", "no --workdir", workdir=None),
     _sweep("a workdir that is a file", "expected a folder", "--workdir=text.txt"),
@@ -517,4 +521,4 @@ CASES = (
 
 
 if __name__ == "__main__":
-    program.run(main, "configs/bad_input.py")
+    program.run(main, "tests/robustness/bad_input_config.py")

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 
 from kvjax.checkpoints import orbax
 from kvjax.checkpoints.gguf import GGUFFile
-from kvjax.checkpoints.model import Model
 from kvjax.checkpoints.safetensors import load_hf, weight_files
-from kvjax.checkpoints.tokenizer import AnyTokenizer, ByteTokenizer, read_tokenizer
+from kvjax.downloads import fetch
 from kvjax.errors import KvjaxError
 from kvjax.files import brief, sha256
 from kvjax.models import zoo
 from kvjax.models.config import ModelConfig
+from kvjax.models.model import Model
 from kvjax.models.params import Params, keep_layers
+from kvjax.models.tokenizer import AnyTokenizer, ByteTokenizer, read_tokenizer
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -58,7 +59,7 @@ def _load(
         return config, zoo.random_params(config, dtype), ByteTokenizer(), dtype, checksum
     if name in zoo.FILES:
         pinned = zoo.FILES[name]
-        file = GGUFFile(zoo.fetch(pinned))
+        file = GGUFFile(fetch(pinned))
         config, params = file.load(dtype, layers)
         checksum = pinned.sha256
         if name.endswith("-mha"):

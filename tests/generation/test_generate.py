@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax.checkpoints.model import Model
-from kvjax.checkpoints.tokenizer import ByteTokenizer
-from kvjax.generate import Sampling, advance, bucket, empty_state, sample, start
+from kvjax.generation.generate import Sampling, bucket, decode_steps, empty_state, sample, start
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
+from kvjax.models.model import Model
+from kvjax.models.tokenizer import ByteTokenizer
 from kvjax.models.zoo import random_params
 
 PROMPTS = ["The cat", "a much longer prompt, of more than one block of thirty-two tokens", "x"]
@@ -65,12 +65,12 @@ def test_greedy_in_float32_is_one_by_one_too(tiny: Model) -> None:
 def test_pauses_change_nothing(tiny: Model) -> None:
     options = {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 5, "stop_tokens": []}
     whole = kvjax.generate(tiny, PROMPTS[1], "k4v2", max_new_tokens=30, max_len=128, **options)
-    begun = kvjax.generate(tiny, PROMPTS[1], "k4v2", max_new_tokens=11, max_len=128, **options)
-    before = jax.tree.map(np.asarray, begun.state)
+    prefilled = kvjax.generate(tiny, PROMPTS[1], "k4v2", max_new_tokens=11, max_len=128, **options)
+    before = jax.tree.map(np.asarray, prefilled.state)
     for _ in range(2):  # a state may be gone on from many times
-        rest = kvjax.generate(tiny, "", begun.state, max_new_tokens=19, **options)
-        assert begun.tokens[0] + rest.tokens[0] == whole.tokens[0]
-    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, begun.state))
+        rest = kvjax.generate(tiny, "", prefilled.state, max_new_tokens=19, **options)
+        assert prefilled.tokens[0] + rest.tokens[0] == whole.tokens[0]
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, prefilled.state))
     pieces = list(kvjax.stream(tiny, PROMPTS[1], "k4v2", max_new_tokens=30, max_len=128, **options))
     assert "".join(text for text, _ in pieces) == whole.text and len(pieces) > 5
     assert len(pieces[0][1].tokens[0]) == 1  # the first token is not waited for
@@ -170,18 +170,18 @@ def test_the_loop_writes_into_one_cache(cache: str) -> None:
     plan = kvjax.plan(model, cache)
     run = jax.eval_shape(lambda: start(empty_state(model, plan, 1, 8192), 32))
     sampling = Sampling.of(0.7, 40, 0.9, 0, 1, 64)
-    program = advance.lower(Decoder(config), params, ((),) * 2, run, sampling, jnp.array([2]), 32, 32).compile()
+    program = decode_steps.lower(Decoder(config), params, ((),) * 2, run, sampling, jnp.array([2]), 32, 32).compile()
     memory = program.memory_analysis()
-    cache_bytes = plan.nbytes(run.state.cache.shape)
+    cache_bytes = plan.nbytes(8192, 1, jnp.float32)
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes < 2**20 < cache_bytes / 2  # 1 MiB of workspace, no second cache
 
 
 def test_one_program_per_bucket(tiny: Model) -> None:
-    sizes = [advance._cache_size()]
+    sizes = [decode_steps._cache_size()]
     for prompt, new in (("a" * 20, 20), ("a" * 25, 18), ("b" * 31, 17)):
         kvjax.generate(tiny, prompt, "k2v2", max_new_tokens=new, temperature=0.5 + new / 100, max_len=64)
-        sizes.append(advance._cache_size())
+        sizes.append(decode_steps._cache_size())
     assert sizes == [sizes[0], *[sizes[0] + 1] * 3]
     assert [bucket(n) for n in (1, 16, 17, 100, 1000, 1025)] == [16, 16, 32, 112, 1024, 1280]
 
@@ -204,7 +204,7 @@ def test_one_program_per_bucket(tiny: Model) -> None:
         ("a", {"top_p": 1.5, "temperature": 1.0}, "top_p"),
         ("a", {"seed": -1}, "seed"),
         ("a", {"max_new_tokens": -1}, "max_new_tokens"),
-        ("a", {"cache": "k9v9"}, "expected one of"),
+        ("a", {"cache": "k9v9"}, "key_bits=9; expected 1, 2"),
     ],
 )
 def test_bad_input_is_said(tiny: Model, prompt: str | list[str], options: dict, said: str) -> None:
@@ -242,4 +242,4 @@ def test_a_cache_says_what_it_is(tiny: Model) -> None:
     assert str(state.cache) == text
     for spec in plan.specs:
         assert str(spec) in text and f"{spec.nbytes(state.cache.shape):,}" in text
-    assert "3 + 8 of 2 x 64 tokens" in text and "9%" in text
+    assert "3 + 8 tokens held, room for 2 x 64 (9%)" in text

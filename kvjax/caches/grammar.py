@@ -1,0 +1,95 @@
+"""The text of plans: methods with their modes and fields, layers, lists.
+
+    dense   k8v4   k4v2@token   k4v4@kivi(group=64,residual=128,sink=4)     one method for all layers
+    0:k8v8;1-2+29:k4v4;3-28:k4v2@kivi                                       per layer; gaps and overlaps are errors
+    path/plan.yaml   PRESET.yaml@token                                      a file: ours, or one of KVTuner's presets
+
+Plans in a list are separated by commas outside parentheses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from kvjax.errors import KvjaxError
+
+_METHOD = re.compile(r"(?P<name>[\w.]+)(?:@(?P<mode>\w+))?(?:\((?P<fields>[^()]*)\))?")
+
+
+def parse_name(text: str) -> tuple[str, str | None, dict[str, str]] | None:
+    """Name, mode and fields of one method, None where the text has another form.
+
+    Raises:
+      KvjaxError: fields that are not field=value, each once.
+    """
+    match = _METHOD.fullmatch(text.strip())
+    return (match["name"], match["mode"], parse_fields(match["fields"])) if match else None
+
+
+def parse_fields(text: str | None) -> dict[str, str]:
+    """The fields of `field=value,...`."""
+    fields: dict[str, str] = {}
+    for item in (text or "").split(",") if text else []:
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not (key and equals and value) or key in fields:
+            raise KvjaxError(f"cache field {item.strip()!r}; expected field=value, each field once")
+        fields[key] = value
+    return fields
+
+
+def split_list(text: str) -> list[str]:
+    """Splits a list of plans at the commas outside parentheses."""
+    parts = [part.strip() for part in re.split(r",(?![^()]*\))", text)]
+    if not all(parts):
+        raise KvjaxError(f"list of caches {text!r}: expected names separated by single commas")
+    return parts
+
+
+def split_layers(text: str, layers: int) -> Iterator[tuple[int, str]]:
+    """Each layer of `layers:method;...` with its method, in order of appearance.
+
+    Raises:
+      KvjaxError: a segment of another form, a layer named twice or beyond the model's.
+    """
+    seen: set[int] = set()
+    for segment in text.split(";"):
+        where, colon, method = segment.partition(":")
+        if not colon:
+            raise KvjaxError(f"plan segment {segment.strip()!r}: expected layers:method, as in 0-2:k8v4")
+        for layer in _layer_numbers(where, layers):
+            if layer in seen:
+                raise KvjaxError(f"plan {text!r} names layer {layer} twice")
+            seen.add(layer)
+            yield layer, method
+
+
+def _layer_numbers(text: str, layers: int) -> list[int]:
+    out: list[int] = []
+    for part in text.split("+"):
+        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            raise KvjaxError(f"layers {text!r}: expected numbers and ranges joined by +, as in 0-2+29")
+        last = int(match[2] or match[1])
+        if last >= layers:
+            raise KvjaxError(f"{text!r} names layer {last}; the model has {layers} layers")
+        out += range(int(match[1]), last + 1)
+    return out
+
+
+def join_layers(methods: Mapping[str, list[int]]) -> str:
+    """The text of each method's layers; the method alone where there is one."""
+    if len(methods) == 1:
+        return next(iter(methods))
+    return ";".join(f"{format_layers(layers)}:{method}" for method, layers in methods.items())
+
+
+def format_layers(layers: list[int]) -> str:
+    """Numbers and ranges joined by +."""
+    parts: list[str] = []
+    for i in layers:
+        if parts and int(parts[-1].split("-")[-1]) == i - 1:
+            parts[-1] = f"{parts[-1].split('-')[0]}-{i}"
+        else:
+            parts.append(str(i))
+    return "+".join(parts)

@@ -1,0 +1,74 @@
+"""Simulated methods: a function of keys and values and a claim of bits; attention, scores and searches follow.
+
+What is read is what the method would read back, but it is kept unquantised: `simulated` marks the rows of results,
+and their bits and bytes are the claimed ones.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax.caches.base import CacheShape, Chunk, LayerShapes
+from kvjax.caches.stored import BlockStore, StoredCache, StoredSpec, Tensors, TensorSpec
+from kvjax.ops.store import EXACT
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SimulatedSpec(StoredSpec):
+    """Subclasses give `simulate` and the claimed bits; `default_residual` where blocks are stored together."""
+
+    simulated: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def simulate(
+        self, k: Float[Array, "N T K d"], v: Float[Array, "N T K d"], real: Bool[Array, "N T"]
+    ) -> tuple[Float[Array, "N T K d"], Float[Array, "N T K d"]]:
+        """Keys (after RoPE) and values as they are read back.
+
+        Args:
+          k, v: blocks of T = R tokens that are stored together; where R = 0, tokens that are stored one by one, so
+            that each is a function of itself alone.
+          real: tokens that the block holds; the others (sinks, tokens to come) are read by nobody.
+        """
+
+    @property
+    def cache_type(self) -> type[StoredCache]:
+        return SimulatedCache
+
+    @property
+    def program_form(self) -> SimulatedSpec:
+        return self  # its widths are not the store's
+
+    def tensors(self, shape: LayerShapes) -> list[TensorSpec]:
+        return [TensorSpec(self.format(EXACT, "token", 1), shape.kv_heads, shape.head_dim)] * 2
+
+    @abc.abstractmethod
+    def bits_asymptotic(self, shape: LayerShapes) -> float:
+        """Claimed bits per element of K and V at long context, side information included."""
+
+    def counted_bytes(self, shape: CacheShape) -> float:
+        exact = self.residual_length + self.sink
+        bits = shape.max_len * self.bits_asymptotic(shape) + exact * 8 * jnp.dtype(shape.dtype).itemsize
+        return shape.batch * shape.elements_per_token * bits / 8
+
+
+@struct.dataclass
+class SimulatedCache(StoredCache):
+    """Keys after RoPE and values, as they would be read back."""
+
+    def append(self, chunk: Chunk, carry: Any) -> tuple[BlockStore, Any]:
+        r, sink, end = self.spec.residual_length, self.spec.sink, chunk.positions[:, 0] + chunk.lengths
+
+        def encode(tensors: Tensors, positions: Int[Array, "B N"]) -> Tensors:
+            real = (positions >= sink) & (positions < end[:, None])
+            count = r or positions.shape[1]
+            k, v, mask = (a.reshape(-1, count, *a.shape[2:]) for a in (*tensors, real))
+            return [a.reshape(tensors[0].shape) for a in self.spec.simulate(k, v, mask)]
+
+        return self.store.append(self.new_tensors(chunk), chunk, encode), carry

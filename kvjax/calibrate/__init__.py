@@ -1,0 +1,1 @@
+"""What is computed once per model and kept on disk: bases today."""

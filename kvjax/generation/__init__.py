@@ -1,0 +1,1 @@
+"""Text generation: prompts, prefill, the decode loop, sampling, states on disk."""

@@ -1,0 +1,56 @@
+"""The reconstruction of a layer input from the layer below and a stored delta (XQuant-CL, section 3.2)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kvjax.ops import store
+from kvjax.ops.dispatch import dispatch
+from pallas_kernels import remat_attention
+
+_TILE_ELEMENTS = 2**16  # of one tile of the accumulator while it is rebuilt
+
+
+def reconstruct(
+    acc: Float[Array, "B S D"],
+    stored: store.Stored,
+    basis: Float[Array, "D r"] | None,
+    delta: bool,
+    stop: Int[Array, "B"],
+) -> Float[Array, "B S D"]:
+    """X̂ of a layer from that of the layer below, for every token below `stop`, tile by tile in place.
+
+    Args:
+      acc: X̂ of the layer below.
+      stored: z, or its difference from the layer below where `delta`.
+      basis: orthonormal columns; X̂ = z basis^T. X̂ = z where None.
+      delta: whether what is stored is added to `acc`, or replaces it.
+    """
+
+    def kernel(name: str, interpret: bool) -> Array:
+        if not delta or basis is None or acc.dtype == jnp.float64:
+            raise NotImplementedError("base layers, whole deltas and float64 are XLA's")
+        up, packed = basis.T.astype(acc.dtype), store.for_kernels(stored)
+        return remat_attention.reconstruct(acc, packed, up, stop, implementation=name, interpret=interpret)
+
+    return dispatch("remat_attention", kernel, lambda: _rebuild_tiles(acc, stored, basis, delta, stop))
+
+
+def _rebuild_tiles(acc, stored, basis, delta, stop):
+    """`reconstruct` in XLA."""
+    pack_size = store.capacity(1, stored.format)
+    size = 1 << max((_TILE_ELEMENTS // acc.shape[2]).bit_length() - 1, 0)
+    size = min(stored.tokens, -(-size // pack_size) * pack_size)
+
+    def step(i, acc):
+        # The last tile starts early where `size` does not divide S; what it repeats stays.
+        start = jnp.minimum(i * size, stored.tokens - size)
+        z = store.read_tile(stored, start, size, acc.dtype).dequantize()[:, 0]
+        below = jax.lax.dynamic_slice_in_dim(acc, start, size, 1)
+        here = (z if basis is None else z @ basis.T.astype(z.dtype)) + (below if delta else 0)
+        new = (start + jnp.arange(size) >= i * size)[:, None]
+        return jax.lax.dynamic_update_slice_in_dim(acc, jnp.where(new, here, below), start, 1)
+
+    return jax.lax.fori_loop(0, -(-stop.max() // size), step, acc)
