@@ -15,6 +15,7 @@ from ml_collections import config_dict
 
 import kvjax
 from experiments import program
+from kvjax import records
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.evaluate.tasks import agreement
@@ -36,11 +37,11 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
             "prompts": len(config.chats) + len(config.texts),
             "max_new_tokens": config.max_new_tokens,
         }
-        row = program.find_row(results, point)
+        row = records.find_row(results, point)
         if row is None:
             dense = dense or _generate(config, model, kvjax.plan(model, "dense"))
-            row = point | dataclasses.asdict(agreement(dense, _generate(config, model, plan))) | program.provenance()
-            program.append_row(results, row)
+            row = point | dataclasses.asdict(agreement(dense, _generate(config, model, plan))) | records.provenance()
+            records.append_row(results, row)
         print(
             f"{row['cache']:<24} {row['whole']} of {row['prompts']} whole, {row['share']:.0%} of tokens", flush=True
         )

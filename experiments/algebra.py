@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import config_dict
 
 from experiments import program
+from kvjax import records
 from kvjax.caches.base import CacheShape
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
@@ -38,13 +39,13 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
                 plan = CachePlan.parse(cache, model.config)
                 point = {"experiment": "algebra", "model": name, "dtype": dtype, "cache": str(plan)}
                 point |= {"tokens": config.tokens, "chunk": config.chunk}
-                row = program.find_row(results, point)
+                row = records.find_row(results, point)
                 if row is None:
                     if dense is None:
                         dense = _logits(model, CachePlan.parse("dense", model.config), tokens, config.chunk)
                     far = np.abs(_logits(model, plan, tokens, config.chunk) - dense).max() / np.abs(dense).max()
-                    row = point | {"max_relative": float(far)} | program.provenance()
-                    program.append_row(results, row)
+                    row = point | {"max_relative": float(far)} | records.provenance()
+                    records.append_row(results, row)
                 print(f"{dtype} {name:18s} {row['cache']:30s} {row['max_relative']:.1e}", flush=True)
 
 

@@ -29,6 +29,7 @@ from rich.table import Table
 
 from experiments import program
 from experiments.aot_cases import SHAPE, Case, Kernels, cases
+from kvjax import records
 from kvjax.caches.grammar import split_list
 from kvjax.errors import KvjaxError
 from kvjax.files import brief
@@ -60,10 +61,10 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         for target in split_list(config.targets)
         for case in cases(config, KERNELS)
     ]
-    missing = [entry for entry in todo if program.find_row(results, entry[2]) is None]
+    missing = [entry for entry in todo if records.find_row(results, entry[2]) is None]
     for target, case, point in track(missing, "compile", console=Console(stderr=True)):
-        program.append_row(results, point | compilers[config.platform](target, case) | program.provenance())
-    Console(width=140).print(_table([row for entry in todo if (row := program.find_row(results, entry[2]))]))
+        records.append_row(results, point | compilers[config.platform](target, case) | records.provenance())
+    Console(width=140).print(_table([row for entry in todo if (row := records.find_row(results, entry[2]))]))
 
 
 def tpu_compile(target: str, case: Case) -> dict[str, Any]:

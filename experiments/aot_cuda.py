@@ -34,6 +34,7 @@ from rich.table import Table
 
 from experiments import program
 from experiments.aot_cases import SHAPE, Case, Kernels, cases
+from kvjax import records
 from kvjax.caches.grammar import split_list
 from kvjax.errors import KvjaxError
 from kvjax.files import brief
@@ -121,12 +122,12 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         for target in targets
         for case in cases(config, kernels_of(target))
     ]
-    missing = [entry for entry in todo if program.find_row(results, entry[2]) is None]
+    missing = [entry for entry in todo if records.find_row(results, entry[2]) is None]
     with Compiler() as compiler:
         for target, case, point in track(missing, "compile", console=Console(stderr=True)):
             figures = compiler.compile_for(target, case)
-            program.append_row(results, point | figures | program.provenance())
-    Console(width=140).print(_table([row for entry in todo if (row := program.find_row(results, entry[2]))]))
+            records.append_row(results, point | figures | records.provenance())
+    Console(width=140).print(_table([row for entry in todo if (row := records.find_row(results, entry[2]))]))
 
 
 class Compiler:

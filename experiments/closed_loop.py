@@ -18,6 +18,7 @@ from ml_collections import config_dict
 
 from experiments import program
 from experiments.pareto import save_figure
+from kvjax import records
 from kvjax.caches.base import CacheShape
 from kvjax.caches.plan import CachePlan
 from kvjax.caches.registry import parse_spec
@@ -47,9 +48,9 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
             opened = opened + stored(here - x[i - 1], config.bits)
         norm = float(jnp.linalg.norm(here))
         errors = {name: float(jnp.linalg.norm(a - here)) / norm for name, a in (("closed", closed), ("open", opened))}
-        rows.append({"experiment": "closed_loop", **config.to_dict(), "layer": i, **errors, **program.provenance()})
+        rows.append({"experiment": "closed_loop", **config.to_dict(), "layer": i, **errors, **records.provenance()})
     (workdir / "closed_loop.jsonl").unlink(missing_ok=True)
-    program.append_rows(workdir / "closed_loop.jsonl", rows)
+    records.append_rows(workdir / "closed_loop.jsonl", rows)
     draw(rows, workdir / "closed_loop.png")
     print(f"rows: {workdir / 'closed_loop.jsonl'}\nplot: {workdir / 'closed_loop.png'}")
 

@@ -25,6 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from experiments import program
+from kvjax import records
 from kvjax.caches.base import CacheShape
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import Cache, CachePlan
@@ -73,7 +74,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     rebuilt = split_list(config.rebuild) if config.rebuild else []
     entries += [(CachePlan.parse(name, model.config), config.dtype, True) for name in rebuilt]
     points = [_point(config, *entry) for entry in entries]
-    missing = [i for i, point in enumerate(points) if program.find_row(results, point) is None]
+    missing = [i for i, point in enumerate(points) if records.find_row(results, point) is None]
     if missing:
         contestants = {
             i: _prepare(model, ids, *entries[i], config.max_len)
@@ -82,9 +83,9 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         for _ in track(range(WARM_UP + config.steps), "steps", console=Console(stderr=True)):
             for contestant in contestants.values():
                 contestant.step(model.params)
-        rows = [points[i] | _figures(contestants[i], contestants[0]) | program.provenance() for i in missing]
-        program.append_rows(results, rows)
-    Console(width=120).print(_table([row for point in points if (row := program.find_row(results, point))]))
+        rows = [points[i] | _figures(contestants[i], contestants[0]) | records.provenance() for i in missing]
+        records.append_rows(results, rows)
+    Console(width=120).print(_table([row for point in points if (row := records.find_row(results, point))]))
 
 
 def _point(config: config_dict.ConfigDict, plan: CachePlan, kv_dtype: str, rebuild: bool) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import numpy as np
 from ml_collections import config_dict
 
 from experiments import program
+from kvjax import records
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import load
@@ -41,7 +42,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     points = {HF: _point(config, *HF)} | {
         (str(plan), protocol): _point(config, str(plan), protocol) for protocol in PROTOCOLS for plan in plans
     }
-    missing = [key for key, point in points.items() if program.find_row(results, point) is None]
+    missing = [key for key, point in points.items() if records.find_row(results, point) is None]
     if missing:
         runs = {HF: _hf(windows)}
         for protocol in PROTOCOLS:
@@ -49,9 +50,9 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
             runs |= _scorings(model, config, windows, protocol, some)
         seconds = _time(runs, config.repeats)
         rows = [points[key] | _figures(windows.size, seconds[key], seconds[HF]) for key in missing]
-        program.append_rows(results, rows)
+        records.append_rows(results, rows)
     for (name, protocol), point in points.items():
-        row = program.find_row(results, point)
+        row = records.find_row(results, point)
         assert row
         print(f"{name:20s} {protocol:10s} {row['tokens_per_second']:7.0f} tokens/s   {row['x_hf']:.2f} x HF")
 
@@ -99,7 +100,7 @@ def _time(runs: dict[tuple[str, str], Callable[[], Any]], repeats: int) -> dict[
 
 
 def _figures(tokens: int, seconds: float, hf_seconds: float) -> dict[str, Any]:
-    figures = {"tokens_per_second": tokens / seconds, "x_hf": hf_seconds / seconds} | program.provenance()
+    figures = {"tokens_per_second": tokens / seconds, "x_hf": hf_seconds / seconds} | records.provenance()
     figures["versions"] |= _hf_versions()
     return figures
 

@@ -20,6 +20,7 @@ from rich.table import Table
 
 import kvjax
 from experiments import program
+from kvjax import records
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.evaluate.tasks import common_prefix
@@ -43,7 +44,7 @@ def main(config: config_dict.ConfigDict, workdir: Path | None) -> None:
         print(_figures(row), file=sys.stderr)
         rows.append((row, made))
         if workdir is not None:
-            program.append_row(workdir / "generate.jsonl", row)
+            records.append_row(workdir / "generate.jsonl", row)
     if config.compare:
         Console().print(_side_by_side(rows))
     if config.save:
@@ -55,7 +56,7 @@ def _generate(
     config: config_dict.ConfigDict, model: kvjax.Model, cache: CachePlan | kvjax.State, begun: float, show: bool
 ) -> tuple[dict[str, Any], kvjax.Generation]:
     """Generates, and says what it took. Compile time is the process's so far: programs are shared by plans."""
-    compiled = program.CompileSeconds()
+    compiled = records.CompileSeconds()
     start, times = time.perf_counter(), []
     for text, so_far in _stream(config, model, cache):
         times.append(time.perf_counter())
@@ -79,7 +80,7 @@ def _generate(
         "tokens_per_second": (new - 1) / (times[-1] - times[0]) if new > 1 else None,
         "bytes": plan.nbytes(room),
         "dense_bytes": CachePlan.parse("dense", model.config).nbytes(room),
-        **program.provenance(),
+        **records.provenance(),
     }
     return row, made
 

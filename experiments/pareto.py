@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from experiments.program import write_atomically
+from kvjax.files import write_atomically
 
 COLORS = {
     "k*v*@token": "tab:orange",

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from experiments import pareto, program
+from kvjax import records
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import load
@@ -53,10 +54,10 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
             sweep.describe(plan)  # refuses what does not fit the model before anything is scored
         for plan in plans:
             task = progress.add_task(str(plan), total=len(windows))
-            row = program.find_row(results, {"experiment": "perplexity", **identity, "cache": str(plan)})
+            row = records.find_row(results, {"experiment": "perplexity", **identity, "cache": str(plan)})
             if row is None:
                 row = sweep.row(plan, lambda n, task=task: progress.advance(task, n))
-                program.append_row(results, row)
+                records.append_row(results, row)
             progress.update(task, completed=len(windows))
             rows.append(row)
     wide = Console()
@@ -97,13 +98,13 @@ class Sweep:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return self.describe(plan) | {"error": "out of memory"} | program.provenance()
+            return self.describe(plan) | {"error": "out of memory"} | records.provenance()
         finally:
             if plan != self.dense:
                 self.scorer.forget(plan)
         score = Score.of(functools.reduce(concatenate, (scores for scores, _ in parts)))
         timing = sum((timing for _, timing in parts), Timing())
-        return self.describe(plan) | dataclasses.asdict(score) | dataclasses.asdict(timing) | program.provenance()
+        return self.describe(plan) | dataclasses.asdict(score) | dataclasses.asdict(timing) | records.provenance()
 
     def describe(self, plan: CachePlan) -> dict[str, Any]:
         context = self.windows.shape[1]
@@ -128,16 +129,16 @@ class Sweep:
             scores, kept, timing = self.scorer.run(plan, windows, dense)
             arrays = vars(scores) | dataclasses.asdict(timing)
             if plan == self.dense:
-                program.save_arrays(self._file("dense run", start), vars(kept))
-            program.save_arrays(file, arrays)
-        arrays = program.load_arrays(file)
+                records.save_arrays(self._file("dense run", start), vars(kept))
+            records.save_arrays(file, arrays)
+        arrays = records.load_arrays(file)
         timing = Timing(float(arrays.pop("seconds")), float(arrays.pop("compile_seconds")))
         return TokenScores(**arrays), timing
 
     def _dense(self, start: int) -> DenseRun:
         """The dense run of the windows from `start`, made where it is not there yet."""
         self._batch(self.dense, start)
-        return DenseRun(**program.load_arrays(self._file("dense run", start)))
+        return DenseRun(**records.load_arrays(self._file("dense run", start)))
 
     def _file(self, what: str, start: int) -> Path:
         key = json.dumps([self.identity, what], sort_keys=True)

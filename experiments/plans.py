@@ -25,12 +25,14 @@ from experiments.pareto import save_figure
 from experiments.perplexity import identity_of
 from experiments.tune import Search, calibration, progress_bar
 from experiments.tune_pictures import short_names
+from kvjax import records
 from kvjax.caches.base import REAL_DTYPE, CacheShape
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score
+from kvjax.files import write_atomically
 from kvjax.models.model import Model
 from kvjax.tuner.evaluations import Evaluations
 from kvjax.tuner.simulate import Simulator
@@ -51,8 +53,8 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
             for plan in progress.track(plans, description=f"judging on {Path(text).name}"):
                 judge(plan)
         rows += [row for each in found for row in _rows(config, model, judge, *each)]
-    rows = [row | program.provenance() for row in rows]
-    program.write_rows(workdir / "plans.jsonl", rows)
+    rows = [row | records.provenance() for row in rows]
+    records.write_rows(workdir / "plans.jsonl", rows)
     draw(rows, workdir / "plans.png")
     Console(width=160).print(_table(rows))
 
@@ -83,7 +85,7 @@ def _search(
                 refined.share(search)
                 plan = _best(refined, uniform)
             file = workdir / "plans" / f"{name.replace(', ', '-').replace(' ', '-')}-{budget:g}.yaml"
-            program.write_atomically(file, f"plan: {plan}\n".encode())
+            write_atomically(file, f"plan: {plan}\n".encode())
             found.append((name, budget, plan, uniform))
     return found
 

@@ -17,6 +17,7 @@ import numpy as np
 from ml_collections import config_dict
 
 from experiments import program
+from kvjax import records
 from kvjax.caches.base import CacheShape
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
@@ -46,10 +47,10 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
                 "lengths": lengths.tolist(),
                 "cache": str(plan),
             }
-            row = program.find_row(results, point)
+            row = records.find_row(results, point)
             if row is None:
-                row = point | _difference(model, plan, tokens, lengths) | program.provenance()
-                program.append_row(results, row)
+                row = point | _difference(model, plan, tokens, lengths) | records.provenance()
+                records.append_row(results, row)
             print(
                 f"{dtype} {row['cache']:60s} max {row['max_difference']:.1e} mean {row['mean_nll_difference']:+.1e}"
             )

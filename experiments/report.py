@@ -16,9 +16,10 @@ from scipy.stats import spearmanr
 
 from experiments import closed_loop, pareto, plans, tune_pictures
 from experiments import searches as search_courses
-from experiments.program import read_rows, write_atomically
 from kvjax.caches.plan import CachePlan
+from kvjax.files import write_atomically
 from kvjax.models.zoo import RANDOM
+from kvjax.records import read_rows
 
 ROOT = Path(__file__).parent.parent
 Row = dict[str, Any]

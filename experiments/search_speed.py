@@ -26,6 +26,7 @@ import numpy as np
 from ml_collections import config_dict
 
 from experiments import program
+from kvjax import records
 from kvjax.caches.base import CacheSpec
 from kvjax.caches.dense import Dense
 from kvjax.caches.kv import KIVI_GROUP, KV
@@ -53,12 +54,12 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         raise KvjaxError(f"context={config.context}; expected whole blocks of {KIVI_GROUP} tokens, at least two")
     results = workdir / "search_speed.jsonl"
     points = {(kind, side): _point(config, kind, side) for kind in KINDS for side in SIDES}
-    missing = [kind for kind in KINDS if any(program.find_row(results, points[kind, s]) is None for s in SIDES)]
+    missing = [kind for kind in KINDS if any(records.find_row(results, points[kind, s]) is None for s in SIDES)]
     if missing:
         _measure(config, missing, points, results)
     for kind in KINDS:
         for side in SIDES:
-            row = program.find_row(results, points[kind, side])
+            row = records.find_row(results, points[kind, side])
             assert row
             speed = f"{row['evaluations_per_minute']:6.1f} evaluations/minute, {row['x_hf']:.2f} x HF"
             print(f"{kind:10s} {side:26s} {speed}; KL within {row['kld_difference']:.1%} of ours")
@@ -94,9 +95,9 @@ def _measure(config: config_dict.ConfigDict, kinds: Sequence[str], points: dict,
 
     for kind in kinds:
         figures = _time({OURS: ours, **hf}, plans[kind])
-        provenance = program.provenance()
+        provenance = records.provenance()
         provenance["versions"] |= _hf_versions()
-        program.append_rows(results, [points[kind, side] | figures[side] | provenance for side in SIDES])
+        records.append_rows(results, [points[kind, side] | figures[side] | provenance for side in SIDES])
 
 
 def _plans(config: config_dict.ConfigDict, kind: str, model: ModelConfig) -> list[CachePlan]:

@@ -19,6 +19,7 @@ from ml_collections import config_dict
 from experiments import program
 from experiments.pareto import save_figure
 from experiments.tune import Search, calibration
+from kvjax import records
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import load
 from kvjax.tuner.space import hypervolume
@@ -35,8 +36,8 @@ Row = dict[str, Any]
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     file = workdir / "searches.jsonl"
     if not file.exists():
-        program.append_rows(file, _compare(config, workdir))
-    rows = program.read_rows(file)
+        records.append_rows(file, _compare(config, workdir))
+    rows = records.read_rows(file)
     draw(rows, workdir / "searches.png")
     for name in SEARCHES:
         last = [row for row in rows if row["search"] == name][-1]
@@ -49,7 +50,7 @@ def _compare(config: config_dict.ConfigDict, workdir: Path) -> list[Row]:
     windows = calibration(config, model)
     first = Search(config, model, windows, workdir)
     worst = max(first.evaluations(plan)["kld"] for plan in first.uniform)
-    start, compiled = time.perf_counter(), program.CompileSeconds()
+    start, compiled = time.perf_counter(), records.CompileSeconds()
     first.errors()
     seconds = time.perf_counter() - start - compiled.total()
     rows = []
@@ -62,7 +63,7 @@ def _compare(config: config_dict.ConfigDict, workdir: Path) -> list[Row]:
         uses = own.method == "knapsack" or own.prune != "none"
         extra = {"search": name, "sensitivity": seconds / one if uses else 0.0, "seconds_an_evaluation": one}
         identity = {"experiment": "searches", **search.identity, "budget": own.budget, "seed": own.seed}
-        rows += [identity | extra | row | program.provenance() for row in _course(search, plans, worst)]
+        rows += [identity | extra | row | records.provenance() for row in _course(search, plans, worst)]
     return rows
 
 

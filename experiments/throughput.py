@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import program
+from kvjax import records
 from kvjax.caches.base import CacheShape, KVWeights
 from kvjax.caches.grammar import split_list
 from kvjax.caches.kv import KV
@@ -76,8 +77,8 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
             print(f"{len(work) - number} of {len(work)} points are left: start again with the same folder")
             break
         Console(stderr=True).print(f"[{number + 1}/{len(work)}] {name}")
-        program.append_rows(results, [row | program.provenance() for row in run()])
-    rows = program.read_rows(results)
+        records.append_rows(results, [row | records.provenance() for row in run()])
+    rows = records.read_rows(results)
     for part, columns in COLUMNS.items():
         Console(width=160).print(_table([row for row in rows if row["part"] == part], part, columns))
 
@@ -89,7 +90,7 @@ def _ops(config: config_dict.ConfigDict, results: Path) -> Iterator[tuple[str, C
     heads = heads_of(config.heads)
     for batch, tokens in points_of(config.ops):
         point = {"experiment": "throughput", "part": "op", "heads": config.heads, "batch": batch, "tokens": tokens}
-        if program.find_row(results, point) is None:
+        if records.find_row(results, point) is None:
             yield f"attention, {batch} x {tokens}", functools.partial(_attention, config, point, heads, batch, tokens)
 
 
@@ -184,7 +185,7 @@ def _models(config: config_dict.ConfigDict, results: Path) -> Iterator[tuple[str
             for cache in split_list(config.caches):
                 point = {"experiment": "throughput", "part": "step", "model": name, "dtype": config.dtype}
                 point |= {"cache": cache, "batch": batch, "tokens": tokens}
-                if program.find_row(results, point) is None:
+                if records.find_row(results, point) is None:
                     run = functools.partial(_step, config, point, made)
                     yield f"{name}, {batch} x {tokens}, {cache}", run
 

@@ -28,6 +28,7 @@ from rich.table import Table
 
 from experiments import program, tune_pictures
 from experiments.perplexity import identity_of
+from kvjax import records
 from kvjax.caches import cross_layer
 from kvjax.caches.base import REAL_DTYPE, CacheShape, CacheSpec
 from kvjax.caches.grammar import split_list
@@ -38,6 +39,7 @@ from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score, cut_windows
 from kvjax.evaluate.tasks import accuracy, agreement, load_gsm8k
 from kvjax.evaluate.text import load_text
+from kvjax.files import write_atomically
 from kvjax.generation.generate import generate
 from kvjax.models.model import Model
 from kvjax.tuner import sensitivity
@@ -74,7 +76,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     rows = search.front(plans)
     chosen = next(row for row in rows if row["kind"] == "chosen")
     _write_plan(search, chosen, rows, time.perf_counter() - started)
-    program.write_rows(workdir / "front.jsonl", rows)
+    records.write_rows(workdir / "front.jsonl", rows)
     search.draw(rows)
     Console(width=150).print(_table(rows))
     print(f"plan: {workdir / 'plan.yaml'}\nfront: {workdir / 'front.jsonl'}\npictures: {workdir}/*.png")
@@ -166,7 +168,7 @@ class Search:
         layers, specs = self.model.config.layers, self._places()
         common = {"experiment": "sensitivity", **self.identity, "samples": SAMPLES, "seed": self.config.seed}
         needed = {"layer", "cache", "bits_asymptotic", "e_o", self.config.error}
-        rows = [row for row in program.read_rows(file) if common.items() <= row.items() and needed <= row.keys()]
+        rows = [row for row in records.read_rows(file) if common.items() <= row.items() and needed <= row.keys()]
         found = {(row["layer"], row["cache"]): row for row in rows}
         names = {spec: cross_layer.label(spec) for spec in specs}
         missing = [[spec for spec in specs if (layer, names[spec]) not in found] for layer in range(layers)]
@@ -180,7 +182,7 @@ class Search:
                     count = range(len(self.windows))
                     gradients = [sensitivity.gradients(self.simulator, w, SAMPLES, self.config.seed) for w in count]
                 rows = self._measure(layer, some, gradients)
-                program.append_rows(file, [common | row | program.provenance() for row in rows])
+                records.append_rows(file, [common | row | records.provenance() for row in rows])
                 found |= {(layer, row["cache"]): row for row in rows}
                 progress.advance(task)
         return found
@@ -290,7 +292,7 @@ class Search:
         kinds = dict.fromkeys(plans, "search") | dict.fromkeys(self.uniform, "uniform")
         best = min(filter(self.bits.fits, kinds), key=self.loss)
         config = {key: self.config[key] for key in ("method", "objective", "error", "seed", "dtype")}
-        common = {"experiment": "tune", **self.identity, **config} | program.provenance()
+        common = {"experiment": "tune", **self.identity, **config} | records.provenance()
         rows = [common | {"kind": kind} | self._describe(plan) for plan, kind in kinds.items()]
         return [*rows, common | {"kind": "chosen", "was": kinds[best]} | self._describe(best)]
 
@@ -392,12 +394,12 @@ def _write_plan(search: Search, chosen: Row, rows: list[Row], seconds: float) ->
         "made_with": {key: chosen[key] for key in ("device", "versions", "git")},
     }
     text = yaml.safe_dump({"plan": str(plan), "card": card}, sort_keys=False, width=1000)
-    program.write_atomically(search.workdir / "plan.yaml", text.encode())
+    write_atomically(search.workdir / "plan.yaml", text.encode())
     for mode, name in {"token": "kvtuner_pertoken.yaml", "kivi": "kvtuner_kivi.yaml"}.items():
         file = search.workdir / name
         file.unlink(missing_ok=True)  # of an earlier plan
         if all(type(spec) is KV and spec == KV(spec.key_bits, spec.value_bits, mode) for spec in plan.specs):
-            program.write_atomically(file, plan.preset().encode())
+            write_atomically(file, plan.preset().encode())
 
 
 def _table(rows: list[Row]) -> Table:

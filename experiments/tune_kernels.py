@@ -22,6 +22,7 @@ from experiments.throughput import Contestant, check, filled, heads_of, pair_of,
 from kvjax.caches.base import CacheShape
 from kvjax.caches.grammar import split_list
 from kvjax.errors import KvjaxError
+from kvjax.files import write_atomically
 from kvjax.ops import store
 from pallas_kernels.packed_attention import triton
 from pallas_kernels.tuning import attention_class, file_of
@@ -46,7 +47,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         if any(entry["class"] == shape for entry in entries):
             continue
         entries.append(_tuned(config, args, shape))
-        program.write_atomically(file, json.dumps(entries, indent=1).encode())
+        write_atomically(file, json.dumps(entries, indent=1).encode())
         Console(stderr=True).print(
             f"[{number + 1}/{len(work)}] {name}, {batch} x {tokens}: {entries[-1]['settings']}"
         )

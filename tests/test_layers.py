@@ -24,6 +24,7 @@ LAYERS = [
     "kvjax.ops",
     "kvjax.quant",
     "kvjax.downloads",
+    "kvjax.records",
     "kvjax.files",
     "kvjax.errors",
     "pallas_kernels",

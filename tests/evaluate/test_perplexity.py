@@ -14,6 +14,7 @@ import pytest
 
 from kvjax.caches.base import CacheShape
 from kvjax.caches.plan import CachePlan
+from kvjax.calibrate.bases import load_bases
 from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score, Scorer, cut_windows, hidden_states
@@ -127,6 +128,7 @@ import jax.numpy as jnp, numpy as np
 from kvjax.checkpoints.load import load
 from kvjax.caches.base import CacheShape
 from kvjax.caches.plan import CachePlan
+from kvjax.calibrate.bases import load_bases
 from kvjax.evaluate.perplexity import hidden_states
 from kvjax.evaluate.text import load_text
 from kvjax.models.decoder import Decoder

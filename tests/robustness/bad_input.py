@@ -28,6 +28,7 @@ from safetensors.numpy import load_file, save_file
 
 import kvjax
 from experiments import program
+from kvjax import records
 from kvjax.files import read_json
 from tests.robustness.fuzz import write_gguf
 
@@ -89,15 +90,15 @@ class Case:
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
-    results, provenance = workdir / "bad_input.jsonl", program.provenance()
+    results, provenance = workdir / "bad_input.jsonl", records.provenance()
     faulty = 0
     for case in CASES:
         point = {"experiment": "bad_input", "input": case.name, "given": case.given}
-        row = program.find_row(results, point)
+        row = records.find_row(results, point)
         if row is None:
             with tempfile.TemporaryDirectory() as folder:
                 row = point | attempt(case, Path(folder), Path(config.models), config.seconds) | provenance
-            program.append_row(results, row)
+            records.append_row(results, row)
         faulty += bool(row["faults"])
         print(f"{case.name}: {row['said']}", *row["faults"], sep="\n    ", flush=True)
     if faulty:
@@ -170,13 +171,13 @@ def _is_whole(file: Path) -> bool:
     """Whether a program that failed may have written this: a whole result, nothing else."""
     try:
         if file.suffix == ".npz":
-            return bool(program.load_arrays(file))
+            return bool(records.load_arrays(file))
         if file.suffix == ".json":
             return bool(read_json(file))
         if file.suffix == ".yaml":
             return bool(yaml.safe_load(file.read_text()))
         lines = file.suffix == ".jsonl" or file.name == "journal.log"
-        return lines and file.read_bytes().endswith(b"\n") and bool(program.read_rows(file))
+        return lines and file.read_bytes().endswith(b"\n") and bool(records.read_rows(file))
     except (kvjax.KvjaxError, yaml.YAMLError):
         return False
 
@@ -351,7 +352,9 @@ CASES = (
     _generate("an empty prompt", "prompt 0 is empty", "--config.prompt="),
     # caches
     _sweep("an unknown cache", "expected dense, k{bits}v{bits}", "--config.caches=zip"),
-    _sweep("a bit width that is not packed", "expected one of 1, 2, 3, 4, 5, 6, 8, 16", "--config.caches=k9v4"),
+    _sweep(
+        "a bit width that is not packed", "key_bits=9; expected 1, 2, 3, 4, 5, 6, 8 or 16", "--config.caches=k9v4"
+    ),
     _sweep("an unknown mode", "expected one of kivi, token", "--config.caches=k4v4@block"),
     _sweep("an unknown cache field", "group, residual, sink, rope", "--config.caches=k4v4(size=8)"),
     _sweep("a cache field of the wrong type", "expected int", "--config.caches=k4v4(sink=some)"),

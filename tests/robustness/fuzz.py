@@ -30,6 +30,7 @@ from ml_collections import config_dict
 from tokenizers.pre_tokenizers import ByteLevel
 
 from experiments import program
+from kvjax import records
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints import orbax
 from kvjax.checkpoints.gguf import NAMES, ROPE_FACTORS
@@ -48,15 +49,15 @@ PLAN = "0:k8v8;1-2+29:k4v4@kivi(group=64,residual=128,sink=4);3-28:k4v2@kivi"
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
-    others, provenance = 0, program.provenance()
+    others, provenance = 0, records.provenance()
     results = workdir / "fuzz.jsonl"
     with tempfile.TemporaryDirectory() as folder:
         for kind in make_kinds(Path(folder), Path(config.models)):
             point = {"experiment": "fuzz", "kind": kind.name, "tried": config.tries}
-            row = program.find_row(results, point)
+            row = records.find_row(results, point)
             if row is None:
                 row = point | _try(kind, config.tries, config.seconds) | provenance
-                program.append_row(results, row)
+                records.append_row(results, row)
             print(f"{kind.name:28s}" + "".join(f"{row[outcome]:6d} {outcome}" for outcome in OUTCOMES))
             others += row["other"]
     if others:
@@ -272,7 +273,7 @@ def make_kinds(folder: Path, models: Path) -> list[Kind]:
     plan_file.write_text(f"plan: {PLAN}\n")
     plan.write_text(PLAN)
     for number in range(3):
-        program.append_row(rows, {"experiment": "fuzz", "number": number, "plan": PLAN, "versions": {"jax": "1.0"}})
+        records.append_row(rows, {"experiment": "fuzz", "number": number, "plan": PLAN, "versions": {"jax": "1.0"}})
     text.write_text("Ein Text, drei Zeilen: ä, ö, ü.\n" * 3, encoding="utf-8")
 
     def model_kind(path: Path, pattern: str, head: int = 1 << 10) -> Kind:
@@ -296,7 +297,7 @@ def make_kinds(folder: Path, models: Path) -> list[Kind]:
             for file in (preset, plan_file)
         ),
         Kind("plan", plan, _parse, (plan,), 1 << 10),
-        Kind("results", rows, program.read_rows, (rows,), 1 << 10),
+        Kind("results", rows, records.read_rows, (rows,), 1 << 10),
         Kind("text", text, lambda file: load_text(str(file)), (text,), 1 << 10),
     ]
 

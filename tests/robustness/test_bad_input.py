@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import program
 from experiments.report import bad_inputs
+from kvjax import records
 from kvjax.errors import KvjaxError
+from kvjax.files import write_atomically
 from tests.robustness.bad_input import CASES, Case, attempt
 
 ROOT = Path(__file__).parents[2]
@@ -49,11 +50,11 @@ def test_faults_are_noticed(tmp_path: Path, goldens: Path) -> None:
 
 
 def test_committed_rows_are_of_these_cases() -> None:
-    rows = program.read_rows(ROOT / "results/bad_input.jsonl")
+    rows = records.read_rows(ROOT / "results/bad_input.jsonl")
     assert [row["input"] for row in rows] == [case.name for case in CASES]
     assert not any(row["faults"] for row in rows)
     assert (ROOT / "docs/bad_inputs.md").read_text(encoding="utf-8") == bad_inputs(
-        rows, program.read_rows(ROOT / "results/fuzz.jsonl")
+        rows, records.read_rows(ROOT / "results/fuzz.jsonl")
     )
 
 
@@ -64,24 +65,24 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     file = tmp_path / "rows.jsonl"
     file.mkdir()  # which no file replaces
     with pytest.raises(KvjaxError, match=r"rows\.jsonl cannot be written"):
-        program.write_atomically(file, b"x")
+        write_atomically(file, b"x")
     assert list(tmp_path.iterdir()) == [file]
 
 
 def test_rows_are_appended_to_whole_lines(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"a": 1, "b": [2]}')  # as an editor may leave it
-    program.append_rows(file, [{"a": 3, "b": [4]}, {"a": 3, "b": [5]}])
-    assert [json.loads(line) for line in file.read_text().splitlines()] == program.read_rows(file)
-    assert program.find_row(file, {"a": 3, "b": [5]}) == {"a": 3, "b": [5]}
-    assert program.find_row(file, {"a": 1, "b": [5]}) is None
+    records.append_rows(file, [{"a": 3, "b": [4]}, {"a": 3, "b": [5]}])
+    assert [json.loads(line) for line in file.read_text().splitlines()] == records.read_rows(file)
+    assert records.find_row(file, {"a": 3, "b": [5]}) == {"a": 3, "b": [5]}
+    assert records.find_row(file, {"a": 1, "b": [5]}) is None
 
 
 def test_damaged_arrays_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "arrays.npz"
-    program.save_arrays(file, {"a": np.ones(100)})
+    records.save_arrays(file, {"a": np.ones(100)})
     whole = file.read_bytes()
     for data in (b"", whole[:-1], whole[: len(whole) // 2], b"x" + whole[1:], b"PK\x03\x04", b"word"):
         file.write_bytes(data)
         with pytest.raises(KvjaxError, match=r"arrays\.npz is damaged"):
-            program.load_arrays(file)
+            records.load_arrays(file)

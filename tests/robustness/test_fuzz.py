@@ -13,7 +13,7 @@ from gguf import GGUFValueType
 from ml_collections import config_dict
 from safetensors.numpy import load_file, save_file
 
-from experiments import program
+from kvjax import records
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints import orbax
 from kvjax.checkpoints.gguf_reader import read_gguf
@@ -41,7 +41,7 @@ def test_damaged(kinds):
 
 def test_experiment(goldens, tmp_path, kinds):
     fuzz.main(config_dict.create(models=str(goldens), tries=2, seconds=20.0), tmp_path)
-    rows = program.read_rows(tmp_path / "fuzz.jsonl")
+    rows = records.read_rows(tmp_path / "fuzz.jsonl")
     assert [row["kind"] for row in rows] == list(kinds)
     assert all(row["loaded"] + row["refused"] == row["tried"] == 2 and row["other"] == 0 for row in rows)
     assert {"experiment", "seconds_max", "device", "versions", "git"} <= set(rows[0])
