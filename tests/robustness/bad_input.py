@@ -351,11 +351,11 @@ CASES = (
     _generate("a max_len beyond the model's", "expected 1 to 256", "--config.max_len=1000"),
     _generate("an empty prompt", "prompt 0 is empty", "--config.prompt="),
     # caches
-    _sweep("an unknown cache", "expected dense, k{bits}v{bits}", "--config.caches=zip"),
+    _sweep("an unknown cache", "expected dense, k{key_bits}v{value_bits}", "--config.caches=zip"),
     _sweep(
         "a bit width that is not packed", "key_bits=9; expected 1, 2, 3, 4, 5, 6, 8 or 16", "--config.caches=k9v4"
     ),
-    _sweep("an unknown mode", "expected one of kivi, token", "--config.caches=k4v4@block"),
+    _sweep("an unknown mode", "expected kivi or token", "--config.caches=k4v4@block"),
     _sweep("an unknown cache field", "group, residual, sink, rope", "--config.caches=k4v4(size=8)"),
     _sweep("a cache field of the wrong type", "expected int", "--config.caches=k4v4(sink=some)"),
     _sweep("a cache field's unknown value", "expected pre or post", "--config.caches=k4v4(rope=late)"),
@@ -436,7 +436,7 @@ CASES = (
     _tune("a budget without end", "expected bits above 0", "--config.budget=inf"),
     _tune("a budget with scales below 0", "budget_asymptotic=0", "--config.budget_asymptotic=-3"),
     _tune("an unknown search", "expected one of knapsack, nsga2, refine", "--config.method=random"),
-    _tune("an unknown mode of candidates", "expected one of kivi, token", "--config.mode=block"),
+    _tune("an unknown mode of candidates", "expected kivi or token", "--config.mode=block"),
     _tune("an unknown error of layers", "expected one of predicted, kld, e_o", "--config.error=e_k"),
     _tune("an unknown objective", "expected one of kld, nll, top1", "--config.objective=ppl"),
     _tune("an unknown pruning", "expected one of nominal, asymptotic, none", "--config.prune=all"),
@@ -452,8 +452,8 @@ CASES = (
     _tune("too few tokens to calibrate on", "expected at least 1280", "--config.windows=20"),
     _tune("one of two texts is missing", "no text 'nowhere.txt'", "--config.text=text.txt,nowhere.txt"),
     _tune("candidates with an empty name", "single commas", "--config.candidates=k4v4,,k2v2"),
-    _tune("an unknown candidate", "expected dense, k{bits}v{bits}", "--config.candidates=k4v4,zip"),
-    _tune("a plan for a candidate", "expected dense, k{bits}v{bits}", "--config.candidates=0:k4v4;1:k2v2"),
+    _tune("an unknown candidate", "expected dense, k{key_bits}v{value_bits}", "--config.candidates=k4v4,zip"),
+    _tune("a plan for a candidate", "expected dense, k{key_bits}v{value_bits}", "--config.candidates=0:k4v4;1:k2v2"),
     _tune("a candidate twice", "k4v4@kivi is there twice", "--config.candidates=k4v4,k2v2,k4v4@kivi"),
     _tune("a candidate that the model cannot hold", "does not divide", "--config.candidates=k4v4@token(group=16)"),
     _tune("a candidate with its base beyond the model", "has no base layer 2", "--config.candidates=k2v2,xcl3"),
