@@ -5,6 +5,7 @@ print(kvjax.generate(model, "What is a cache?", cache="k4v2@kivi").text)
 print(kvjax.score(model, "demo", cache="k4v2@kivi"))
 """
 
+from kvjax.caches.registry import load_plugins, register
 from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score, score
@@ -20,8 +21,10 @@ __all__ = [
     "State",
     "generate",
     "load",
+    "load_plugins",
     "plan",
     "prefill",
+    "register",
     "restore_state",
     "save_state",
     "score",

@@ -53,7 +53,8 @@ class BlockStore:
     @classmethod
     def init(cls, shape: CacheShape, tensors: Sequence[TensorSpec], residual_length: int, sink: int) -> BlockStore:
         """Empty."""
-        tokens = store.capacity(shape.max_len, *(t.format for t in tensors))
+        block = residual_length or 1
+        tokens = -(-store.capacity(shape.max_len, *(t.format for t in tensors)) // block) * block
         packed = tuple(store.init(t.format, shape.batch, t.heads, tokens, t.width, shape.dtype) for t in tensors)
 
         def exact(tokens: int) -> tuple[Array, ...]:

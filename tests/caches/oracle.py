@@ -1,4 +1,4 @@
-"""One layer fed directly with random chunks, and what its queries must see: an oracle written from docs/design.md."""
+"""Keys and values of one layer, and what its queries must see: an oracle written from docs/design.md."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.caches.base import CacheShape, Chunk, KVWeights, LayerCache, visible
+from kvjax.caches.base import CacheShape, Chunk, KVWeights
 from kvjax.caches.registry import parse_spec
-from kvjax.models.config import ModelConfig, RopeConfig
+from kvjax.models.config import ModelConfig
 from kvjax.models.rope import make_rope
-
-BATCH, HEADS, KV_HEADS, TOKENS = 4, 4, 2, 75
-ENDS = np.array([75, 61, 40, 75])  # tokens of each sequence
-ROPE = RopeConfig(theta=100.0)
+from kvjax.testing.layers import BATCH, HEADS, KV_HEADS, ROPE, TOKENS, both, same_trees, schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,32 +77,6 @@ def make_chunk(head_dim, at, lengths, width, window=None, read="exact"):
     )
 
 
-def schedule(width, ragged=True):
-    """(start, lengths) of every chunk until ENDS: sequences pause and take part of a chunk at random."""
-    rng, at = np.random.default_rng(width), np.zeros(BATCH, int)
-    while (at < ENDS).any():
-        lengths = np.minimum(width, ENDS - at)
-        if ragged and width < TOKENS:
-            some = rng.integers(0, width + 1, BATCH)
-            lengths = np.where((rng.random(BATCH) < 0.3) & (at > at.min()), np.minimum(some, lengths), lengths)
-            lengths[rng.integers(BATCH)] *= rng.random() < 0.9
-        yield at.copy(), lengths
-        at += lengths
-
-
-@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles twice as fast
-def both(cache: LayerCache, chunk: Chunk):
-    """attend, and softmax attention over materialize: outputs and caches."""
-    output, after, carry = cache.attend(chunk, ())
-    k, v, positions, plain, plain_carry = cache.materialize(chunk, ())
-    mask = visible(chunk, positions)
-    assert carry == plain_carry == ()
-    k, v = (jnp.repeat(a, HEADS // KV_HEADS, 2) for a in (k, v))
-    scores = jnp.einsum("bthd,bnhd->bhtn", chunk.q, k) / np.sqrt(chunk.q.shape[-1])
-    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), where=mask[:, None])
-    return output, jnp.einsum("bhtn,bnhd->bthd", weights, v), after, plain
-
-
 @functools.cache
 def run(meaning: Meaning, width: int, window: int | None = None, read: str = "exact"):
     """(start, lengths, attend's output, the output over materialize) of every chunk, and the last cache."""
@@ -113,17 +84,10 @@ def run(meaning: Meaning, width: int, window: int | None = None, read: str = "ex
         cache, rows = parse_spec(meaning.text).init(meaning.shape), []
         for at, lengths in schedule(width):
             chunk = make_chunk(meaning.head_dim, at, lengths, width, window, read)
-            output, plain, cache, plain_cache = both(cache, chunk)
-            same_bits(cache, plain_cache)
+            output, plain, cache, plain_cache, *_ = both(cache, chunk, ())
+            same_trees(cache, plain_cache)
             rows.append((at, lengths, np.asarray(output), np.asarray(plain)))
         return rows, cache
-
-
-def same_bits(a, b, atol=0.0):
-    """Equal trees; `atol` for what is exact, in float64: another program may fuse a rotation otherwise."""
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_allclose(x, y, rtol=0, atol=atol if x.dtype == np.float64 else 0)
 
 
 def by_position(rows):

@@ -1,20 +1,16 @@
 """The matrix of cache x chunking x ragged batch, in float64: attend equals softmax attention over materialize, both
-equal an oracle that knows nothing of packing, and no way of running a cache changes it."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+equal an oracle that knows nothing of packing. Ways of running a cache are the contract suite's."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import ENDS, ROPE, TOKENS, Meaning, both, by_position, expected, make_chunk, run, same_bits, schedule
+from oracle import ENDS, ROPE, TOKENS, Meaning, expected, make_chunk, run
 
 from kvjax.caches.base import CacheShape
 from kvjax.caches.registry import parse_spec
 from kvjax.models.rope import make_rope
+from kvjax.testing.layers import both, same_trees, schedule
 
 TOKEN, KIVI = ("token", 16), ("channel", 32)
 MATRIX = [
@@ -77,33 +73,11 @@ def test_chunkings_leave_the_same_cache(meaning):
     _, one_shot = run(meaning, TOKENS, 20)
     for other in (chunks, one_shot):
         for part in ("packed", "sinks"):
-            same_bits(getattr(steps.store, part), getattr(other.store, part), 1e-12)
+            same_trees(getattr(steps.store, part), getattr(other.store, part), 1e-12)
         for b, end in enumerate(ENDS):
             left = end % r if r else 0
             for mine, its in zip(steps.store.residual, other.store.residual, strict=True):
-                same_bits(mine[b, :left], its[b, :left], 1e-12)
-
-
-@pytest.mark.parametrize("meaning", **few("k4v2@token", "k3v5@token(rope=pre)", "k4v16@token(sink=5)"))
-def test_without_residual_chunks_do_not_matter(meaning):
-    steps, chunks = (by_position(run(meaning, width)[0]) for width in (1, 7))
-    np.testing.assert_allclose(steps, chunks, atol=1e-12)
-
-
-@pytest.mark.parametrize("meaning", **few("k4v4@kivi", "k4v2@token(residual=8,sink=3)"))
-def test_streaming_is_decoding(meaning):
-    """Chunks of the residual from position 0 see what token-by-token decoding sees."""
-    steps = by_position(run(meaning, 1)[0])
-    r = meaning.residual
-    with jax.enable_x64(True):
-        cache = parse_spec(meaning.text).init(meaning.shape)
-        for start in range(0, TOKENS, r):
-            at = np.minimum(start, ENDS)
-            lengths = np.minimum(r, ENDS - at)
-            output, _, cache, _ = both(cache, make_chunk(meaning.head_dim, at, lengths, r))
-            for b, length in enumerate(lengths):
-                here = steps[b, at[b] : at[b] + length]
-                np.testing.assert_allclose(output[b, :length], here, atol=1e-12)
+                same_trees(mine[b, :left], its[b, :left], 1e-12)
 
 
 def test_read_may_change_on_the_way():
@@ -114,7 +88,7 @@ def test_read_may_change_on_the_way():
         cache = parse_spec(meaning.text).init(meaning.shape)
         for i, (at, lengths) in enumerate(schedule(7)):
             read = "stored" if i % 2 else "exact"
-            output, _, cache, _ = both(cache, make_chunk(meaning.head_dim, at, lengths, 7, None, read))
+            output, _, cache, *_ = both(cache, make_chunk(meaning.head_dim, at, lengths, 7, None, read), ())
             for b, (start, length) in enumerate(zip(at, lengths, strict=True)):
                 wanted = expected(meaning, b, start, length, None, read)
                 np.testing.assert_allclose(output[b, :length], wanted, atol=1e-9)
@@ -122,109 +96,6 @@ def test_read_may_change_on_the_way():
         whole = end // 8 * 8
         for a, other in zip(cache.store.packed, exact.store.packed, strict=True):
             np.testing.assert_array_equal(a.scale[b, ..., :whole], other.scale[b, ..., :whole])
-
-
-LOOPED = few(
-    "k4v2@token", "k4v16@token(sink=5)", "k4v2@kivi(group=8,residual=16,sink=5,rope=pre)", "k3v16@kivi(sink=40)"
-)
-
-
-def stacked(meaning, width):
-    chunks = [make_chunk(meaning.head_dim, at, lengths, width) for at, lengths in schedule(width)]
-    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *chunks)
-
-
-@pytest.mark.parametrize("meaning", **LOOPED)
-def test_scan(meaning):
-    rows, after = run(meaning, 7)
-    with jax.enable_x64(True):
-
-        def step(cache, chunk):
-            output, cache, _ = cache.attend(chunk, ())
-            return cache, output
-
-        scan = jax.jit(lambda cache, chunks: jax.lax.scan(step, cache, chunks))
-        cache, outputs = scan(parse_spec(meaning.text).init(meaning.shape), stacked(meaning, 7))
-        same_bits(cache, after, 1e-12)
-        for (_, lengths, output, _), looped in zip(rows, outputs, strict=True):
-            for b, length in enumerate(lengths):
-                np.testing.assert_allclose(looped[b, :length], output[b, :length], atol=1e-12)
-
-
-@pytest.mark.parametrize("meaning", **LOOPED)
-def test_while_loop_with_donation(meaning):
-    rows, after = run(meaning, 1)
-    with jax.enable_x64(True):
-        chunks = stacked(meaning, 1)
-
-        def step(state):
-            i, cache, outputs = state
-            output, cache, _ = cache.attend(jax.tree.map(lambda a: a[i], chunks), ())
-            return i + 1, cache, outputs.at[i].set(output)
-
-        def loop(cache, outputs):
-            return jax.lax.while_loop(lambda state: state[0] < len(rows), step, (0, cache, outputs))[1:]
-
-        cache = parse_spec(meaning.text).init(meaning.shape)
-        outputs = jnp.zeros((len(rows), *rows[0][2].shape))
-        donated = [leaf for leaf in jax.tree.leaves(cache) if leaf.size]
-        cache, outputs = jax.jit(loop, donate_argnums=0)(cache, outputs)
-        assert all(leaf.is_deleted() for leaf in donated)
-        same_bits(cache, after, 1e-12)
-        for (_, lengths, output, _), looped in zip(rows, outputs, strict=True):
-            for b, length in enumerate(lengths):
-                np.testing.assert_allclose(looped[b, :length], output[b, :length], atol=1e-12)
-
-
-SHARDED = """
-import sys
-import jax
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec as P
-from kvjax.caches.plan import CachePlan
-from kvjax.mesh import shardings
-from oracle import make_chunk, model, same_bits
-from test_attend import MATRIX
-
-jax.config.update("jax_enable_x64", True)
-mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
-rules = {"batch": "data", "kv_heads": "model"}
-step = lambda cache, chunk: cache.attend(chunk, ())[:2]
-for meaning in (m for m in MATRIX if m.text in sys.argv[1:]):
-    plan = CachePlan.parse(meaning.text, model(2))
-    layout = shardings(plan, meaning.shape, mesh, rules)[1]
-    plain = plan.init(meaning.shape).layers[1]
-    sharded = jax.device_put(plain, layout)
-    one, many = jax.jit(step), jax.jit(step, out_shardings=(None, layout))
-    at = np.zeros(4, int)
-    for lengths in ([37, 20, 0, 31], [36, 37, 33, 32]):
-        lengths = np.array(lengths)
-        chunk = make_chunk(meaning.head_dim, at, lengths, 37)
-        heads = NamedSharding(mesh, P("data", None, "model"))
-        spread = chunk.replace(**{name: jax.device_put(getattr(chunk, name), heads) for name in "qkv"})
-        output, plain = one(plain, chunk)
-        output_sharded, sharded = many(sharded, spread)
-        np.testing.assert_allclose(output_sharded, output, atol=1e-12)
-        same_bits(sharded, plain, 1e-12)
-        at += lengths
-    for leaf in jax.tree.leaves(sharded):
-        assert 4 * np.prod(leaf.sharding.shard_shape(leaf.shape)) == leaf.size
-    print("equal", meaning.text)
-"""
-
-
-def test_sharded_over_devices():
-    """Batch over two devices, kv heads over two: the same outputs, the same cache."""
-    texts = ["dense", "k4v2@token", "k4v2@token(residual=8,sink=3)", "k2v2@kivi(rope=pre)"]
-    here = Path(__file__).parent
-    env = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": os.pathsep.join([str(here), os.environ.get("PYTHONPATH", ""), str(here.parents[1])]),
-    }
-    done = subprocess.run([sys.executable, "-c", SHARDED, *texts], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"equal {text}" for text in texts]
 
 
 def test_many_sinks_of_wide_heads():

@@ -13,106 +13,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import BATCH, ENDS, ROPE, TOKENS, as_stored, rotated, same_bits, schedule
+from oracle import as_stored, rotated
 
-from kvjax.caches.base import CacheShape, Chunk, KVWeights, visible
+from kvjax.caches.base import CacheShape
 from kvjax.caches.plan import CachePlan
 from kvjax.caches.x import X
 from kvjax.caches.xcl import XCL
-from kvjax.models.config import ModelConfig
-from kvjax.models.rope import make_rope
 from kvjax.ops import remat
 from kvjax.quant.basis import rotation
-
-LAYERS, DIM, HEADS, KV_HEADS, HEAD_DIM = 4, 64, 4, 2, 16
-CONFIG = ModelConfig("qwen3", 64, DIM, 64, LAYERS, HEADS, KV_HEADS, HEAD_DIM, 256)
-SHAPE = CacheShape.of(CONFIG, BATCH, TOKENS, jnp.float64)
-EPS = 1e-5
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """One layer's numbers, float64 numpy: h [B, N, D], q [B, N, H, d], and its weights."""
-
-    h: np.ndarray
-    q: np.ndarray
-    norm: np.ndarray
-    w_k: np.ndarray  # [D, Kd]
-    w_v: np.ndarray
-    k_bias: np.ndarray
-    v_bias: np.ndarray
-    k_norm: np.ndarray
-
-    @property
-    def unit(self) -> np.ndarray:
-        return normalize(self.h)
-
-    @property
-    def x(self) -> np.ndarray:
-        return self.unit * self.norm
-
-    def kv(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Keys after bias and qk-norm, before RoPE, and values [n, K, d] of rows [n, D]."""
-        k, v = x @ self.w_k + self.k_bias, x @ self.w_v + self.v_bias
-        k, v = (a.reshape(len(x), KV_HEADS, HEAD_DIM) for a in (k, v))
-        return normalize(k) * self.k_norm, v
-
-    @property
-    def weights(self) -> KVWeights:
-        return KVWeights(
-            *(jnp.asarray(a) for a in (self.w_k.T, self.w_v.T, self.k_bias, self.v_bias, self.k_norm)), EPS, HEAD_DIM
-        )
-
-
-def normalize(x: np.ndarray) -> np.ndarray:
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS)
-
-
-@functools.cache
-def stack() -> tuple[Layer, ...]:
-    rng = np.random.default_rng(0)
-    h = 2 * rng.standard_normal((BATCH, TOKENS, DIM)) + rng.standard_normal(DIM)
-    layers = []
-    for _ in range(LAYERS):
-        norm = 1 + 0.3 * rng.standard_normal(DIM)
-        w_k, w_v = rng.standard_normal((2, DIM, KV_HEADS * HEAD_DIM)) / 8
-        biases = rng.standard_normal((2, KV_HEADS * HEAD_DIM))
-        q = 2 * rng.standard_normal((BATCH, TOKENS, HEADS, HEAD_DIM))
-        layers.append(Layer(h, q, norm, w_k, w_v, *biases, 1 + 0.2 * rng.standard_normal(HEAD_DIM)))
-        h = h + rng.standard_normal(h.shape)
-    return tuple(layers)
-
-
-def make_chunk(layer: Layer, bases, at, lengths, width, window, read) -> Chunk:
-    positions = at[:, None] + np.arange(width)
-    rows = np.arange(BATCH)[:, None], np.minimum(positions, TOKENS - 1)
-    pad = (np.arange(width) >= lengths[:, None])[..., None]
-    h, q = np.where(pad, 77.0, layer.h[rows]), np.where(pad[..., None], 77.0, layer.q[rows])
-    x = normalize(h) * layer.norm
-    k, v = (a.reshape(BATCH, width, KV_HEADS, HEAD_DIM) for a in layer.kv(x.reshape(-1, DIM)))
-    rope = make_rope(ROPE, HEAD_DIM)
-    return Chunk(
-        *(jnp.asarray(a) for a in (h, x, layer.norm, q, k, v)),
-        positions=jnp.asarray(positions, jnp.int32),
-        lengths=jnp.asarray(lengths, jnp.int32),
-        weights=layer.weights,
-        bases=bases,
-        rope=rope,
-        rotation=rope.table(jnp.asarray(positions), jnp.float64),
-        window=window,
-        read=read,
-    )
-
-
-@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-def step(cache, chunk, carry):
-    output, after, above = cache.attend(chunk, carry)
-    k, v, positions, plain, plain_carry = cache.materialize(chunk, carry)
-    mask = visible(chunk, positions)
-    k, v = (jnp.repeat(a, HEADS // KV_HEADS, 2) for a in (k, v))
-    scores = jnp.einsum("bthd,bnhd->bhtn", chunk.q, k) / np.sqrt(HEAD_DIM)
-    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), where=mask[:, None])
-    return output, jnp.einsum("bhtn,bnhd->bthd", weights, v), after, plain, above, plain_carry
+from kvjax.testing.layers import (
+    BATCH,
+    CONFIG,
+    DIM,
+    ENDS,
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    SHAPE,
+    TOKENS,
+    both,
+    make_chunk,
+    normalize,
+    same_trees,
+    schedule,
+    stack,
+)
 
 
 @functools.cache
@@ -137,8 +62,8 @@ def run(text: str, width: int, window=None, read="exact"):
             carry, outputs = plan.init_carry(SHAPE), []
             for i, (layer, bases) in enumerate(zip(stack(), bases_of(text), strict=False)):
                 chunk = make_chunk(layer, bases, at, lengths, width, window, read)
-                output, plain, caches[i], other, carry, plain_carry = step(caches[i], chunk, carry)
-                same_bits(caches[i], other, 1e-12)
+                output, plain, caches[i], other, carry, plain_carry = both(caches[i], chunk, carry)
+                same_trees(caches[i], other, 1e-12)
                 jax.tree.map(np.testing.assert_array_equal, carry, plain_carry)
                 outputs.append((np.asarray(output), np.asarray(plain)))
             rows.append((at, lengths, outputs))
@@ -267,12 +192,12 @@ def test_attend_is_attention_over_materialize(text: str, case: tuple) -> None:
 def test_chunkings_leave_the_same_cache(text: str) -> None:
     (_, steps, _), (_, one_shot, _) = run(text, 1), run(text, TOKENS)
     for spec, a, b in zip(plan_of(text).specs, steps, one_shot, strict=True):
-        same_bits(a.store.packed, b.store.packed, 1e-11)
-        same_bits(a.store.sinks, b.store.sinks, 1e-11)
+        same_trees(a.store.packed, b.store.packed, 1e-11)
+        same_trees(a.store.sinks, b.store.sinks, 1e-11)
         for s, end in enumerate(ENDS):
             left = end % spec.residual_length if spec.residual_length else 0
             for mine, its in zip(a.store.residual, b.store.residual, strict=True):
-                same_bits(mine[s, :left], its[s, :left], 1e-11)
+                same_trees(mine[s, :left], its[s, :left], 1e-11)
 
 
 def test_plain_forms_follow_the_model() -> None:

@@ -1,0 +1,316 @@
+"""What a method promises, as tests over the example names that it gives: float64, ragged batches, real layer stacks.
+
+`text` is a plan's name; see `kvjax.testing` for how to run this over methods of your own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import kvjax
+from kvjax.caches.base import CacheShape, CacheSpec
+from kvjax.caches.cross_layer import CrossLayerSpec
+from kvjax.caches.plan import CachePlan
+from kvjax.caches.registry import parse_spec
+from kvjax.errors import KvjaxError
+from kvjax.evaluate.perplexity import Scorer
+from kvjax.models.config import ModelConfig
+from kvjax.models.model import Model
+from kvjax.models.tokenizer import ByteTokenizer
+from kvjax.models.zoo import random_params
+from kvjax.ops.dispatch import OPS, using
+from kvjax.testing.layers import (
+    BATCH,
+    CONFIG,
+    DIM,
+    ENDS,
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    SHAPE,
+    TOKENS,
+    aligned,
+    attend,
+    both,
+    make_chunk,
+    quick_jit,
+    same_trees,
+    schedule,
+    stack,
+)
+from kvjax.tuner.simulate import Simulator, Streamed, levels_of
+
+WIDTH = 7  # tokens of a chunk that divides nothing
+WINDOW = 20
+Chunks = Iterable[tuple[np.ndarray, np.ndarray]]
+
+
+# ---- a plan's layers, fed
+
+
+@functools.cache
+def plan_of(text: str) -> CachePlan:
+    """Of all layers where they depend on one another, of one where they do not."""
+    layers = CONFIG.layers if isinstance(parse_spec(text), CrossLayerSpec) else 1
+    return CachePlan.parse(text, dataclasses.replace(CONFIG, layers=layers))
+
+
+@functools.cache
+def bases_of(text: str) -> list[Any]:
+    """What each layer's spec computes once per model."""
+    return [spec.bases(layer.weights, layer.norm) for spec, layer in zip(plan_of(text).specs, stack(), strict=False)]
+
+
+def chunks_of(text: str, chunks: Chunks, width: int, **how: Any) -> Iterator[list[Any]]:
+    """A chunk for every layer, for each (start, lengths)."""
+    for at, lengths in chunks:
+        layers = zip(stack(), bases_of(text), strict=False)
+        yield [make_chunk(layer, bases, at, lengths, width, **how) for layer, bases in layers]
+
+
+def by_position(rows: list[tuple[np.ndarray, np.ndarray, list[np.ndarray]]]) -> np.ndarray:
+    """Outputs [layers, B, TOKENS, H, d] of a run, 0 where a sequence has ended."""
+    out = np.zeros((len(rows[0][2]), BATCH, TOKENS, HEADS, HEAD_DIM))
+    for at, lengths, outputs in rows:
+        for layer, output in enumerate(outputs):
+            for b in range(BATCH):
+                out[layer, b, at[b] : at[b] + lengths[b]] = output[b, : lengths[b]]
+    return out
+
+
+@functools.cache
+def run(text: str, width: int, window: int | None = None, read: str = "exact", chunks: Any = schedule):
+    """Outputs by position of `attend`, checked against attention over `materialize`, and the caches at the end."""
+    with jax.enable_x64(True):
+        plan, rows = plan_of(text), []
+        caches = [spec.init(SHAPE) for spec in plan.specs]
+        order = list(chunks(width))
+        for (at, lengths), layers in zip(order, chunks_of(text, order, width, window=window, read=read), strict=True):
+            carry, outputs = plan.init_carry(SHAPE), []
+            real = np.arange(width) < lengths[:, None]
+            for i, chunk in enumerate(layers):
+                output, plain, caches[i], other, carry, plain_carry = both(caches[i], chunk, carry)
+                same_trees(caches[i], other, 1e-12)
+                same_trees(carry, plain_carry)
+                assert np.isfinite(output).all(), "padding or absent tokens reach the output"
+                np.testing.assert_allclose(output[real], plain[real], atol=1e-11)
+                outputs.append(np.asarray(output))
+            rows.append((at, lengths, outputs))
+        return by_position(rows), caches
+
+
+# ---- names
+
+
+def test_names_parse_back(text: str) -> None:
+    """Canonical names parse back to the same spec, which is hashable, and bad settings are refused in one line."""
+    for spec in plan_of(text).specs:
+        plan = CachePlan.parse(str(plan_of(text)), plan_of(text).model)
+        assert parse_spec(str(spec)).resolve(CONFIG).__class__ is type(spec)
+        assert plan == plan_of(text) and hash(plan) == hash(plan_of(text)) and str(plan) == str(plan_of(text))
+    name = text.partition("(")[0]
+    for bad in (f"{name}(no_such_field=1)", f"{name.partition('@')[0]}@nosuchmode", f"{name}(sink=)"):
+        with pytest.raises(KvjaxError) as error:
+            parse_spec(bad)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_values_are_checked(text: str) -> None:
+    """A value of another type than the field's is refused in one line."""
+    spec = parse_spec(text)
+    for field in dataclasses.fields(spec):  # type: ignore[arg-type]
+        with pytest.raises(KvjaxError) as error:
+            dataclasses.replace(spec, **{field.name: [1]})  # type: ignore[type-var]
+        assert "\n" not in str(error.value)
+
+
+# ---- reading and writing
+
+
+@pytest.mark.parametrize("width", [1, WIDTH, TOKENS])
+def test_attend_is_attention_over_materialize(text: str, width: int) -> None:
+    """Token by token, in ragged chunks, and the whole window at once."""
+    run(text, width)
+
+
+def test_windows_and_stored_reads(text: str) -> None:
+    """A sliding window; every token read as stored, where the method allows whole windows."""
+    run(text, WIDTH, WINDOW, "stored" if allows_windows(text) else "exact")
+
+
+def allows_windows(text: str) -> bool:
+    """Whether all specs promise whole windows."""
+    return all(spec.whole_windows for spec in plan_of(text).specs)
+
+
+def test_decoding_in_the_largest_chunks(text: str) -> None:
+    """What `largest_chunk` promises: aligned chunks of so many tokens give what token by token gives."""
+    chunk = {spec.largest_chunk for spec in plan_of(text).specs}
+    steps, _ = run(text, 1)
+    assert len(chunk) == 1, "layers of one plan name promise different chunks"
+    largest = chunk.pop()
+    if largest == 1:
+        return  # what every method does
+    for width in [WIDTH, TOKENS] if largest is None else [min(largest, TOKENS)]:
+        chunks, _ = run(text, width) if largest is None else run(text, width, chunks=aligned)
+        np.testing.assert_allclose(chunks, steps, atol=1e-9, err_msg=f"largest_chunk={largest} is not kept")
+
+
+def test_whole_windows_read_what_decoding_reads(text: str) -> None:
+    """What `whole_windows` promises, with widths of codes as data; or the readers that need it refuse in one line."""
+    plan = plan_of(text)
+    if not allows_windows(text):
+        model, ids = tiny_model(text), np.zeros((1, 8), np.int64)
+        for refused in (
+            lambda: Scorer(model, 8, 1, "parallel").run(plan, ids, None),
+            lambda: Simulator(model, ids).score(plan),
+        ):
+            with pytest.raises(KvjaxError, match="whole windows"):
+                refused()
+        return
+    steps, _ = run(text, 1)
+    with jax.enable_x64(True):
+        carry, whole = plan.init_carry(SHAPE), np.full(BATCH, TOKENS)
+        (layers,) = chunks_of(text, [(np.zeros(BATCH, int), whole)], TOKENS)
+        real = np.arange(TOKENS) < ENDS[:, None]
+        for i, (spec, chunk) in enumerate(zip(plan.specs, layers, strict=True)):
+            cache = Streamed(jnp.asarray(levels_of(spec, SHAPE)), spec.program_form, SHAPE)
+            output, _, carry = attend(cache, chunk, carry)
+            error = "whole_windows is not kept: reads depend on how tokens are fed"
+            np.testing.assert_allclose(output[real], steps[i][real], atol=1e-9, err_msg=error)
+
+
+# ---- ways to run
+
+
+def test_loops_and_donation(text: str) -> None:
+    """Under scan, and under a while loop into whose carry the caches are donated."""
+    plan, order = plan_of(text), list(schedule(1))
+    steps, caches = run(text, 1)
+    with jax.enable_x64(True):
+        fed = list(chunks_of(text, order, 1))
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *fed)
+
+        def step(caches, chunks):
+            carry, after, outputs = plan.init_carry(SHAPE), [], []
+            for cache, chunk in zip(caches, chunks, strict=True):
+                output, cache, carry = cache.attend(chunk, carry)
+                after, outputs = [*after, cache], [*outputs, output]
+            return after, jnp.stack(outputs)
+
+        def loop(caches, outputs):
+            def body(state):
+                i, caches, outputs = state
+                caches, output = step(caches, jax.tree.map(lambda a: jnp.asarray(a)[i], stacked))
+                return i + 1, caches, outputs.at[i].set(output)
+
+            return jax.lax.while_loop(lambda state: state[0] < len(order), body, (0, caches, outputs))[1:]
+
+        fresh = [spec.init(SHAPE) for spec in plan.specs]
+        scanned = quick_jit(lambda caches, chunks: jax.lax.scan(step, caches, chunks))(fresh, stacked)
+        donated = [leaf for leaf in jax.tree.leaves(fresh) if leaf.size]
+        looped = quick_jit(loop, donate_argnums=0)(fresh, jnp.zeros_like(scanned[1]))
+        assert all(leaf.is_deleted() for leaf in donated)
+        for after, outputs in (scanned, looped):
+            same_trees(after, caches, 1e-12)
+            rows = [(at, lengths, list(np.asarray(out))) for (at, lengths), out in zip(order, outputs, strict=True)]
+            np.testing.assert_allclose(by_position(rows), steps, atol=1e-11)
+
+
+def test_kernels_read_the_same(text: str) -> None:
+    """In float32, the kernels that are the default here and XLA's own code read the same in a decode step."""
+    plan, prompt, now = plan_of(text), np.minimum(ENDS - 1, 41), np.ones(BATCH, int)
+    caches = [spec.init(dataclasses.replace(SHAPE, dtype=jnp.float32)) for spec in plan.specs]
+
+    def feed(step: Any, at: np.ndarray, lengths: np.ndarray, width: int) -> list[Any]:
+        (layers,), carry, fed = chunks_of(text, [(at, lengths)], width, dtype=np.float32), plan.init_carry(SHAPE), []
+        carry = jax.tree.map(jnp.float32, carry)
+        for cache, chunk in zip(caches, layers, strict=True):
+            output, after, carry = step(cache, chunk, carry)
+            fed.append((output, after))
+        return fed
+
+    caches = [after for _, after in feed(attend, np.zeros(BATCH, int), prompt, 41)]
+    default = feed(quick_jit(lambda *a: a[0].attend(*a[1:])), prompt, now, 1)
+    with using(**dict.fromkeys(OPS, "xla")):
+        plain = feed(quick_jit(lambda *a: a[0].attend(*a[1:])), prompt, now, 1)
+    for (a, _), (b, _) in zip(default, plain, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4 * np.abs(b).max())
+
+
+def test_sharded_over_devices(text: str) -> None:
+    """Batch over two devices and kv heads over two: the same outputs and caches."""
+    assert sharded_results().get(text) == "equal", sharded_results().get(text, sharded_results().get("", "no answer"))
+
+
+@functools.cache
+def sharded_results() -> dict[str, str]:
+    """What `kvjax.testing.sharded` says of every name, in a process with four devices; its errors under ""."""
+    names, plugins = NAMES["names"], NAMES["plugins"]
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "kvjax.testing.sharded", plugins, *names]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    found = dict(line.split("\t", 1)[::-1] for line in done.stdout.splitlines() if "\t" in line)
+    return {**found, "": done.stderr[-2000:]}
+
+
+NAMES: dict[str, Any] = {"names": [], "plugins": ""}  # of this run, for the process of `sharded_results`
+
+
+# ---- bytes and files
+
+
+def test_bytes_are_the_compilers(text: str) -> None:
+    """The method's bytes, its arrays' bytes, and those of a compiled program's argument; axes for every leaf."""
+    for spec in dict.fromkeys(plan_of(text).specs):
+        shape = CacheShape(2, 256, HEADS, KV_HEADS, HEAD_DIM, DIM, jnp.bfloat16)
+        cache = spec.init(shape)
+        assert sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) == spec.nbytes(shape)
+        compiled = jax.jit(lambda cache: jax.tree.map(lambda a: a + 1, cache)).lower(cache).compile()
+        assert compiled.memory_analysis().argument_size_in_bytes == spec.nbytes(shape)
+        assert spec.simulated or spec.counted_bytes(shape) == spec.nbytes(shape)
+        is_axes = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
+        axes = jax.tree.leaves(spec.logical_axes(shape), is_leaf=is_axes)
+        assert all(map(is_axes, axes)) and len(axes) == len(jax.tree.leaves(cache))
+        assert spec.bits_asymptotic(shape) >= 0 and spec.bits_nominal >= 0
+        long = dataclasses.replace(shape, batch=1, max_len=2**20)
+        real = 8 * spec.counted_bytes(long) / (long.max_len * long.elements_per_token)
+        assert spec.bits_asymptotic(shape) == pytest.approx(real, rel=0.02, abs=0.02)
+
+
+def test_saved_and_restored(text: str, tmp_path: Any) -> None:
+    """A state on disk comes back with every array."""
+    model = tiny_model(text)
+    state = kvjax.prefill(model, "some text", plan_of(text), max_len=32, chat=False)
+    kvjax.save_state(tmp_path / "state", model, state)
+    restored = kvjax.restore_state(tmp_path / "state", model)
+    assert str(restored.cache.plan) == str(plan_of(text))
+    same_trees(restored.cache.layers, state.cache.layers)
+
+
+def tiny_model(text: str) -> Model:
+    """A random model with the layers of the plan."""
+    return _tiny(len(plan_of(text).specs))
+
+
+@functools.cache
+def _tiny(layers: int) -> Model:
+    config = ModelConfig("llama", 256, DIM, 64, layers, HEADS, KV_HEADS, HEAD_DIM, 256)
+    return Model("tiny", config, random_params(config, jnp.float32), ByteTokenizer(), jnp.dtype("float32"), "tiny")
+
+
+def specs_of(methods: Iterable[type[CacheSpec]]) -> list[str]:
+    """The example names of methods."""
+    return [text for method in methods for text in method.examples]

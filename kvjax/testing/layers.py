@@ -1,0 +1,166 @@
+"""A few layers fed directly with random chunks: weights and inputs of their own, ragged batches, float64.
+
+Layer inputs are a random walk over the layers, like a residual stream. B sequences, T tokens of a chunk, D model_dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from kvjax.caches.base import CacheShape, Chunk, KVWeights, LayerCache, visible
+from kvjax.models.config import ModelConfig, RopeConfig
+from kvjax.models.rope import make_rope
+
+LAYERS, DIM, HEADS, KV_HEADS, HEAD_DIM = 4, 64, 4, 2, 16
+BATCH, TOKENS = 4, 75
+ENDS = np.array([75, 61, 40, 75])  # tokens of each sequence
+ROPE = RopeConfig(theta=100.0)
+CONFIG = ModelConfig("qwen3", 64, DIM, 64, LAYERS, HEADS, KV_HEADS, HEAD_DIM, 256, rope=ROPE, qk_norm=True)
+SHAPE = CacheShape.of(CONFIG, BATCH, TOKENS, jnp.float64)
+EPS = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer's inputs and weights, float64 numpy."""
+
+    h: Float[np.ndarray, "B N D"]
+    q: Float[np.ndarray, "B N H d"]
+    norm: Float[np.ndarray, "D"]
+    w_k: Float[np.ndarray, "D Kd"]
+    w_v: Float[np.ndarray, "D Kd"]
+    k_bias: Float[np.ndarray, "Kd"]
+    v_bias: Float[np.ndarray, "Kd"]
+    k_norm: Float[np.ndarray, "d"]
+
+    @property
+    def unit(self) -> Float[np.ndarray, "B N D"]:
+        """Inputs divided by their rms."""
+        return normalize(self.h)
+
+    @property
+    def x(self) -> Float[np.ndarray, "B N D"]:
+        """Inputs after the norm."""
+        return self.unit * self.norm
+
+    def kv(self, x: Float[np.ndarray, "n D"]) -> tuple[Float[np.ndarray, "n K d"], Float[np.ndarray, "n K d"]]:
+        """Keys after bias and qk-norm, before RoPE, and values."""
+        k, v = x @ self.w_k + self.k_bias, x @ self.w_v + self.v_bias
+        k, v = (a.reshape(len(x), KV_HEADS, HEAD_DIM) for a in (k, v))
+        return normalize(k) * self.k_norm, v
+
+    @property
+    def weights(self) -> KVWeights:
+        """As caches take them."""
+        arrays = (self.w_k.T, self.w_v.T, self.k_bias, self.v_bias, self.k_norm)
+        return KVWeights(*arrays, EPS, HEAD_DIM)
+
+
+def normalize(x: np.ndarray) -> np.ndarray:
+    """x / rms(x)."""
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS)
+
+
+@functools.cache
+def stack() -> tuple[Layer, ...]:
+    """The layers."""
+    rng = np.random.default_rng(0)
+    h = 2 * rng.standard_normal((BATCH, TOKENS, DIM)) + rng.standard_normal(DIM)
+    layers = []
+    for _ in range(LAYERS):
+        norm = 1 + 0.3 * rng.standard_normal(DIM)
+        w_k, w_v = rng.standard_normal((2, DIM, KV_HEADS * HEAD_DIM)) / 8
+        biases = rng.standard_normal((2, KV_HEADS * HEAD_DIM))
+        q = 2 * rng.standard_normal((BATCH, TOKENS, HEADS, HEAD_DIM))
+        layers.append(Layer(h, q, norm, w_k, w_v, *biases, 1 + 0.2 * rng.standard_normal(HEAD_DIM)))
+        h = h + rng.standard_normal(h.shape)
+    return tuple(layers)
+
+
+def make_chunk(
+    layer: Layer,
+    bases: Any,
+    at: Int[np.ndarray, "B"],
+    lengths: Int[np.ndarray, "B"],
+    width: int,
+    window: int | None = None,
+    read: str = "exact",
+    dtype: Any = jnp.float64,
+) -> Chunk:
+    """The chunk of `lengths` tokens from position `at` of each sequence; what pads it would be noticed."""
+    positions = at[:, None] + np.arange(width)
+    rows = np.arange(BATCH)[:, None], np.minimum(positions, TOKENS - 1)
+    pad = (np.arange(width) >= lengths[:, None])[..., None]
+    h, q = np.where(pad, 77.0, layer.h[rows]), np.where(pad[..., None], 77.0, layer.q[rows])
+    x = normalize(h) * layer.norm
+    k, v = (a.reshape(BATCH, width, KV_HEADS, HEAD_DIM) for a in layer.kv(x.reshape(-1, DIM)))
+    rope = make_rope(ROPE, HEAD_DIM)
+    cast = functools.partial(jax.tree.map, lambda a: np.asarray(a, dtype))
+    angle = positions[..., None] * np.tile(rope.inv_freq, 2)
+    return Chunk(
+        *cast((h, x, layer.norm, q, k, v)),
+        positions=positions.astype(np.int32),
+        lengths=lengths.astype(np.int32),
+        weights=cast(layer.weights),
+        bases=cast(bases),
+        rope=rope,
+        rotation=cast((np.cos(angle), np.sin(angle))),
+        window=window,
+        read=read,
+    )
+
+
+def schedule(width: int) -> Iterator[tuple[Int[np.ndarray, "B"], Int[np.ndarray, "B"]]]:
+    """(start, lengths) of every chunk until ENDS: sequences pause and take part of a chunk at random."""
+    rng, at = np.random.default_rng(width), np.zeros(BATCH, int)
+    while (at < ENDS).any():
+        lengths = np.minimum(width, ENDS - at)
+        if width < TOKENS:
+            some = rng.integers(0, width + 1, BATCH)
+            lengths = np.where((rng.random(BATCH) < 0.3) & (at > at.min()), np.minimum(some, lengths), lengths)
+            lengths[rng.integers(BATCH)] *= rng.random() < 0.9
+        yield at.copy(), lengths
+        at += lengths
+
+
+def aligned(width: int) -> Iterator[tuple[Int[np.ndarray, "B"], Int[np.ndarray, "B"]]]:
+    """(start, lengths) of every chunk until ENDS, all full and from multiples of `width`."""
+    for start in range(0, TOKENS, width):
+        at = np.minimum(start, ENDS)
+        yield at, np.minimum(width, ENDS - at)
+
+
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # to compile
+
+
+@quick_jit
+def both(cache: LayerCache, chunk: Chunk, carry: Any) -> tuple[Array, Array, Any, Any, Any, Any]:
+    """`attend`, and softmax attention over `materialize`: outputs, caches, carries."""
+    output, after, above = cache.attend(chunk, carry)
+    k, v, positions, plain, plain_carry = cache.materialize(chunk, carry)
+    mask = visible(chunk, positions)
+    k, v = (jnp.repeat(a, chunk.q.shape[2] // a.shape[2], 2) for a in (k, v))
+    scores = jnp.einsum("bthd,bnhd->bhtn", chunk.q, k) / np.sqrt(chunk.q.shape[-1])
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), where=mask[:, None])
+    return output, jnp.einsum("bhtn,bnhd->bthd", weights, v), after, plain, above, plain_carry
+
+
+@quick_jit
+def attend(cache: LayerCache, chunk: Chunk, carry: Any) -> tuple[Array, Any, Any]:
+    """`attend` alone."""
+    return cache.attend(chunk, carry)
+
+
+def same_trees(a: Any, b: Any, atol: float = 0.0) -> None:
+    """Equal trees; `atol` for what is exact, in float64: another program may fuse a rotation otherwise."""
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_allclose(x, y, rtol=0, atol=atol if x.dtype == np.float64 else 0)
