@@ -15,12 +15,14 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
+
 from kvjax.errors import KvjaxError
 
 FIRST = ("group", "residual", "sink")  # fields that most methods have stand first, in this order
 _PLACE = re.compile(r"\{(\w+)\}")
 _INT = r"-?\d{1,9}"
-_FLOAT = r"-?\d{1,20}(\.\d{1,20})?(e[-+]?\d{1,3})?"
+_FLOAT = r"-?\d{1,400}(\.\d{1,400})?(e[-+]?\d{1,3})?"
 _WORDS = {True: ("true", "1"), False: ("false", "0")}
 
 
@@ -55,7 +57,8 @@ def _settings(
 
 def to_text(spec: Any) -> str:
     """The canonical name, which `parse` takes back."""
-    name = spec.form.format_map({f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)})
+    in_name = lambda x: np.format_float_positional(x, trim="-") if isinstance(x, float) else x  # noqa: E731
+    name = spec.form.format_map({f.name: in_name(getattr(spec, f.name)) for f in dataclasses.fields(spec)})
     mode = f"@{spec.mode}" if spec.modes and spec.mode is not None else ""
     named = _PLACE.findall(spec.form)
     items = [
@@ -95,7 +98,8 @@ def kinds(method: Any) -> dict[str, tuple[Any, ...]]:
 
 def _pattern(form: str) -> str:
     parts = _PLACE.split(form)
-    return "".join(f"(?P<{part}>[0-9.]{{1,9}})" if i % 2 else re.escape(part) for i, part in enumerate(parts))
+    number = r"\d{1,400}(?:\.\d{1,400})?"
+    return "".join(f"(?P<{part}>{number})" if i % 2 else re.escape(part) for i, part in enumerate(parts))
 
 
 def _convert(method: Any, name: str, field: str, text: str) -> Any:

@@ -28,7 +28,9 @@ def read_plan(path: Path, mode: str | None, fields: str | None) -> str | dict[in
     """The text of a file of ours, or the specs of a preset's layers.
 
     Args:
-      mode, fields: of a preset's layers. A file name with `pertoken` means token, others kivi, where None.
+      path: the YAML file.
+      mode: of a preset's layers; where None, a file name with `pertoken` means token and any other kivi.
+      fields: of a preset's layers, as in `group=64,sink=4`.
 
     Raises:
       KvjaxError: it cannot be read, or it is neither.

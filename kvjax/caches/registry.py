@@ -43,6 +43,9 @@ def register(method: Method) -> Method:
         raise KvjaxError(f"{name}: expected it to define {', '.join(abstract)}")
     if not getattr(method, "form", None) or not method.examples:
         raise KvjaxError(f"{name}: expected a form, such as 'my{{bits}}', and examples for the contract suite")
+    required = [f.name for f in dataclasses.fields(method) if f.default is dataclasses.MISSING]
+    if unnamed := [field for field in required if f"{{{field}}}" not in method.form]:
+        raise KvjaxError(f"{name}: field {unnamed[0]} has no default; expected one, or {{{unnamed[0]}}} in the form")
     key = f"{method.__module__}.{method.__qualname__}"
     for other in methods():
         if f"{other.__module__}.{other.__qualname__}" != key and _overlap(method, other):

@@ -32,9 +32,10 @@ class SimulatedSpec(StoredSpec):
         """Keys (after RoPE) and values as they are read back.
 
         Args:
-          k, v: blocks of T = R tokens that are stored together; where R = 0, tokens that are stored one by one, so
-            that each is a function of itself alone.
-          real: tokens that the block holds; the others (sinks, tokens to come) are read by nobody.
+          k: keys of blocks of T = R tokens that are stored together. Where R = 0, tokens are stored one by one, and
+            what is read back of a token must follow from that token alone.
+          v: the values of the same tokens.
+          real: which tokens a block holds; nobody reads the others (sinks, tokens to come).
         """
 
     @property

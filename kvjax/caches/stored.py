@@ -31,8 +31,10 @@ Encode = Callable[[Tensors, Int[Array, "B N"]], Tensors]
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """One tensor to keep: its format, heads and width. `axis` names its heads for sharding, None where they are not
-    the kv heads."""
+    """One tensor to keep: its format, heads and width.
+
+    `axis` names its heads for sharding, None where they are not the kv heads.
+    """
 
     format: store.AnyFormat
     heads: int
@@ -135,8 +137,11 @@ class BlockStore:
         return dataclasses.replace(self, sinks=sinks)
 
     def _store_blocks(self, new: Tensors, chunk: Chunk, encode: Encode | None) -> BlockStore:
-        """Appends to the residual and flushes complete blocks; under "stored" the last, partial one as well,
-        quantised on its own tokens, while the residual keeps them exact for its completion."""
+        """Appends to the residual and flushes complete blocks.
+
+        Under "stored" the last, partial block is flushed as well, quantised on its own tokens, while the residual
+        keeps them exact for its completion.
+        """
         r, tokens = self.residual_length, new[0].shape[1]
         before = chunk.positions[:, 0]
         end = before + chunk.lengths

@@ -24,7 +24,7 @@ BATCH, TOKENS = 4, 75
 ENDS = np.array([75, 61, 40, 75])  # tokens of each sequence
 ROPE = RopeConfig(theta=100.0)
 CONFIG = ModelConfig("qwen3", 64, DIM, 64, LAYERS, HEADS, KV_HEADS, HEAD_DIM, 256, rope=ROPE, qk_norm=True)
-SHAPE = CacheShape.of(CONFIG, BATCH, TOKENS, jnp.float64)
+SHAPE = CacheShape.of(CONFIG, BATCH, TOKENS + 5, jnp.float64)  # a few tokens more fit
 EPS = 1e-5
 
 
