@@ -33,7 +33,7 @@ class StreamingLLM(CacheSpec):
     def init(self, shape):
         tokens = self.sink + self.length
         k, v = jnp.zeros((2, shape.batch, tokens, shape.kv_heads, shape.head_dim), shape.dtype)
-        return RecentCache(k, v, jnp.full((shape.batch, tokens), -1), self)
+        return RecentCache(k, v, jnp.full((shape.batch, tokens), -1, jnp.int32), self)
 
 
 @struct.dataclass

@@ -66,8 +66,8 @@ class XCL(LatentSpec, CrossLayerSpec):
     examples: ClassVar[tuple[str, ...]] = (
         "xcl2@input(group=16,sink=3,base=1,base_bits=8,rotate=1)",
         "xcl3@input(norm=pre,base=0)",
-        "xcl3@latent",
-        "xclr2(group=16)",
+        "xcl3@latent(base=1)",
+        "xclr2(group=16,base=0)",
     )
 
     def __post_init__(self) -> None:

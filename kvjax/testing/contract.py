@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from jaxtyping import Array
 
 import kvjax
-from kvjax.caches.base import CacheShape, CacheSpec
+from kvjax.caches.base import CacheShape, CacheSpec, Chunk
 from kvjax.caches.cross_layer import CrossLayerSpec
 from kvjax.caches.plan import CachePlan
 from kvjax.caches.registry import parse_spec
@@ -62,8 +63,8 @@ Chunks = Iterable[tuple[np.ndarray, np.ndarray]]
 
 @functools.cache
 def plan_of(text: str) -> CachePlan:
-    """Of all layers where they depend on one another, of one where they do not."""
-    layers = CONFIG.layers if isinstance(parse_spec(text), CrossLayerSpec) else 1
+    """Of three layers where they depend on one another, of one where they do not."""
+    layers = 3 if isinstance(parse_spec(text), CrossLayerSpec) else 1
     return CachePlan.parse(text, dataclasses.replace(CONFIG, layers=layers))
 
 
@@ -94,21 +95,36 @@ def by_position(rows: list[tuple[np.ndarray, np.ndarray, list[np.ndarray]]]) -> 
 def run(text: str, width: int, window: int | None = None, read: str = "exact", chunks: Any = schedule):
     """Outputs by position of `attend`, checked against attention over `materialize`, and the caches at the end."""
     with jax.enable_x64(True):
-        plan, rows = plan_of(text), []
-        caches = [spec.init(SHAPE) for spec in plan.specs]
         order = list(chunks(width))
-        for (at, lengths), layers in zip(order, chunks_of(text, order, width, window=window, read=read), strict=True):
-            carry, outputs = plan.init_carry(SHAPE), []
-            real = np.arange(width) < lengths[:, None]
-            for i, chunk in enumerate(layers):
-                output, plain, caches[i], other, carry, plain_carry = both(caches[i], chunk, carry)
-                same_trees(caches[i], other, 1e-12)
-                same_trees(carry, plain_carry)
-                assert np.isfinite(output).all(), "padding or absent tokens reach the output"
-                np.testing.assert_allclose(output[real], plain[real], atol=1e-11)
-                outputs.append(np.asarray(output))
-            rows.append((at, lengths, outputs))
+        fed = list(chunks_of(text, order, width, window=window, read=read))
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *fed)
+        caches = [spec.init(SHAPE) for spec in plan_of(text).specs]
+        caches, (outputs, plain, apart) = _feed(plan_of(text), caches, stacked)
+        assert max(map(np.max, apart)) <= 1e-12, "attend and materialize store something else"
+        assert np.isfinite(outputs).all(), "padding or absent tokens reach the output"
+        rows = [(at, lengths, list(np.asarray(out))) for (at, lengths), out in zip(order, outputs, strict=True)]
+        wanted = [(at, lengths, list(np.asarray(out))) for (at, lengths), out in zip(order, plain, strict=True)]
+        np.testing.assert_allclose(by_position(rows), by_position(wanted), atol=1e-11)
         return by_position(rows), caches
+
+
+@functools.partial(quick_jit, static_argnums=0)
+def _feed(plan: CachePlan, caches: list[Any], chunks: list[Chunk]):
+    """A scan over chunks: caches, and of every chunk both outputs and how far both ways to store lie apart."""
+
+    def apart(a: Any, b: Any) -> list[Array]:
+        pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        return [jnp.abs(x.astype(jnp.float64) - y).max() for x, y in pairs if x.size]
+
+    def step(caches, chunks):
+        carry, after, outputs, wanted, differences = plan.init_carry(SHAPE), [], [], [], []
+        for cache, chunk in zip(caches, chunks, strict=True):
+            output, plain, cache, other, above, other_above = both(cache, chunk, carry)
+            differences += apart(cache, other) + apart(above, other_above)
+            after, outputs, wanted, carry = [*after, cache], [*outputs, output], [*wanted, plain], above
+        return after, (jnp.stack(outputs), jnp.stack(wanted), differences)
+
+    return jax.lax.scan(step, caches, chunks)
 
 
 # ---- names
@@ -196,37 +212,31 @@ def test_whole_windows_read_what_decoding_reads(text: str) -> None:
 
 
 def test_loops_and_donation(text: str) -> None:
-    """Under scan, and under a while loop into whose carry the caches are donated."""
+    """Under a while loop whose caches are donated; the other tests scan."""
     plan, order = plan_of(text), list(schedule(1))
     steps, caches = run(text, 1)
     with jax.enable_x64(True):
-        fed = list(chunks_of(text, order, 1))
-        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *fed)
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *chunks_of(text, order, 1))
 
-        def step(caches, chunks):
-            carry, after, outputs = plan.init_carry(SHAPE), [], []
-            for cache, chunk in zip(caches, chunks, strict=True):
-                output, cache, carry = cache.attend(chunk, carry)
-                after, outputs = [*after, cache], [*outputs, output]
-            return after, jnp.stack(outputs)
+        def body(state):
+            i, caches, outputs = state
+            carry, after = plan.init_carry(SHAPE), []
+            for layer, (cache, chunk) in enumerate(zip(caches, stacked, strict=True)):
+                output, cache, carry = cache.attend(jax.tree.map(lambda a: jnp.asarray(a)[i], chunk), carry)
+                after, outputs = [*after, cache], outputs.at[i, layer].set(output)
+            return i + 1, after, outputs
 
         def loop(caches, outputs):
-            def body(state):
-                i, caches, outputs = state
-                caches, output = step(caches, jax.tree.map(lambda a: jnp.asarray(a)[i], stacked))
-                return i + 1, caches, outputs.at[i].set(output)
-
             return jax.lax.while_loop(lambda state: state[0] < len(order), body, (0, caches, outputs))[1:]
 
         fresh = [spec.init(SHAPE) for spec in plan.specs]
-        scanned = quick_jit(lambda caches, chunks: jax.lax.scan(step, caches, chunks))(fresh, stacked)
         donated = [leaf for leaf in jax.tree.leaves(fresh) if leaf.size]
-        looped = quick_jit(loop, donate_argnums=0)(fresh, jnp.zeros_like(scanned[1]))
-        assert all(leaf.is_deleted() for leaf in donated)
-        for after, outputs in (scanned, looped):
-            same_trees(after, caches, 1e-12)
-            rows = [(at, lengths, list(np.asarray(out))) for (at, lengths), out in zip(order, outputs, strict=True)]
-            np.testing.assert_allclose(by_position(rows), steps, atol=1e-11)
+        outputs = jnp.zeros((len(order), len(fresh), BATCH, 1, HEADS, HEAD_DIM))
+        after, outputs = quick_jit(loop, donate_argnums=0)(fresh, outputs)
+        assert all(leaf.is_deleted() for leaf in donated), "a leaf changes its type or shape from step to step"
+        same_trees(after, caches, 1e-12)
+        rows = [(at, lengths, list(np.asarray(out))) for (at, lengths), out in zip(order, outputs, strict=True)]
+        np.testing.assert_allclose(by_position(rows), steps, atol=1e-11)
 
 
 def test_kernels_read_the_same(text: str) -> None:
