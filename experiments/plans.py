@@ -22,19 +22,19 @@ from rich.table import Table
 
 from experiments import program
 from experiments.pareto import save_figure
-from experiments.perplexity import identity_of
-from experiments.tune import Search, calibration, progress_bar
+from experiments.tune import Bars, calibration, make_search
 from experiments.tune_pictures import short_names
 from kvjax import records
-from kvjax.caches.base import REAL_DTYPE, CacheShape
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score
+from kvjax.evaluate.sweep import identity_of, strip_paths
 from kvjax.files import write_atomically
 from kvjax.models.model import Model
 from kvjax.tuner.evaluations import Evaluations
+from kvjax.tuner.search import Search
 from kvjax.tuner.simulate import Simulator
 from kvjax.tuner.space import pareto
 
@@ -49,9 +49,10 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     for text in split_list(config.judged_on):
         judge = _judge(config, model, text, workdir)
         plans = list(dict.fromkeys(plan for _, _, plan, uniform in found for plan in [plan, *uniform]))
-        with progress_bar() as progress:
-            for plan in progress.track(plans, description=f"judging on {Path(text).name}"):
+        with Bars() as bars:
+            for count, plan in enumerate(plans, 1):
                 judge(plan)
+                bars(f"judging on {Path(text).name}", count, len(plans))
         rows += [row for each in found for row in _rows(config, model, judge, *each)]
     rows = [row | records.provenance() for row in rows]
     records.write_rows(workdir / "plans.jsonl", rows)
@@ -70,7 +71,7 @@ def _search(
             asymptotic = budget if config.budget_of == "asymptotic" else 0.0
             own.update(candidates=candidates, budget=budget, budget_asymptotic=asymptotic)
             try:
-                search = Search(own, model, windows, workdir)
+                search = make_search(own, model, windows, workdir)
             except KvjaxError as error:
                 print(f"{name}: {error}")
                 continue
@@ -81,7 +82,7 @@ def _search(
             plan = _best(search, uniform)
             if plan in uniform:
                 own.method = "refine"
-                refined = Search(own, model, windows, workdir)
+                refined = make_search(own, model, windows, workdir)
                 refined.share(search)
                 plan = _best(refined, uniform)
             file = workdir / "plans" / f"{name.replace(', ', '-').replace(' ', '-')}-{budget:g}.yaml"
@@ -91,7 +92,9 @@ def _search(
 
 
 def _best(search: Search, uniform: list[CachePlan]) -> CachePlan:
-    return min([*filter(search.bits.fits, search.plans()), *uniform], key=search.loss)
+    with Bars() as search.progress:
+        plans = search.plans()
+    return min([*filter(search.bits.fits, plans), *uniform], key=search.loss)
 
 
 def _judge(config: config_dict.ConfigDict, model: Model, text: str, workdir: Path) -> Evaluations:
@@ -105,10 +108,12 @@ def _judge(config: config_dict.ConfigDict, model: Model, text: str, workdir: Pat
         made[:] = made or [Simulator(model, windows)]
         scores = made[0].score(plan)
         segments = {name: _segments(getattr(scores, name)) for name in ("kld", "nll")}
-        score = Score.of(scores)
+        score = Score.of(scores, windows)
         return {"kld": score.kld, "nll": score.nll, "top1": score.top1, "segments": segments}
 
-    return Evaluations(workdir / "judged", identity_of(own, model, windows, "streaming"), evaluate)
+    return Evaluations(
+        workdir / "judged", identity_of(model, text, windows, "streaming", own.windows, own.offset), evaluate
+    )
 
 
 def _segments(scores: np.ndarray) -> list[float]:
@@ -141,10 +146,6 @@ def _rows(
         row |= {"better_by": float(better.mean()), "ci95": 1.96 * float(better.std(ddof=1)) / math.sqrt(len(better))}
         rows.append(row)
     return rows
-
-
-def _shape(model: Model) -> CacheShape:
-    return CacheShape.of(model.config, 1, SEGMENT, REAL_DTYPE)
 
 
 def draw(rows: list[Row], file: Path) -> None:

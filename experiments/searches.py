@@ -18,10 +18,11 @@ from ml_collections import config_dict
 
 from experiments import program
 from experiments.pareto import save_figure
-from experiments.tune import Search, calibration
+from experiments.tune import Bars, calibration, make_search
 from kvjax import records
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import load
+from kvjax.tuner.search import Search
 from kvjax.tuner.space import hypervolume
 
 SEARCHES: dict[str, dict[str, str]] = {
@@ -48,17 +49,19 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
 def _compare(config: config_dict.ConfigDict, workdir: Path) -> list[Row]:
     model = load(config.model, config.dtype)
     windows = calibration(config, model)
-    first = Search(config, model, windows, workdir)
+    first = make_search(config, model, windows, workdir)
     worst = max(first.evaluations(plan)["kld"] for plan in first.uniform)
     start, compiled = time.perf_counter(), records.CompileSeconds()
-    first.errors()
+    with Bars() as first.progress:
+        first.errors()
     seconds = time.perf_counter() - start - compiled.total()
     rows = []
     for name, settings in SEARCHES.items():
         own = config_dict.ConfigDict({**config.to_dict(), **settings})
-        search = Search(own, model, windows, workdir)
+        search = make_search(own, model, windows, workdir)
         search.share(first)
-        plans = search.plans()
+        with Bars() as search.progress:
+            plans = search.plans()
         one = _seconds_an_evaluation(search, plans)
         uses = own.method == "knapsack" or own.prune != "none"
         extra = {"search": name, "sensitivity": seconds / one if uses else 0.0, "seconds_an_evaluation": one}

@@ -3,25 +3,43 @@
 model = kvjax.load("smollm2-135m")
 print(kvjax.generate(model, "What is a cache?", cache="k4v2@kivi").text)
 print(kvjax.score(model, "demo", cache="k4v2@kivi"))
+print(kvjax.sweep(model, "demo", ["dense", "k4v4", "k2v2"]).table())
+print(kvjax.tune(model, "demo", budget=3.25).plan)
 """
 
+from importlib import metadata
+
+from kvjax.caches.plan import CachePlan
 from kvjax.caches.registry import load_plugins, register
 from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
-from kvjax.evaluate.perplexity import Score, score
-from kvjax.generation.generate import Generation, State, generate, plan, prefill, stream
-from kvjax.generation.states import restore_state, save_state
+from kvjax.evaluate.perplexity import Comparison, Score
+from kvjax.evaluate.sweep import Rows, score, sweep
+from kvjax.generation.generate import Generation, generate, logits, plan, prefill, stream
+from kvjax.generation.states import State, restore_state, save_state
 from kvjax.models.model import Model
+from kvjax.tuner.tune import Tuning, tune
+
+try:
+    __version__ = metadata.version("kvjax")
+except metadata.PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0+unknown"
 
 __all__ = [
+    "CachePlan",
+    "Comparison",
     "Generation",
     "KvjaxError",
     "Model",
+    "Rows",
     "Score",
     "State",
+    "Tuning",
+    "__version__",
     "generate",
     "load",
     "load_plugins",
+    "logits",
     "plan",
     "prefill",
     "register",
@@ -29,4 +47,6 @@ __all__ = [
     "save_state",
     "score",
     "stream",
+    "sweep",
+    "tune",
 ]

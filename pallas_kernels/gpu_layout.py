@@ -79,19 +79,22 @@ class Stored:
 
     def assembly(self, first: int, scaled: bool) -> str:
         """PTX from the bytes of each plane, four elements at a time: codes as bfloat16 (plus 128, or minus 128 at 8
-        bits), or (`scaled`) with scale and zero point as float16."""
+        bits), or (`scaled`) with scale and zero point as float16.
+        """
         planes = range(len(self.widths))
         code = _unpack(self.widths, [self.place(plane, first)[1] for plane in planes], 2)
         return f"{{ {code} {_float16(2 + len(planes)) if scaled else _bfloat16(self.bits)} }}"
 
     def operands(self, scaled: bool) -> str:
         """Of `assembly`: two results, which share no register with an argument, since those are read after the first
-        is written, a register a plane, and two each for scale and zero point."""
+        is written, a register a plane, and two each for scale and zero point.
+        """
         return ",".join(["=&r", "=&r", *["r"] * (len(self.widths) + 4 * scaled)])
 
     def offset(self, light: bool) -> int:
         """What codes as bfloat16 have too much: the float whose last digits a code replaces, left in, since it can be
-        subtracted from sums more cheaply than from every code."""
+        subtracted from sums more cheaply than from every code.
+        """
         return 0 if not light else -128 if self.bits == 8 else 128
 
 
@@ -154,7 +157,8 @@ def _unpack(widths: tuple[int, ...], shifts: list[int], first: int) -> str:
 def _bfloat16(bits: int) -> str:
     """PTX: codes in t as bfloat16 by writing them into the mantissa of 128, where they fill 7 bits at most.
 
-    Codes of 8 bits: the low 7 that way, minus 128 or 256 as the high bit says, is the code minus 128."""
+    Codes of 8 bits: the low 7 that way, minus 128 or 256 as the high bit says, is the code minus 128.
+    """
     spread = "mov.b32 m, 0x43434343; prmt.b32 {0}, {2}, m, 0x4140; prmt.b32 {1}, {2}, m, 0x4342;"
     if bits < 8:
         return spread.format("$0", "$1", "t")

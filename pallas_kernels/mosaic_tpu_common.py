@@ -113,7 +113,8 @@ def middle(bits: int) -> int:
 
 def widen(bits: Int16[Array, "*shape"]) -> Float32[Array, "*shape"]:
     """float16 from its bits; what is not finite becomes NaN. Subnormals go by way of their integer: a product would
-    flush them."""
+    flush them.
+    """
     word = bits.astype(jnp.int32)
     size = word & 0x7FFF
     normal = jax.lax.bitcast_convert_type((size << 13) + (112 << 23), jnp.float32)
@@ -303,7 +304,8 @@ def dequantized(
 
 def _spread(scale: Float32[Array, "G N"], group: int, columns: tuple[int, int]) -> Float32[Array, "N C"]:
     """Scales of groups of channels, for each of the channels: a product with ones and zeros, which transposes on the
-    way. Each scale is the sum of three bfloat16, and so comes out as it was."""
+    way. Each scale is the sum of three bfloat16, and so comes out as it was.
+    """
     parts, rest = [], scale
     for _ in range(3):
         parts.append(rest.astype(jnp.bfloat16).astype(jnp.float32))

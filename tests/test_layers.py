@@ -26,6 +26,7 @@ LAYERS = [
     "kvjax.downloads",
     "kvjax.records",
     "kvjax.files",
+    "kvjax.tables",
     "kvjax.errors",
     "pallas_kernels",
 ]

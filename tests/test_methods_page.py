@@ -11,7 +11,9 @@ MOST_LINES = {"fp8": 25, "int8": 60}
 
 
 def test_examples_on_the_page_are_the_files() -> None:
-    files = {name: (ROOT / f"examples/{name}.py").read_text(encoding="utf-8") for name in (*MOST_LINES, "streaming_llm")}
+    files = {
+        name: (ROOT / f"examples/{name}.py").read_text(encoding="utf-8") for name in (*MOST_LINES, "streaming_llm")
+    }
     assert re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) == [files[name] for name in MOST_LINES]
     for name, text in files.items():
         lines = len(text.splitlines())

@@ -18,6 +18,7 @@ from kvjax.caches.base import REAL_DTYPE, CacheShape, CacheSpec, LayerCache, Mod
 from kvjax.caches.grammar import format_layers, join_layers, split_layers
 from kvjax.caches.registry import parse_spec
 from kvjax.errors import KvjaxError
+from kvjax.tables import align_columns
 
 DEFAULT_STREAM = 32  # tokens per streaming chunk where every layer allows any
 TABLE_CONTEXT = 8192  # tokens that a plan's table counts bytes for
@@ -44,6 +45,25 @@ class CachePlan:
             return cls.of((parse_spec(text),) * model.layers, model)
         specs = {layer: parse_spec(method) for layer, method in split_layers(text, model.layers)}
         return cls._complete(specs, model, f"plan {text!r}")
+
+    @classmethod
+    def cast(cls, cache: str | CacheSpec | CachePlan, model: ModelShapes) -> CachePlan:
+        """The plan of a name, of one spec for all layers, or of a plan, for a model.
+
+        Raises:
+          KvjaxError: it does not fit the model, was made for a model of other sizes, or is something else.
+        """
+        if isinstance(cache, str):
+            return cls.parse(cache, model)
+        if isinstance(cache, CacheSpec):
+            return cls.uniform(cache, model)
+        if not isinstance(cache, CachePlan):
+            raise KvjaxError(
+                f"the cache is of type {type(cache).__name__}; expected a name, a CacheSpec or a CachePlan"
+            )
+        if cache.model != ModelSizes.of(model):
+            raise KvjaxError(f"the plan {cache} is for {cache.model}; this model has {ModelSizes.of(model)}")
+        return cache
 
     @classmethod
     def of(cls, specs: Sequence[CacheSpec], model: ModelShapes) -> CachePlan:
@@ -185,20 +205,15 @@ class CachePlan:
     def table(self, context: int = TABLE_CONTEXT, batch: int = 1, dtype: Any = REAL_DTYPE) -> str:
         """Method, bits and bytes of each run of layers, for `batch` sequences of `context` tokens."""
         shape = self.shape(batch, context, dtype)
-        rows = [("layers", "cache", "bits", "with scales", "bytes a layer")]
+        rows: list[tuple[str, ...]] = [("layers", "cache", "bits", "with scales", "bytes a layer")]
         for spec, layers in self._layers().items():
             figures = f"{spec.bits_nominal:.2f}", f"{spec.bits_asymptotic(self.model):.2f}", f"{spec.nbytes(shape):,}"
             rows.append((format_layers(layers), str(spec), *figures))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        aligned = (
-            [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-            for row in rows
-        )
         total = (
             f"{batch} x {context} tokens: {self.nbytes(context, batch, dtype):,} bytes in {jnp.dtype(dtype)},"
             f" {self.bits_real(context, batch):.2f} real bits per element, {self.compression(context, batch):.2f} x"
         )
-        return "\n".join([*("  ".join(row).rstrip() for row in aligned), total])
+        return f"{align_columns(rows, left=2)}\n{total}"
 
     def _layers(self) -> dict[CacheSpec, list[int]]:
         """The layers of each spec, in order of appearance."""
@@ -219,6 +234,9 @@ class Cache:
     length: Int[Array, "B"]  # tokens stored per sequence
     plan: CachePlan = struct.field(pytree_node=False)
     shape: CacheShape = struct.field(pytree_node=False)
+
+    def __repr__(self) -> str:
+        return f"<Cache {self.plan}: room for {self.shape.batch} x {self.shape.max_len} tokens>"
 
     def __str__(self) -> str:
         held, (batch, room) = [int(n) for n in self.length], (self.shape.batch, self.shape.max_len)

@@ -8,7 +8,6 @@ token is read as stored, its own included, as in XQuant's perplexity tables.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import time
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.stats
 from jaxtyping import Array, Float, Int
 
 from kvjax.caches.base import CacheShape
@@ -23,7 +23,6 @@ from kvjax.caches.plan import Cache, CachePlan
 from kvjax.calibrate.bases import load_bases
 from kvjax.errors import KvjaxError
 from kvjax.evaluate import vocabulary
-from kvjax.evaluate.text import load_text
 from kvjax.models.decoder import Decoder
 from kvjax.models.model import Model
 from kvjax.models.nonfinite import find_first_nonfinite
@@ -112,12 +111,20 @@ class Scorer:
         self._compiled: dict[Any, Any] = {}
         self._loaded: dict[CachePlan, Any] = {}
 
+    def check(self, plan: CachePlan) -> None:
+        """Raises KvjaxError where the plan does not fit the model or the protocol; nothing is computed."""
+        plan.init_shapes(self.shape)
+        if self.protocol == "parallel":
+            plan.require_whole_windows("protocol parallel")
+
     def run(
         self, plan: CachePlan, windows: Int[np.ndarray, "w c"], dense: vocabulary.DenseRun | None
     ) -> tuple[vocabulary.TokenScores, vocabulary.DenseRun | None, Timing]:
         """Scores at most `batch` windows, [w, context - 1] a field (position 0 is not scored).
 
         Args:
+          plan: which cache each layer has.
+          windows: token ids.
           dense: the dense run of the same windows; None where this is the dense run, which is then returned.
 
         Raises:
@@ -142,8 +149,7 @@ class Scorer:
 
     def _protocol(self, plan: CachePlan, count: int) -> tuple[int, str]:
         """Tokens a step, and what their queries read."""
-        if self.protocol == "parallel":
-            plan.require_whole_windows("protocol parallel")
+        self.check(plan)
         chunk = {"parallel": count, "decode": 1, "streaming": plan.stream_chunk}[self.protocol]
         return chunk, "stored" if self.protocol == "parallel" else "exact"
 
@@ -192,14 +198,18 @@ def _pad_rows(a: np.ndarray, rows: int) -> list[tuple[int, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A plan's figures on some windows.
+    """A plan's figures on some windows. `figures` has them as a dict.
 
     Attributes:
-      nll: mean negative log-likelihood, nats a token. nll_se: its standard error over tokens.
+      nll: mean negative log-likelihood, nats a token.
+      nll_se: the standard error of `nll` over tokens.
       ppl: exp(nll).
-      kld, kld_p99: mean and 99th percentile of KL(dense || plan) per token, nats.
+      kld: mean KL(dense || plan) per token, nats.
+      kld_p99: the 99th percentile of KL(dense || plan), nats.
       top1: share of tokens whose argmax is the dense run's.
       tokens: scored tokens.
+      windows: the token ids, [w, c]; position 0 of a window is not scored.
+      per_token: nll, KL and agreement of each scored token, [w, c - 1].
     """
 
     nll: float
@@ -209,46 +219,64 @@ class Score:
     kld_p99: float
     top1: float
     tokens: int
+    windows: Int[np.ndarray, "w c"] = dataclasses.field(repr=False, compare=False)
+    per_token: vocabulary.TokenScores = dataclasses.field(repr=False, compare=False)
 
     @classmethod
-    def of(cls, scores: vocabulary.TokenScores) -> Score:
+    def of(cls, scores: vocabulary.TokenScores, windows: Int[np.ndarray, "w c"]) -> Score:
+        """The figures of scores per token, [w, c - 1] a field."""
         nll, kld, agree = (np.ravel(a) for a in (scores.nll, scores.kld, scores.agree))
         mean = float(nll.mean())
         error = float(nll.std(ddof=1) / math.sqrt(nll.size)) if nll.size > 1 else math.nan
-        kld_p99 = float(np.percentile(kld, 99))
-        return cls(mean, error, math.exp(mean), float(kld.mean()), kld_p99, float(agree.mean()), nll.size)
+        kld_p99, top1 = float(np.percentile(kld, 99)), float(agree.mean())
+        return cls(mean, error, math.exp(mean), float(kld.mean()), kld_p99, top1, nll.size, windows, scores)
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The numbers by name, as result rows have them."""
+        names = ("nll", "nll_se", "ppl", "kld", "kld_p99", "top1", "tokens")
+        return {name: getattr(self, name) for name in names}
+
+    def compare(self, other: Score) -> Comparison:
+        """This score minus another one of the same windows, token by token.
+
+        Raises:
+          KvjaxError: the other score is of other tokens.
+        """
+        if not np.array_equal(self.windows, other.windows):
+            raise KvjaxError("the scores are of other tokens; expected two plans on the same windows of one text")
+        nll, kld = (getattr(self.per_token, n) - getattr(other.per_token, n) for n in ("nll", "kld"))
+        return Comparison(*_mean_and_interval(nll), *_mean_and_interval(kld), self.tokens)
 
 
-def score(
-    model: Model,
-    text: str,
-    cache: str = "dense",
-    *,
-    protocol: str = "streaming",
-    context: int = 1024,
-    windows: int = 4,
-    offset: int = 0,
-) -> Score:
-    """Scores one cache plan on a text.
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Differences of two scores, paired by token, in nats a token; above 0 where the first is worse.
 
-    Args:
-      text: a local file, `demo`, `wikitext-2` or a hub data set, see `kvjax.evaluate.text.load_text`.
-      cache: a plan, see `kvjax.caches.plan`.
-      context, windows, offset: tokens a window, how many, tokens skipped first.
+    Attributes:
+      nll: mean difference of negative log-likelihoods.
+      nll_interval: half the width of its 95 % interval.
+      kld: mean difference of KL divergences from the dense run.
+      kld_interval: half the width of its 95 % interval.
+      tokens: compared tokens.
 
-    Raises:
-      KvjaxError: one line that says what was expected.
+    The intervals are Student's t over the means of windows, since tokens of a window depend on one another; over
+    tokens where there is one window.
     """
-    plan = CachePlan.parse(cache, model.config)
-    scorer = Scorer(model, context, windows, protocol)
-    cut = cut_windows(model.tokenizer.encode(load_text(text)), context, windows, offset)
-    dense_plan = CachePlan.parse("dense", model.config)
-    parts = []
-    for start in range(0, windows, scorer.batch):
-        batch = cut[start : start + scorer.batch]
-        scores, dense, _ = scorer.run(dense_plan, batch, None)
-        parts.append(scores if plan == dense_plan else scorer.run(plan, batch, dense)[0])
-    return Score.of(functools.reduce(concatenate, parts))
+
+    nll: float
+    nll_interval: float
+    kld: float
+    kld_interval: float
+    tokens: int
+
+
+def _mean_and_interval(difference: Float[np.ndarray, "w t"]) -> tuple[float, float]:
+    samples = difference.mean(1) if len(difference) > 1 else difference[0]
+    if len(samples) < 2:
+        return float(difference.mean()), math.nan
+    error = samples.std(ddof=1) / math.sqrt(len(samples))
+    return float(difference.mean()), float(scipy.stats.t.ppf(0.975, len(samples) - 1) * error)
 
 
 def concatenate(a: vocabulary.TokenScores, b: vocabulary.TokenScores) -> vocabulary.TokenScores:

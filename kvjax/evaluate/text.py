@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
 
 from kvjax.downloads import Pinned, fetch
 from kvjax.errors import KvjaxError
 from kvjax.files import brief
+from kvjax.models.tokenizer import AnyTokenizer
 
 DEMO = Pinned(  # Paul Graham's essays, the usual filler of needle tests
     name="essays.txt",
@@ -19,27 +24,75 @@ DEMO = Pinned(  # Paul Graham's essays, the usual filler of needle tests
 ALIASES = {"wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1:test"}
 
 
-def load_text(source: str) -> str:
+Text = str | Path | Sequence[int] | np.ndarray
+
+
+def read_ids(source: Text, tokenizer: AnyTokenizer, vocab_size: int) -> Int[np.ndarray, "n"]:
+    """Token ids of a text.
+
+    Args:
+      source: a text as `load_text` takes it, or token ids (a list or 1-D array of ints), taken as they are.
+      tokenizer: the model's.
+      vocab_size: ids must be below it.
+
+    Raises:
+      KvjaxError: it is neither, or an id is outside the vocabulary.
+    """
+    if isinstance(source, str | Path):
+        return tokenizer.encode(load_text(source))
+    ids = np.asarray(source)
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise KvjaxError(
+            f"the text is of type {type(source).__name__}; expected a text, a file or a list of token ids"
+        )
+    if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise KvjaxError(f"the text holds token ids {ids.min()} to {ids.max()}; expected 0 to {vocab_size - 1}")
+    return ids.astype(np.int32)
+
+
+def name_of(source: Text) -> str:
+    """What result rows call a text."""
+    if isinstance(source, Path):
+        return str(source)
+    if not isinstance(source, str):
+        return "token ids"
+    return "a literal text" if is_literal(source) else source
+
+
+def is_literal(source: str) -> bool:
+    """Whether a string is a text itself and no name: it holds white space, and no file or folder is called so."""
+    try:
+        return bool(re.search(r"\s", source)) and not Path(source.partition(":")[0]).exists()
+    except (OSError, ValueError):  # too long for a name, or with a NUL
+        return True
+
+
+def load_text(source: str | Path) -> str:
     """One long text.
 
     Args:
-      source: a UTF-8 file; `demo` (Paul Graham's essays); `wikitext-2` (raw, test split); or the text column
-        of a data set, name[:config[:split]], where name is org/name on the hub or a folder laid out like one.
-        The split is `test` unless said.
+      source: a UTF-8 file; `demo` (Paul Graham's essays); `wikitext-2` (raw, test split); the text column of a data
+        set, name[:config[:split]], where name is org/name on the hub or a folder laid out like one and the split is
+        `test` unless said; or, where a string holds white space and nothing is called so, the text itself.
 
     Raises:
       KvjaxError: it cannot be found, read or decoded, or it is empty.
     """
-    path = Path(source)
+    if isinstance(source, Path):
+        return _read(source)
     if source == "demo":
         return _read(fetch(DEMO))
-    if path.is_file():
-        return _read(path)
+    if is_literal(source):
+        return _not_empty(source, "the text")
+    if Path(source).is_file():
+        return _read(Path(source))
     name, _, rest = ALIASES.get(source, source).partition(":")
     if Path(name).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         config, _, split = rest.partition(":")
         return _read_dataset(name, config or None, split or "test")
-    raise KvjaxError(f"no text {source!r}; expected a file, demo, {', '.join(ALIASES)} or name[:config[:split]]")
+    raise KvjaxError(
+        f"no text {source!r}; expected a file, demo, {', '.join(ALIASES)}, name[:config[:split]] or a text with spaces"
+    )
 
 
 def _read(file: Path) -> str:

@@ -81,7 +81,8 @@ def _by_rows(f, *args):
 
 def _pass(h: Array, head: Array, target: Array, top: Array, keep: bool) -> dict[str, Array]:
     """Maximum, sum of exponentials (relative to it) and the logits of `target` and `top`; where `keep`, also the
-    argmax and the sum of head rows weighted by the exponentials. Online over tiles, as in attention."""
+    argmax and the sum of head rows weighted by the exponentials. Online over tiles, as in attention.
+    """
     vocab, count = head.shape[0], h.shape[0]
     tile = min(TILE, vocab)
     dtype = jnp.promote_types(h.dtype, jnp.float32)

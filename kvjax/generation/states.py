@@ -1,40 +1,127 @@
-"""A state on disk: what a model has read, compressed, to go on from in another process."""
+"""What a model has read, compressed: to look at, to go on from, and to keep on disk.
+
+B sequences of a batch, D model_dim.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from flax import struct
+from jaxtyping import Array, Float
 
-from kvjax.caches.plan import CachePlan
+from kvjax.caches.base import CacheShape, CacheSpec
+from kvjax.caches.plan import Cache, CachePlan
 from kvjax.checkpoints.orbax import new_folder, write_arrays
 from kvjax.errors import KvjaxError
 from kvjax.files import brief, check_digests, digests, read_json, write_json
-from kvjax.generation.generate import State, empty_state
+from kvjax.generation.checks import check_whole
+from kvjax.generation.layers import LayerView, read_layer
 from kvjax.models.model import Model
 
 METADATA = "state.json"
+
+
+@struct.dataclass
+class Held:
+    """The arrays of a state, which programs take: all tokens in the cache, and what predicts the next one."""
+
+    cache: Cache
+    hidden: Float[Array, "B D"]  # final hidden state of each sequence's last token
+
+    @classmethod
+    def empty(cls, model: Model, plan: CachePlan, batch: int, max_len: int) -> Held:
+        """Nothing read yet."""
+        shape = CacheShape.of(model.config, batch, max_len, model.dtype)
+        return cls(plan.init(shape), jnp.zeros((batch, shape.model_dim), model.dtype))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class State:
+    """Sequences that a model has read. `print` it for a table of its layers.
+
+    Attributes:
+      model: the model that read them.
+      held: the arrays.
+    """
+
+    model: Model
+    held: Held
+
+    @property
+    def cache(self) -> Cache:
+        """The caches of all layers."""
+        return self.held.cache
+
+    @property
+    def plan(self) -> CachePlan:
+        """Which cache each layer has."""
+        return self.cache.plan
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens read, of each sequence."""
+        return np.asarray(self.cache.length).tolist()
+
+    @property
+    def max_len(self) -> int:
+        """Tokens that each sequence has room for."""
+        return self.cache.shape.max_len
+
+    @property
+    def nbytes(self) -> int:
+        """Allocated bytes of the caches."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.cache.layers))
+
+    def layer(self, index: int) -> LayerView:
+        """Keys and values as the cache of one layer gives them back, dequantised.
+
+        Args:
+          index: the layer, counted from 0.
+
+        Raises:
+          KvjaxError: the model has no such layer.
+        """
+        return read_layer(self.model, self.cache, check_whole("layer", index, 0, len(self.cache.layers) - 1))
+
+    def __repr__(self) -> str:
+        held = " + ".join(map(str, self.lengths))
+        room = f"{len(self.lengths)} x {self.max_len}"
+        return f"<State {self.plan}: {held} tokens held, room for {room}, {self.nbytes:,} bytes>"
+
+    def __str__(self) -> str:
+        return str(self.cache)
+
+
+def check_made_by(state: State, model: Model) -> None:
+    """Raises KvjaxError where another model made the state."""
+    if _made_by(state.model) != _made_by(model) or state.model.config != model.config:
+        raise KvjaxError(f"the state was made by another model, {state.model!r}; this is {model!r}")
+
+
+# ---- on disk
 
 
 def save_state(folder: str | Path, model: Model, state: State) -> None:
     """Writes a state of this model to a new folder; it appears whole or not at all.
 
     Raises:
-      KvjaxError: something is there already, or it cannot be written.
+      KvjaxError: another model made the state, something is there already, or it cannot be written.
     """
-    metadata = _made_by(model) | {
-        "cache": str(state.cache.plan),
-        "batch": state.cache.shape.batch,
-        "max_len": state.cache.shape.max_len,
-    }
+    check_made_by(state, model)
+    metadata = _made_by(model) | {"cache": str(state.plan), "batch": len(state.lengths), "max_len": state.max_len}
     with new_folder(Path(folder)) as part:
-        write_arrays(part / "arrays", _named(state))
+        write_arrays(part / "arrays", _named(state.held))
         write_json(part / METADATA, metadata | {"arrays": digests(part / "arrays")})
 
 
-def restore_state(folder: str | Path, model: Model, cache: str | None = None) -> State:
+def restore_state(folder: str | Path, model: Model, cache: str | CacheSpec | CachePlan | None = None) -> State:
     """The state that `save_state` wrote.
 
     Args:
@@ -50,19 +137,18 @@ def restore_state(folder: str | Path, model: Model, cache: str | None = None) ->
             raise KvjaxError(f"{folder} was made with {key} {metadata.get(key)}; this model has {own}")
     try:
         plan = CachePlan.parse(metadata["cache"], model.config)
-        expected = jax.eval_shape(lambda: empty_state(model, plan, metadata["batch"], metadata["max_len"]))
+        expected = jax.eval_shape(lambda: Held.empty(model, plan, metadata["batch"], metadata["max_len"]))
         sums = metadata["arrays"]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise KvjaxError(f"{folder / METADATA} is not one that kvjax wrote: {brief(error)}") from None
-    if cache is not None and CachePlan.parse(cache, model.config) != plan:
+    if cache is not None and CachePlan.cast(cache, model.config) != plan:
         raise KvjaxError(f"{folder} holds a cache of {plan}; expected {cache}")
     check_digests(folder / "arrays", sums)
     arrays = _read(folder / "arrays", _named(expected))
     leaves = [
-        arrays.get(_name(i), jax.numpy.zeros(leaf.shape, leaf.dtype))
-        for i, leaf in enumerate(jax.tree.leaves(expected))
+        arrays.get(_name(i), jnp.zeros(leaf.shape, leaf.dtype)) for i, leaf in enumerate(jax.tree.leaves(expected))
     ]
-    return jax.tree.unflatten(jax.tree.structure(expected), leaves)
+    return State(model, jax.tree.unflatten(jax.tree.structure(expected), leaves))
 
 
 def _made_by(model: Model) -> dict[str, Any]:
@@ -73,9 +159,9 @@ def _name(leaf: int) -> str:
     return f"{leaf:05d}"
 
 
-def _named(state: State) -> dict[str, Any]:
+def _named(held: Held) -> dict[str, Any]:
     """The leaves that hold something: Orbax saves no others."""
-    return {_name(i): leaf for i, leaf in enumerate(jax.tree.leaves(state)) if leaf.size}
+    return {_name(i): leaf for i, leaf in enumerate(jax.tree.leaves(held)) if leaf.size}
 
 
 def _read(folder: Path, expected: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -12,7 +14,7 @@ from kvjax.models.params import Params
 from kvjax.models.tokenizer import AnyTokenizer
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Model:
     """A decoder's weights with what is needed to use them."""
 
@@ -27,3 +29,8 @@ class Model:
     def head(self) -> Float[Array, "V D"]:
         """The rows that give the logits: the embedding where they are tied."""
         return self.params["embed" if self.config.tied else "head"]
+
+    def __repr__(self) -> str:
+        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params))
+        layers = f"{self.config.family}, {self.config.layers} layers"
+        return f"<Model {self.name}: {layers}, {count:,} parameters, {self.dtype}>"

@@ -36,7 +36,8 @@ class Partial(NamedTuple):
 
 class Keys(NamedTuple):
     """Where keys come from: `load(i)` gives tile i as (keys, values, positions [B, n], -1 where absent);
-    `reach(first, last)` the tiles [lo, hi) that the queries with indices first..last of the chunk can see."""
+    `reach(first, last)` the tiles [lo, hi) that the queries with indices first..last of the chunk can see.
+    """
 
     tiles: int
     load: Callable[[Array | int], tuple[Tile, Tile, Array]]
@@ -46,7 +47,8 @@ class Keys(NamedTuple):
 
 class Span(NamedTuple):
     """Which stored tokens the queries of a chunk see: positions [first, stop) of each sequence, and of those only
-    positions > p - window from position p."""
+    positions > p - window from position p.
+    """
 
     positions: Int[Array, "B T"]  # of the queries, consecutive in each sequence
     first: int

@@ -79,7 +79,8 @@ def _rebuild(
 
 class Latents(NamedTuple):
     """Where latents of keys and of values come from: `load(start, size)` gives those of tokens [start, start + size),
-    both multiples of `pack_size`, of `tokens` allocated ones."""
+    both multiples of `pack_size`, of `tokens` allocated ones.
+    """
 
     load: Callable[[Array | int, int], tuple[Float[Array, "B G n r"], Float[Array, "B G n s"]]]
     tokens: int

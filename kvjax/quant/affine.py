@@ -33,7 +33,8 @@ def _split(x: Array, axis: int, group: int) -> Array:
 
 def _divide(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
     """The true quotient. XLA turns division by a broadcast value into a product with its reciprocal, which rounds
-    twice; the barrier hides the broadcast from it."""
+    twice; the barrier hides the broadcast from it.
+    """
     return x / jax.lax.optimization_barrier(jnp.broadcast_to(y, x.shape))
 
 

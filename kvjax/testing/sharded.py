@@ -7,7 +7,9 @@ prints `equal` or what differs, a tab and the name, for each.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,7 +40,8 @@ def check(text: str, mesh: Mesh) -> None:
         for i, layer in enumerate(stack()[: len(plain)]):
             chunk = make_chunk(layer, bases_of(text)[i], at, np.array(lengths), WIDTH)
             heads = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
-            spread = chunk.replace(**{name: jax.device_put(getattr(chunk, name), heads) for name in "qkv"})
+            by_heads: Any = {name: jax.device_put(getattr(chunk, name), heads) for name in "qkv"}
+            spread = dataclasses.replace(chunk, **by_heads)
             output, plain[i], carry = attend(plain[i], chunk, carry)
             output_sharded, sharded[i], carry_sharded = many[plan.specs[i]](sharded[i], spread, carry_sharded)
             np.testing.assert_allclose(output_sharded, output, atol=1e-11)

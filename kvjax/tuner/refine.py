@@ -71,7 +71,8 @@ def _part(
     best: CachePlan, plan: CachePlan, change: dict[tuple[int, str], float], model: ModelShapes, share: int
 ) -> CachePlan | None:
     """The plan that keeps of the changes from `best` to `plan` one part in `share`: the most rewarding ones of those
-    that reward, the least harmful ones of those that harm."""
+    that reward, the least harmful ones of those that harm.
+    """
     pairs = enumerate(zip(best.specs, plan.specs, strict=True))
     by = {i: change[i, str(b)] for i, (a, b) in pairs if str(a) != str(b)}
     good, bad = (sorted((i for i in by if (by[i] < 0) == rewards), key=by.__getitem__) for rewards in (True, False))

@@ -40,7 +40,8 @@ ERRORS = ("e_k", "e_v", "e_a", "e_o", "predicted")
 
 def quantise_one(simulator: Simulator, layer: int, spec: CacheSpec) -> CachePlan:
     """The plan with this layer quantised and the others exact: dense, or the method itself where its layers depend on
-    one another."""
+    one another.
+    """
     specs = list(_exact(simulator, spec).specs)
     specs[layer] = spec
     return CachePlan(tuple(specs), ModelSizes.of(simulator.model.config))

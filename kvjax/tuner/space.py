@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
-from sklearn.cluster import DBSCAN
 
 from kvjax.caches.base import CacheShape, CacheSpec, ModelShapes
 from kvjax.caches.plan import CachePlan
@@ -93,6 +92,8 @@ def cluster(
     noise: what becomes of layers that are like no other: "group" (one group of all with the same candidates, which
       the paper's Table 10 looks like) or "singletons".
     """
+    from sklearn.cluster import DBSCAN  # a second of imports, for those who need it
+
     groups: list[list[int]] = []
     for choice in dict.fromkeys(map(tuple, candidates)):
         layers = [i for i, each in enumerate(candidates) if tuple(each) == choice]

@@ -90,7 +90,8 @@ def arguments(q: Array, keys: Packed, values: Packed, start: Array, stop: Array)
 
 def defaults(q: Float[Array, "B T H D"], keys: Packed, values: Packed) -> dict[str, int]:
     """Sub-tiles of 64 tokens; fewer where registers would spill, since all bytes of a block are held at once: many
-    queries, float32, two planes, unequal widths."""
+    queries, float32, two planes, unequal widths.
+    """
     stored = [s for s in (Stored.of(keys), Stored.of(values)) if not s.exact]
     widths = {width for s in stored for width in s.widths}
     many = q.shape[1] * q.shape[2] // keys.shape[1] > 16 or q.dtype != jnp.bfloat16

@@ -38,7 +38,8 @@ def packed_attention(
     chunk: int = CHUNK,
 ) -> tuple[Float32[Array, "B T H V"], Float32[Array, "B T H"]]:
     """See `pallas_kernels.packed_attention`; `block` tokens are fetched at a time, fitted to VMEM where None, and
-    `chunk` computed; both are rounded to what the packing needs."""
+    `chunk` computed; both are rounded to what the packing needs.
+    """
     batch, queries, heads, channels = q.shape
     _, kv_heads, tokens, width = values.shape
     ratio = heads // kv_heads

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax.generation.generate import Sampling, bucket, decode_steps, empty_state, sample, start
+from kvjax.generation.decode import bucket, decode_steps, start
+from kvjax.generation.sampling import Sampling, sample
+from kvjax.generation.states import Held
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.model import Model
@@ -66,11 +68,11 @@ def test_pauses_change_nothing(tiny: Model) -> None:
     options = {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 5, "stop_tokens": []}
     whole = kvjax.generate(tiny, PROMPTS[1], "k4v2", max_new_tokens=30, max_len=128, **options)
     prefilled = kvjax.generate(tiny, PROMPTS[1], "k4v2", max_new_tokens=11, max_len=128, **options)
-    before = jax.tree.map(np.asarray, prefilled.state)
+    before = jax.tree.map(np.asarray, prefilled.state.held)
     for _ in range(2):  # a state may be gone on from many times
         rest = kvjax.generate(tiny, "", prefilled.state, max_new_tokens=19, **options)
         assert prefilled.tokens[0] + rest.tokens[0] == whole.tokens[0]
-    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, prefilled.state))
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, prefilled.state.held))
     pieces = list(kvjax.stream(tiny, PROMPTS[1], "k4v2", max_new_tokens=30, max_len=128, **options))
     assert "".join(text for text, _ in pieces) == whole.text and len(pieces) > 5
     assert len(pieces[0][1].tokens[0]) == 1  # the first token is not waited for
@@ -168,7 +170,7 @@ def test_the_loop_writes_into_one_cache(cache: str) -> None:
     params = jax.eval_shape(lambda: random_params(config, jnp.float32))
     model = Model("", config, params, None, jnp.dtype("float32"), "")  # type: ignore[arg-type]
     plan = kvjax.plan(model, cache)
-    run = jax.eval_shape(lambda: start(empty_state(model, plan, 1, 8192), 32))
+    run = jax.eval_shape(lambda: start(Held.empty(model, plan, 1, 8192), 32))
     sampling = Sampling.of(0.7, 40, 0.9, 0, 1, 64)
     program = decode_steps.lower(Decoder(config), params, ((),) * 2, run, sampling, jnp.array([2]), 32, 32).compile()
     memory = program.memory_analysis()

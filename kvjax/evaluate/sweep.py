@@ -1,0 +1,278 @@
+"""The sweep: plans scored on the same windows of a text, one result row each.
+
+Partial work is kept in a folder, so that a sweep that was cut off goes on where it was: the scores of every batch of
+windows in FOLDER/partial, finished rows in FOLDER/results.jsonl.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from kvjax import records
+from kvjax.caches.base import CacheSpec
+from kvjax.caches.grammar import split_list
+from kvjax.caches.plan import CachePlan
+from kvjax.errors import KvjaxError
+from kvjax.evaluate.perplexity import Score, Scorer, Timing, concatenate, cut_windows
+from kvjax.evaluate.text import Text, name_of, read_ids
+from kvjax.evaluate.vocabulary import DenseRun, TokenScores
+from kvjax.models.model import Model
+from kvjax.tables import align_columns
+
+Row = dict[str, Any]
+Progress = Callable[[CachePlan, int, int], None]
+"""progress(plan, done, total): how many of its windows are scored; called first with 0."""
+COLUMNS = {"bits": "bits_nominal", "with scales": "bits_asymptotic", "real": "bits_real", "x smaller": "compression"}
+FIGURES = {"nll": ".4f", "ppl": ".2f", "kld": ".4f", "kld_p99": ".3f", "top1": ".3f", "seconds": ".1f"}
+
+
+class Rows(list[Row]):
+    """Result rows, one per plan."""
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame.
+
+        Raises:
+          KvjaxError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise KvjaxError("pandas is not installed; expected it for to_pandas (pip install pandas)") from None
+        return pandas.DataFrame(list(self))
+
+    def table(self) -> str:
+        """The rows as plain text."""
+        lines = [["cache", *COLUMNS, *FIGURES]]
+        for row in self:
+            bits = [f"{row[key]:.2f}" for key in COLUMNS.values()]
+            figures = [row["error"]] if "error" in row else [f"{row[key]:{form}}" for key, form in FIGURES.items()]
+            lines.append([row["cache"] + " (simulated)" * row["simulated"], *bits, *figures])
+        return align_columns(lines, left=1)
+
+    def __repr__(self) -> str:
+        return f"<Rows of {', '.join(row['cache'] for row in self)}>"
+
+
+def sweep(
+    model: Model,
+    text: Text,
+    caches: str | Sequence[str | CacheSpec | CachePlan],
+    *,
+    protocol: str = "streaming",
+    context: int = 1024,
+    windows: int = 4,
+    offset: int = 0,
+    folder: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Rows:
+    """Scores plans on the same windows of a text.
+
+    Args:
+      model: what `kvjax.load` gives.
+      text: a name, a file, a literal text or token ids, see `kvjax.evaluate.text.read_ids`.
+      caches: plans, or their names separated by commas, see `kvjax.caches.grammar`.
+      protocol: streaming, decode or parallel, see `kvjax.evaluate.perplexity`.
+      context: tokens a window.
+      windows: how many windows.
+      offset: tokens that are skipped first.
+      folder: keeps partial work and rows; a sweep that was cut off goes on there. None: nothing is kept.
+      progress: called as progress(plan, done, total) when windows of a plan are scored.
+
+    Returns:
+      A row per plan, in order, each plan once.
+
+    Raises:
+      KvjaxError: one line that says what was expected; arguments are checked before anything is computed.
+    """
+    names = split_list(caches) if isinstance(caches, str) else caches
+    plans = list(dict.fromkeys(CachePlan.cast(name, model.config) for name in names))
+    cut = cut_windows(read_ids(text, model.tokenizer, model.config.vocab_size), context, windows, offset)
+    identity = identity_of(model, name_of(text), cut, protocol, offset=offset)
+    with kept_in(folder) as where:
+        return Sweep(model, cut, identity, where).rows(plans, progress or (lambda plan, done, total: None))
+
+
+def score(
+    model: Model,
+    text: Text,
+    cache: str | CacheSpec | CachePlan = "dense",
+    *,
+    protocol: str = "streaming",
+    context: int = 1024,
+    windows: int = 4,
+    offset: int = 0,
+) -> Score:
+    """Scores one plan on a text.
+
+    Args:
+      model: what `kvjax.load` gives.
+      text: as for `sweep`.
+      cache: a plan or its name, see `kvjax.caches.grammar`; a spec stands for all layers.
+      protocol: as for `sweep`.
+      context: tokens a window.
+      windows: how many windows.
+      offset: tokens that are skipped first.
+
+    Raises:
+      KvjaxError: one line that says what was expected; arguments are checked before anything is computed.
+    """
+    plan = CachePlan.cast(cache, model.config)
+    cut = cut_windows(read_ids(text, model.tokenizer, model.config.vocab_size), context, windows, offset)
+    with kept_in(None) as where:
+        run = Sweep(model, cut, identity_of(model, name_of(text), cut, protocol, offset=offset), where)
+        run.scorer.check(plan)
+        return run.score(plan, lambda done: None)[0]
+
+
+def identity_of(
+    model: Model, text: str, cut: Int[np.ndarray, "w c"], protocol: str, windows: int | None = None, offset: int = 0
+) -> dict[str, Any]:
+    """What two runs must share for their windows to be the same.
+
+    Args:
+      model: the model that reads them.
+      text: the name of the text, or of several, separated by commas.
+      cut: the windows' token ids.
+      protocol: how they are scored.
+      windows: of each text; all of `cut` where None.
+      offset: tokens that were skipped first.
+    """
+    return {
+        "model": strip_paths(model.name),
+        "model_sha256": model.checksum,
+        "dtype": str(model.dtype),
+        "text": strip_paths(text),
+        "tokens_sha256": hashlib.sha256(cut.astype(np.int32).tobytes()).hexdigest(),
+        "protocol": protocol,
+        "context": cut.shape[1],
+        "windows": len(cut) if windows is None else windows,
+        "offset": offset,
+    }
+
+
+def strip_paths(names: str) -> str:
+    """Names separated by commas, paths cut: where a file lies says nothing to others; its checksum does."""
+    return ",".join(Path(name).name if Path(name).exists() else name for name in split_list(names))
+
+
+@contextlib.contextmanager
+def kept_in(folder: str | Path | None) -> Iterator[Path]:
+    """The folder, made where it is missing; None: one that is removed afterwards.
+
+    Raises:
+      KvjaxError: it cannot be made.
+    """
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="kvjax-") as made:
+            yield Path(made)
+        return
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KvjaxError(f"{folder} cannot be a folder for results: {error.strerror}") from None
+    yield Path(folder)
+
+
+class Sweep:
+    """Scores plans one after the other; the dense run of each batch of windows is made once and kept on disk.
+
+    Attributes:
+      scorer: scores batches of windows.
+    """
+
+    def __init__(self, model: Model, windows: Int[np.ndarray, "w c"], identity: dict[str, Any], folder: Path):
+        """Raises KvjaxError for windows or a protocol that cannot be scored."""
+        self.model, self.windows, self.identity, self.folder = model, windows, identity, folder
+        self.scorer = Scorer(model, windows.shape[1], len(windows), identity["protocol"])
+        self.dense = CachePlan.parse("dense", model.config)
+
+    def rows(self, plans: Sequence[CachePlan], progress: Progress) -> Rows:
+        """The rows of plans, from results.jsonl where they are there, else appended to it."""
+        for plan in plans:
+            self.scorer.check(plan)  # before anything is scored
+        return Rows(self._found_or_scored(plan, functools.partial(progress, plan)) for plan in plans)
+
+    def _found_or_scored(self, plan: CachePlan, progress: Callable[[int, int], None]) -> Row:
+        total, results = len(self.windows), self.folder / "results.jsonl"
+        progress(0, total)
+        row = records.find_row(results, {"experiment": "perplexity", **self.identity, "cache": str(plan)})
+        if row is None:
+            row = self.row(plan, lambda done: progress(done, total))
+            records.append_row(results, row)
+        progress(total, total)
+        return row
+
+    def row(self, plan: CachePlan, progress: Callable[[int], None]) -> Row:
+        """The result row of one plan; `progress(done)` is told the number of finished windows."""
+        try:
+            score, timing = self.score(plan, progress)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return self.describe(plan) | {"error": "out of memory"} | records.provenance()
+        return self.describe(plan) | score.figures | dataclasses.asdict(timing) | records.provenance()
+
+    def score(self, plan: CachePlan, progress: Callable[[int], None]) -> tuple[Score, Timing]:
+        """The score of one plan, and the seconds it took; `progress` as for `row`."""
+        try:
+            parts = []
+            for start in range(0, len(self.windows), self.scorer.batch):
+                parts.append(self._batch(plan, start))
+                progress(min(start + self.scorer.batch, len(self.windows)))
+        finally:
+            if plan != self.dense:
+                self.scorer.forget(plan)
+        scores = functools.reduce(concatenate, (scores for scores, _ in parts))
+        return Score.of(scores, self.windows), sum((timing for _, timing in parts), Timing())
+
+    def describe(self, plan: CachePlan) -> Row:
+        """What a plan's row says before it is scored."""
+        context = self.windows.shape[1]
+        return {
+            "experiment": "perplexity",
+            **self.identity,
+            "cache": str(plan),
+            "bits_nominal": plan.bits_nominal,
+            "bits_asymptotic": plan.bits_asymptotic,
+            "bits_real": plan.bits_real(context),
+            "bytes_per_token": plan.counted_bytes(context) / context,
+            "compression": plan.compression(context),
+            "simulated": plan.simulated,
+        }
+
+    def _batch(self, plan: CachePlan, start: int) -> tuple[TokenScores, Timing]:
+        """Scores of the windows from `start`, from disk where they are there."""
+        file = self._file(str(plan), start)
+        if not file.exists():
+            windows = self.windows[start : start + self.scorer.batch]
+            dense = None if plan == self.dense else self._dense(start)
+            scores, kept, timing = self.scorer.run(plan, windows, dense)
+            arrays = vars(scores) | dataclasses.asdict(timing)
+            if plan == self.dense:
+                records.save_arrays(self._file("dense run", start), vars(kept))
+            records.save_arrays(file, arrays)
+        arrays = records.load_arrays(file)
+        timing = Timing(float(arrays.pop("seconds")), float(arrays.pop("compile_seconds")))
+        return TokenScores(**arrays), timing
+
+    def _dense(self, start: int) -> DenseRun:
+        """The dense run of the windows from `start`, made where it is not there yet."""
+        self._batch(self.dense, start)
+        return DenseRun(**records.load_arrays(self._file("dense run", start)))
+
+    def _file(self, what: str, start: int) -> Path:
+        key = json.dumps([self.identity, what], sort_keys=True)
+        return self.folder / "partial" / hashlib.sha256(key.encode()).hexdigest()[:16] / f"{start}.npz"

@@ -1,0 +1,20 @@
+"""Plain-text tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def align_columns(rows: Sequence[Sequence[str]], left: int) -> str:
+    """Lines of rows whose columns stand below one another.
+
+    Args:
+      rows: cells; a row may end early.
+      left: how many columns are aligned left, the others right.
+    """
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
+
+    def line(row: Sequence[str]) -> str:
+        return "  ".join(cell.ljust(widths[i]) if i < left else cell.rjust(widths[i]) for i, cell in enumerate(row))
+
+    return "\n".join(line(row).rstrip() for row in rows)

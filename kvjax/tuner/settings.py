@@ -1,0 +1,105 @@
+"""What a search is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+from kvjax.errors import KvjaxError
+
+CHOICES = {
+    "mode": ("kivi", "token"),
+    "method": ("knapsack", "nsga2", "refine"),
+    "error": ("predicted", "kld", "e_o"),
+    "prune": ("nominal", "asymptotic", "none"),
+    "cluster": ("group", "singletons", "none"),
+    "objective": ("kld", "nll", "top1", "agreement", "gsm8k"),
+}
+TYPES: dict[str, tuple[type, type]] = {  # by a field's type: what makes a value, and of what
+    "str": (str, str),
+    "int": (int, numbers.Integral),
+    "float": (float, numbers.Real),
+}
+ANSWERS = ("agreement", "gsm8k")  # objectives that need problems to answer
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchSettings:
+    """A search's settings, beside its model and its windows.
+
+    Attributes:
+      mode: of the default candidates: kivi or token.
+      candidates: caches of the plan grammar, separated by commas; {2, 4, 8} bits of K and V where empty.
+      budget: nominal bits per element.
+      budget_asymptotic: bits with scales; counts instead of `budget` where it is not 0.
+      method: knapsack, nsga2, or refine (a knapsack's plan, made better).
+      error: of single layers, for the knapsack: predicted, kld (measured, slower) or e_o.
+      prune: candidates by the front of nominal or asymptotic bits and e_o, layer by layer; or none.
+      cluster: of layers, for nsga2: noise as one group, or singletons; or none.
+      objective: what is made small: kld or nll; or large: top1, agreement (of greedy answers), gsm8k.
+      problems: GSM8K's file: agreement's prompts, gsm8k's problems.
+      count, shots: problems taken, and how many more begin the prompts of gsm8k.
+      points: plans of the knapsack's front that are evaluated.
+      trials: of nsga2.
+      rounds: of refine, at most.
+      seed: of draws.
+      worker: nsga2 processes that share a folder need numbers of their own.
+    """
+
+    mode: str = "kivi"
+    candidates: str = ""
+    budget: float = 3.25
+    budget_asymptotic: float = 0.0
+    method: str = "knapsack"
+    error: str = "predicted"
+    prune: str = "nominal"
+    cluster: str = "group"
+    objective: str = "kld"
+    problems: str = ""
+    count: int = 20
+    shots: int = 4
+    points: int = 8
+    trials: int = 200
+    rounds: int = 3
+    seed: int = 0
+    worker: int = 0
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> SearchSettings:
+        """The settings of some values, the others at their defaults.
+
+        Raises:
+          KvjaxError: an unknown name, or a value of another type or out of range.
+        """
+        fields = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+        for name in values:
+            if name not in fields:
+                raise KvjaxError(f"unknown setting {name!r}; expected {', '.join(fields)}")
+        return cls(**{name: _typed(name, value, fields[name]) for name, value in values.items()})
+
+    def __post_init__(self) -> None:
+        """Raises KvjaxError for a value out of range."""
+        for name, values in CHOICES.items():
+            if getattr(self, name) not in values:
+                raise KvjaxError(f"{name}={getattr(self, name)!r}; expected one of {', '.join(values)}")
+        for name in ("points", "trials", "rounds", "count"):
+            if getattr(self, name) < 1:
+                raise KvjaxError(f"{name}={getattr(self, name)}; expected at least 1")
+        if min(self.seed, self.worker, self.shots) < 0 or self.seed >= 2**32:
+            seeds = f"seed={self.seed}, worker={self.worker}, shots={self.shots}"
+            raise KvjaxError(f"{seeds}; expected at least 0, and a seed below 2**32")
+        if not 0 < self.budget < math.inf or not 0 <= self.budget_asymptotic < math.inf:
+            budgets = f"budget={self.budget}, budget_asymptotic={self.budget_asymptotic}"
+            raise KvjaxError(f"{budgets}; expected bits above 0, and budget_asymptotic=0 where budget counts")
+        if self.objective in ANSWERS and not self.problems:
+            raise KvjaxError(f"objective={self.objective} needs problems; expected GSM8K's jsonl file")
+
+
+def _typed(name: str, value: Any, field_type: str) -> Any:
+    make, accepted = TYPES[field_type]
+    if not isinstance(value, accepted):
+        raise KvjaxError(f"{name}={value!r}; expected {make.__name__}")
+    return make(value)

@@ -1,0 +1,83 @@
+"""The search as one call: a budget of bits in, the best plan with its card out."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from kvjax.caches.plan import CachePlan
+from kvjax.evaluate.sweep import identity_of, kept_in
+from kvjax.models.model import Model
+from kvjax.tuner.card import make_card, write_plan
+from kvjax.tuner.search import Progress, Row, Search, calibration
+from kvjax.tuner.settings import SearchSettings
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Tuning:
+    """What a search came to.
+
+    Attributes:
+      plan: the best plan within the budget.
+      rows: a row for every plan that was compared, the chosen one again at the end.
+      card: where the plan comes from and what to expect of it.
+    """
+
+    plan: CachePlan
+    rows: list[Row]
+    card: dict[str, Any]
+
+    @classmethod
+    def of(cls, search: Search) -> Tuning:
+        """Runs a search to its end."""
+        started = time.perf_counter()
+        rows = search.front(search.plans())
+        plan = CachePlan.parse(rows[-1]["cache"], search.model.config)
+        return cls(plan, rows, make_card(search, rows, time.perf_counter() - started))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan and its card to a .yaml file, which every `cache` takes.
+
+        Raises:
+          KvjaxError: the name ends otherwise, or the file cannot be written.
+        """
+        write_plan(Path(path), self.plan, self.card)
+
+    def __repr__(self) -> str:
+        figures = f"{self.plan.bits_asymptotic:.2f} bits with scales, KL {self.card['expected']['kld']:.3g}"
+        return f"<Tuning {self.plan}: {figures}, of {len(self.rows) - 1} plans>"
+
+
+def tune(
+    model: Model,
+    text: str,
+    budget: float = 3.25,
+    *,
+    folder: str | Path | None = None,
+    progress: Progress | None = None,
+    context: int = 1024,
+    windows: int = 2,
+    offset: int = 0,
+    **settings: Any,
+) -> Tuning:
+    """Searches the best plan for a budget of bits.
+
+    Args:
+      text: what to calibrate on, see `kvjax.evaluate.text.load_text`; several are separated by commas.
+      budget: nominal bits per element of K and V.
+      folder: keeps what was measured: a search that is cut off goes on where it was, and other budgets and methods
+        share it. None: nothing is kept.
+      progress: called as progress(stage, done, total), see `kvjax.tuner.search.Progress`.
+      context, windows, offset: tokens a window, windows of each text, tokens of each text skipped first.
+      settings: more of `kvjax.tuner.settings.SearchSettings`.
+
+    Raises:
+      KvjaxError: one line that says what was expected; arguments are checked before anything is computed.
+    """
+    checked = SearchSettings.of({"budget": budget, **settings})
+    cut = calibration(model, text, context, windows, offset)
+    identity = identity_of(model, text, cut, "streaming", windows, offset)
+    with kept_in(folder) as where:
+        return Tuning.of(Search(checked, model, cut, identity, where, progress))
