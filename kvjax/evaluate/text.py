@@ -91,7 +91,7 @@ def load_text(source: str | Path) -> str:
         config, _, split = rest.partition(":")
         return _read_dataset(name, config or None, split or "test")
     raise KvjaxError(
-        f"no text {source!r}; expected a file, demo, {', '.join(ALIASES)}, name[:config[:split]] or a text with spaces"
+        f"no text {source!r}; expected a file, demo, {', '.join(ALIASES)}, name[:config[:split]] or a text"
     )
 
 

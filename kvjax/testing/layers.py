@@ -61,7 +61,8 @@ class Layer:
     def weights(self) -> KVWeights:
         """As caches take them."""
         arrays: Any = (self.w_k.T, self.w_v.T, self.k_bias, self.v_bias, self.k_norm)
-        return KVWeights(*arrays, EPS, HEAD_DIM)
+        k, v, k_bias, v_bias, k_norm = arrays
+        return KVWeights(k, v, k_bias, v_bias, k_norm, EPS, HEAD_DIM)
 
 
 def normalize(x: np.ndarray) -> np.ndarray:

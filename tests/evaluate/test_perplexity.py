@@ -117,7 +117,7 @@ def test_real_model_in_float32(smollm2: Model) -> None:
     assert 2.5 < scores.nll.mean() < 3.6  # English prose through a model that works
     kld = {}
     for name in ("k8v8@token", "k4v4@kivi", "k4v4@token"):
-        kld[name] = Score.of(scorer.run(CachePlan.parse(name, smollm2.config), windows, dense)[0]).kld
+        kld[name] = Score.of(scorer.run(CachePlan.parse(name, smollm2.config), windows, dense)[0], windows).kld
     assert 0 < kld["k8v8@token"] < 1e-3 < kld["k4v4@kivi"] < 0.04 < kld["k4v4@token"] < 0.3
 
 
