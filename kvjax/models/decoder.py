@@ -162,7 +162,7 @@ class Decoder(nn.Module):
         carry = cache.plan.init_carry(cache.shape)
         bases = ((),) * c.layers if bases is None else bases
         stored = []
-        self.sow("hidden", "h", h)  # kept only where the caller asks for it, see models/faults.py
+        self.sow("hidden", "h", h)  # kept only where the caller asks for it, see models/nonfinite.py
         for layer, factor, layer_cache in zip(self.layer, bases, cache.layers, strict=True):
             h, layer_cache, carry = layer(h, positions, lengths, rope, rotation, factor, layer_cache, carry, read)
             stored.append(layer_cache)
