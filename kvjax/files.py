@@ -1,4 +1,4 @@
-"""Small helpers for files on disk."""
+"""Small helpers for files: JSON, atomic writes and checksums."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from kvjax.errors import KvjaxError
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Reads the object in a JSON file.
+
+    Args:
+      file: the file.
+
+    Returns:
+      The object.
 
     Raises:
       KvjaxError: the file is missing, unreadable or not a JSON object.
@@ -31,10 +37,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_atomically(file: Path, data: bytes) -> None:
-    """Writes to a temporary name beside `file` and renames it: a kill leaves the old file or the new one.
+    """Writes a file by way of a temporary one, so that a kill leaves either the old file or the new one.
+
+    Args:
+      file: the file; its folder is created where needed.
+      data: the content.
 
     Raises:
-      KvjaxError: it cannot be written; the old file is as it was.
+      KvjaxError: it cannot be written; the old file is unchanged.
     """
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
@@ -49,18 +59,41 @@ def write_atomically(file: Path, data: bytes) -> None:
 
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
-    """Raises KvjaxError where it cannot be written."""
+    """Writes an object to a JSON file, atomically.
+
+    Args:
+      file: the file.
+      value: the object.
+
+    Raises:
+      KvjaxError: it cannot be written.
+    """
     write_atomically(file, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """The sha256 of every file under a folder, by its path there."""
+    """Computes the checksum of every file under a folder.
+
+    Args:
+      folder: the folder.
+
+    Returns:
+      The sha256 in hex, by the file's path relative to the folder.
+    """
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return {file.relative_to(folder).as_posix(): sha256([file]) for file in files}
 
 
 def check_digests(folder: Path, expected: Any) -> None:
-    """Raises KvjaxError for a file under the folder that is missing, new or damaged by what `digests` said."""
+    """Checks the files under a folder against checksums.
+
+    Args:
+      folder: the folder.
+      expected: what `digests` returned when the files were saved.
+
+    Raises:
+      KvjaxError: a file is missing, new or damaged, or the checksums are not a dict.
+    """
     if not isinstance(expected, dict):
         raise KvjaxError(f"the checksums of {folder} are missing")
     found = digests(folder)
@@ -71,7 +104,14 @@ def check_digests(folder: Path, expected: Any) -> None:
 
 
 def sha256(files: Iterable[Path]) -> str:
-    """The sha256, in hex, of the files' bytes one after the other."""
+    """Computes one checksum of several files.
+
+    Args:
+      files: the files, in order.
+
+    Returns:
+      The sha256, in hex, of their bytes one after the other.
+    """
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
@@ -81,5 +121,12 @@ def sha256(files: Iterable[Path]) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """The first line of what a library says, cut to fit into a line of ours."""
+    """Shortens a library's error to fit into a one-line message.
+
+    Args:
+      error: the error.
+
+    Returns:
+      The first line of its text, at most 200 characters; the name of its type where it has no text.
+    """
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

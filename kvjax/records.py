@@ -1,4 +1,4 @@
-"""Result rows and arrays on disk, written whole or not at all, and where a row comes from."""
+"""Result rows and arrays on disk, written completely or not at all, and the provenance of rows."""
 
 from __future__ import annotations
 
@@ -21,13 +21,32 @@ from kvjax.files import brief, write_atomically
 
 
 def save_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes named arrays to a file.
+
+    Args:
+      file: an .npz file, replaced where it exists.
+      arrays: the arrays by name.
+
+    Raises:
+      KvjaxError: the file cannot be written.
+    """
     buffer = io.BytesIO()
     np.savez(buffer, **dict(arrays))  # type: ignore[arg-type]
     write_atomically(file, buffer.getvalue())
 
 
 def load_arrays(file: Path) -> dict[str, Any]:
-    """What `save_arrays` wrote. Raises KvjaxError where it is damaged."""
+    """Reads the arrays that `save_arrays` wrote.
+
+    Args:
+      file: the file.
+
+    Returns:
+      The arrays by name.
+
+    Raises:
+      KvjaxError: the file is damaged.
+    """
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             return dict(arrays)
@@ -36,7 +55,17 @@ def load_arrays(file: Path) -> dict[str, Any]:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a results file, none where there is no file."""
+    """Reads the rows of a results file.
+
+    Args:
+      file: a file with one JSON object per line.
+
+    Returns:
+      The rows; none where there is no file.
+
+    Raises:
+      KvjaxError: a line is not a JSON object.
+    """
     if not file.exists():
         return []
     rows = []
@@ -52,23 +81,59 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def find_row(file: Path, point: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The first row of a results file that has all values of `point`: what is measured already."""
+    """Finds the row of a point that is measured already.
+
+    Args:
+      file: the results file.
+      point: values that identify the point.
+
+    Returns:
+      The first row that has all values of `point`; None where there is none.
+
+    Raises:
+      KvjaxError: a line of the file is not a JSON object.
+    """
     return next((row for row in read_rows(file) if point.items() <= row.items()), None)
 
 
 def append_row(file: Path, row: Mapping[str, Any]) -> None:
+    """Appends one row to a results file.
+
+    Args:
+      file: the results file.
+      row: the row.
+
+    Raises:
+      KvjaxError: the file cannot be written.
+    """
     append_rows(file, [row])
 
 
 def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Appends all rows or, where that fails or is killed, none."""
+    """Appends rows to a results file: all of them or, on a failure or kill, none.
+
+    Args:
+      file: the results file.
+      rows: the rows.
+
+    Raises:
+      KvjaxError: the file cannot be written.
+    """
     old = file.read_bytes() if file.exists() else b""
     end = b"\n" if old and not old.endswith(b"\n") else b""  # an editor may have left out the last newline
     write_atomically(file, old + end + _lines(rows))
 
 
 def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Replaces a file by these rows."""
+    """Replaces a results file.
+
+    Args:
+      file: the results file.
+      rows: the new rows.
+
+    Raises:
+      KvjaxError: the file cannot be written.
+    """
     write_atomically(file, _lines(rows))
 
 
@@ -77,7 +142,11 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def provenance() -> dict[str, Any]:
-    """Where a row comes from: device, versions, commit."""
+    """Describes where a row comes from.
+
+    Returns:
+      The device, the versions of packages and the commit of the checkout.
+    """
     device = jax.devices()[0]
     kind = device.device_kind if device.platform != "cpu" else f"cpu, {os.cpu_count()} cores"
     packages = ("kvjax", "jax", "jaxlib", "flax", "numpy")
@@ -85,9 +154,9 @@ def provenance() -> dict[str, Any]:
     return {"device": kind, "versions": {"python": platform.python_version(), **versions}, "git": _commit()}
 
 
-@functools.cache  # two processes a call, and the code that runs is that of the start
+@functools.cache  # a call starts two processes, and the code in memory is that of the start anyway
 def _commit() -> str | None:
-    """The checkout's commit, with + where files differ from it; None outside a checkout."""
+    """The checkout's commit, with a + where files differ from the commit; None outside a checkout."""
     here = Path(__file__).parent
     git = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout  # noqa: E731
     try:
@@ -97,7 +166,7 @@ def _commit() -> str | None:
 
 
 class CompileSeconds:
-    """Seconds of tracing, lowering and compiling from here on."""
+    """A clock for the seconds that JAX spends on tracing, lowering and compiling, from its creation on."""
 
     def __init__(self) -> None:
         self._seconds = 0.0

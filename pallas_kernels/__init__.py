@@ -1,4 +1,4 @@
-"""Kernels for packed caches: arrays in, arrays out, usable without kvjax, of which they import nothing.
+"""Kernels for packed caches: arrays in, arrays out. They import nothing from kvjax and work without it.
 
-One folder per op, its `reference.py` beside the kernels. docs/kernels.md says what runs where.
+There is one folder per op, with a `reference.py` beside the kernels. docs/kernels.md says what runs where.
 """

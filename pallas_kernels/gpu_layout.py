@@ -1,8 +1,8 @@
-"""Which bytes hold which tokens, for kernels of GPUs, and how bytes become floats.
+"""Layout of packed tensors for GPU kernels: which bytes hold which tokens, and how bytes become floats.
 
-Attention does not care about the order of tokens, so codes are never interleaved. A program's block of tokens falls
-into sub-tiles, at the finest granularity of all planes it reads: runs of tokens that lie at one shift of every plane.
-A sub-tile is then, in every plane, a set of whole byte rows and one shift.
+Attention does not depend on the order of tokens, so codes are never interleaved. A program's block of tokens is split
+into sub-tiles: runs of tokens that have a single shift in every plane that the program reads. In every plane, a
+sub-tile is then a set of whole byte rows and one shift.
 """
 
 from __future__ import annotations
@@ -17,29 +17,30 @@ from jaxtyping import Array, Int32
 from pallas_kernels.layout import EXACT, PLANES, Packed
 
 LOG2_E = math.log2(math.e)
-LIFT = 1024.0  # float16 probabilities are stored this much larger, away from its smallest numbers
-PROGRAMS = 2 * 132  # enough to fill a large GPU
-SMALLEST = 16  # what a tensor core multiplies at least along the summed axis
+LIFT = 1024.0  # float16 probabilities are multiplied by it, to stay away from subnormal numbers
+PROGRAMS = 2 * 132  # programs that fill a large GPU
+SMALLEST = 16  # the smallest size of the summed axis on a tensor core
 BYTES = 0x01010101  # a mask of one byte, times this, masks the four bytes of a register
 
 
 def power_of_two(x: int) -> bool:
+    """Whether a positive number is a power of two."""
     return x & (x - 1) == 0
 
 
 def quotient(x: Int32[Array, "*s"], y: int) -> Int32[Array, "*s"]:
-    """x // y of what is not negative, without the instructions by which `//` minds the sign."""
+    """x // y for x >= 0, without the instructions that `//` needs for negative numbers."""
     return jax.lax.div(x, jnp.full(x.shape, y, x.dtype))
 
 
 def remainder(x: Int32[Array, "*s"], y: int) -> Int32[Array, "*s"]:
-    """x % y of what is not negative."""
+    """x % y for x >= 0."""
     return jax.lax.rem(x, jnp.full(x.shape, y, x.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """The static half of a packed tensor: what a kernel knows when it is traced."""
+    """The static part of a packed tensor, known when a kernel is traced; fields as in `layout.Packed`."""
 
     bits: int
     per: str
@@ -62,11 +63,19 @@ class Stored:
 
     @property
     def groups(self) -> int:
-        """Groups a token's channels fall into, as far as scales differ between them."""
+        """How many groups of channels of a token have different scales."""
         return 1 if self.exact or self.per == "channel" else self.channels // self.group
 
     def place(self, plane: int, first: int) -> tuple[int, int]:
-        """Where the sub-tile from token `first` of a span on stands: its byte row in a plane, and the shift."""
+        """Locates the sub-tile that begins at token `first` of a span.
+
+        Args:
+          plane: index of the plane.
+          first: the first token of the sub-tile within the span.
+
+        Returns:
+          Its first byte row in the plane, and the shift.
+        """
         if self.exact:
             return first, 0
         width = self.widths[plane]
@@ -74,33 +83,47 @@ class Stored:
         return first // self.pack * run + first % self.pack % run, first % self.pack // run * width
 
     def shared_tokens(self, run: int) -> int:
-        """Tokens of a run that share scales per channel for sure."""
+        """How many neighbouring tokens of a run always share scales per channel."""
         return math.gcd(self.group, run)
 
     def assembly(self, first: int, scaled: bool) -> str:
-        """PTX from the bytes of each plane, four elements at a time: codes as bfloat16 (plus 128, or minus 128 at 8
-        bits), or (`scaled`) with scale and zero point as float16.
+        """Writes PTX that turns the bytes of each plane into floats, four elements at a time.
+
+        Args:
+          first: the first token of the sub-tile within the span.
+          scaled: gives codes * scale + zero in float16; otherwise codes in bfloat16, plus 128 (minus 128 at 8 bits).
+
+        Returns:
+          The instructions.
         """
         planes = range(len(self.widths))
         code = _unpack(self.widths, [self.place(plane, first)[1] for plane in planes], 2)
         return f"{{ {code} {_float16(2 + len(planes)) if scaled else _bfloat16(self.bits)} }}"
 
     def operands(self, scaled: bool) -> str:
-        """Of `assembly`: two results, which share no register with an argument, since those are read after the first
-        is written, a register a plane, and two each for scale and zero point.
+        """Writes the operand constraints of `assembly`.
+
+        They are two results, a register per plane and, with `scaled`, two registers each for scale and zero point. A
+        result shares no register with an argument, because arguments are read after the first result is written.
         """
         return ",".join(["=&r", "=&r", *["r"] * (len(self.widths) + 4 * scaled)])
 
     def offset(self, light: bool) -> int:
-        """What codes as bfloat16 have too much: the float whose last digits a code replaces, left in, since it can be
-        subtracted from sums more cheaply than from every code.
+        """The number by which codes in bfloat16 are too large.
+
+        A code replaces the last digits of a float. That float is left in, because subtracting it from sums is cheaper
+        than from every code. With `light` False, codes are in float32 and exact.
         """
         return 0 if not light else -128 if self.bits == 8 else 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """Blocks of `repeats` spans; a span falls into runs of `run` tokens, and run m of every span forms sub-tile m."""
+    """How a block of tokens is split into sub-tiles.
+
+    A block is `repeats` spans of `span` tokens. A span is split into runs of `run` tokens, and run m of every span
+    belongs to sub-tile m.
+    """
 
     span: int
     run: int
@@ -120,7 +143,7 @@ class Cut:
         return self.span // self.run
 
     def spans(self, block: Array) -> Int32[Array, "rows"]:
-        """The span of each token of a sub-tile."""
+        """The index of the span of each token of a sub-tile."""
         return block * self.repeats + quotient(jnp.arange(self.rows), self.run)
 
     def positions(self, block: Array, tile: int) -> Int32[Array, "rows"]:
@@ -128,7 +151,19 @@ class Cut:
 
 
 def cut(streams: list[Stored], rows: int, block: int | None = None) -> Cut:
-    """Blocks over tensors read side by side: of `block` tokens, or of the fewest whose sub-tiles have `rows`."""
+    """Splits blocks of tensors that are read side by side.
+
+    Args:
+      streams: the tensors.
+      rows: tokens that a sub-tile should have at least, where `block` is None.
+      block: tokens of a block; None for the smallest block that `rows` allows.
+
+    Returns:
+      The split.
+
+    Raises:
+      NotImplementedError: packing blocks or `block` do not fit powers of two.
+    """
     packed = [s for s in streams if not s.exact]
     if any(not power_of_two(s.pack) for s in packed):
         raise NotImplementedError(f"packs of {', '.join(str(s.pack) for s in packed)}; expected powers of two")
@@ -141,7 +176,7 @@ def cut(streams: list[Stored], rows: int, block: int | None = None) -> Cut:
 
 
 def _unpack(widths: tuple[int, ...], shifts: list[int], first: int) -> str:
-    """PTX: register t is the codes of four bytes, from the planes' bytes in operands `first` and on."""
+    """PTX that fills register t with four codes, from the bytes of the planes in the operands from `first` on."""
     lines, low = [".reg .b32 t, u, a, b, c, d, m; mov.b32 t, 0;"], 0
     for plane, (width, shift) in enumerate(zip(widths, shifts, strict=True)):
         move = (
@@ -155,9 +190,10 @@ def _unpack(widths: tuple[int, ...], shifts: list[int], first: int) -> str:
 
 
 def _bfloat16(bits: int) -> str:
-    """PTX: codes in t as bfloat16 by writing them into the mantissa of 128, where they fill 7 bits at most.
+    """PTX that turns codes in t into bfloat16 by writing them into the mantissa of 128, which has 7 bits.
 
-    Codes of 8 bits: the low 7 that way, minus 128 or 256 as the high bit says, is the code minus 128.
+    For codes of 8 bits, the low 7 bits are written, and 128 or 256 is subtracted, depending on the high bit: the
+    result is the code minus 128.
     """
     spread = "mov.b32 m, 0x43434343; prmt.b32 {0}, {2}, m, 0x4140; prmt.b32 {1}, {2}, m, 0x4342;"
     if bits < 8:
@@ -168,7 +204,10 @@ def _bfloat16(bits: int) -> str:
 
 
 def _float16(first: int) -> str:
-    """PTX: codes in t as float16 through the mantissa of 1024, times scale plus zero from operands `first` and on."""
+    """PTX that turns codes in t into float16 by the mantissa of 1024, then multiplies by scale and adds zero.
+
+    Scale and zero point are in the operands from `first` on.
+    """
     spread = "mov.b32 m, 0x64646464; prmt.b32 a, t, m, 0x4140; prmt.b32 b, t, m, 0x4342;"
     minus = "mov.b32 m, 0x64006400; sub.rn.f16x2 a, a, m; sub.rn.f16x2 b, b, m;"
     scaled = f"fma.rn.f16x2 $0, a, ${first}, ${first + 2}; fma.rn.f16x2 $1, b, ${first + 1}, ${first + 3};"

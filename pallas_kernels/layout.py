@@ -1,12 +1,12 @@
-"""Codes packed into bytes, as every kernel reads and writes them.
+"""The packed layout that every kernel reads and writes.
 
 A tensor [B, K, S, D] (batch, heads, tokens, channels) is stored in packing blocks of `pack` tokens. A width is a
 sum of power-of-two planes (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2), low bits first, so that b bits cost b bits. Within a
 plane of w bits a packing block is planar along its tokens: byte row i of it holds tokens i, i + pack*w/8, i +
 2*pack*w/8, ..., lowest bits first, so that unpacking is one shift and one mask of whole rows.
 
-Scales and zero points (float16) say x = code * scale + zero, in groups of `group` channels of a token (per "token",
-stored tokens last) or of `group` tokens of a channel (per "channel").
+Values are x = code * scale + zero, with scale and zero point in float16 for each group: `group` channels of a token
+(per "token"; the axis of tokens is stored last) or `group` tokens of a channel (per "channel").
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Float16, Int, UInt8
 
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 EXACT = 16  # the width that means unquantised
-MASKED = -1e30  # a score that no softmax sees; finite, so that a row with no key yet stays free of NaN
+MASKED = -1e30  # score of a masked key; finite, so that a row that has seen no key does not become NaN
 
 
 @jax.tree_util.register_dataclass
@@ -29,8 +29,14 @@ MASKED = -1e30  # a score that no softmax sees; finite, so that a row with no ke
 class Packed:
     """A packed tensor.
 
-    planes: one array [B, K, S*w/8, D] of bytes per plane; at 16 bits the values themselves, [B, K, S, D].
-    scale, zero: [B, K, D/group, S] per token, [B, K, S/group, D] per channel; None at 16 bits.
+    Attributes:
+      planes: one array [B, K, S*w/8, D] of bytes per plane; at 16 bits the values themselves, [B, K, S, D].
+      scale: [B, K, D/group, S] per token, [B, K, S/group, D] per channel; None at 16 bits.
+      zero: zero points, like `scale`.
+      bits: code width, or 16 for exact values.
+      per: "token" or "channel", see above.
+      group: elements of a group.
+      pack: tokens of a packing block.
     """
 
     planes: tuple[UInt8[Array, "B K _ D"], ...]
@@ -50,7 +56,14 @@ class Packed:
 
 
 def dequantize(packed: Packed) -> Float[Array, "B K S D"]:
-    """All values, in float32: slow and plain."""
+    """Dequantises a packed tensor, simply and slowly, for references and tests.
+
+    Args:
+      packed: the tensor.
+
+    Returns:
+      All values, in float32.
+    """
     if packed.scale is None or packed.zero is None:
         return packed.planes[0].astype(jnp.float32)
     batch, heads, tokens, channels = packed.shape
@@ -69,21 +82,45 @@ def dequantize(packed: Packed) -> Float[Array, "B K S D"]:
 
 
 def by_kv_head(q: Float[Array, "B T H D"], kv_heads: int) -> Float[Array, "B K R D"]:
-    """Queries as rows of the kv head that they look at: R = T * H/K, the heads of a token side by side."""
+    """Groups queries by the kv head that they read.
+
+    Args:
+      q: queries.
+      kv_heads: K.
+
+    Returns:
+      R = T * H/K rows per kv head, the heads of a token side by side.
+    """
     batch, tokens, _, channels = q.shape
     rows = q.reshape(batch, tokens, kv_heads, -1, channels).swapaxes(1, 2)
     return rows.reshape(batch, kv_heads, -1, channels)
 
 
 def by_query(rows: Float[Array, "B K R D"], tokens: int) -> Float[Array, "B T H D"]:
-    """`by_kv_head` undone, T = `tokens`."""
+    """Reverses `by_kv_head`.
+
+    Args:
+      rows: rows per kv head.
+      tokens: queries T of a sequence.
+
+    Returns:
+      Rows by query and head.
+    """
     batch, kv_heads, _, channels = rows.shape
     q = rows.reshape(batch, kv_heads, tokens, -1, channels).swapaxes(1, 2)
     return q.reshape(batch, tokens, -1, channels)
 
 
 def check(name: str, packed: Packed) -> None:
-    """Raises ValueError, naming the argument, where the arrays of a packed tensor do not fit one another."""
+    """Checks that the arrays of a packed tensor fit together.
+
+    Args:
+      name: name of the argument, for messages.
+      packed: the tensor.
+
+    Raises:
+      ValueError: they do not.
+    """
     if packed.bits != EXACT and packed.bits not in PLANES:
         raise ValueError(f"{name}: {packed.bits} bits; expected one of {', '.join(map(str, PLANES))} or {EXACT}")
     if packed.per not in ("token", "channel"):
@@ -114,7 +151,16 @@ def check(name: str, packed: Packed) -> None:
 
 
 def check_bound(name: str, lengths: Int[Array, "B"], tokens: int) -> None:
-    """Raises ValueError where a length, if it is known before the launch, lies beyond the buffer."""
+    """Checks that lengths lie within a buffer, where their values are known before the launch.
+
+    Args:
+      name: name of the argument, for messages.
+      lengths: a length per sequence.
+      tokens: allocated tokens of the buffer.
+
+    Raises:
+      ValueError: a length is beyond the buffer.
+    """
     if not isinstance(lengths, jax.core.Tracer) and bool((lengths > tokens).any()):
         raise ValueError(f"{name}: {int(lengths.max())} is beyond the buffer of {tokens} tokens")
 
@@ -122,7 +168,19 @@ def check_bound(name: str, lengths: Int[Array, "B"], tokens: int) -> None:
 def check_span(
     start: Int[Array, "B"], stop: Int[Array, "B"], first: int, window: int | None, batch: int, tokens: int
 ) -> None:
-    """Raises ValueError, naming the argument, where queries cannot look at that of a buffer of `tokens`."""
+    """Checks the span of stored positions that queries read.
+
+    Args:
+      start: position of the first query, per sequence.
+      stop: the position after the last that is read, per sequence.
+      first: the first position that is read.
+      window: sliding window in tokens; None where there is none.
+      batch: sequences.
+      tokens: allocated tokens of the buffer.
+
+    Raises:
+      ValueError: an argument has the wrong type or shape, or lies outside the buffer.
+    """
     for name, array in (("start", start), ("stop", stop)):
         if array.shape != (batch,) or not jnp.issubdtype(array.dtype, jnp.integer):
             raise ValueError(f"{name}: {array.dtype}{list(array.shape)}; expected integers [{batch}]")
@@ -134,11 +192,20 @@ def check_span(
 
 
 def implementation_of(op: str, name: str, names: Sequence[str], function: str | None = None) -> Callable:
-    """The function of an op's folder that one of its implementations has; imported only when it is asked for.
+    """Imports an implementation of an op.
+
+    Args:
+      op: full name of the op's package.
+      name: name of the implementation, a module of that package.
+      names: the implementations that the op has.
+      function: name of the function; that of the op where None.
+
+    Returns:
+      The function.
 
     Raises:
       ValueError: there is no such implementation.
-      NotImplementedError: what it is built on is not installed.
+      NotImplementedError: a package that it needs is not installed.
     """
     if name not in names:
         raise ValueError(f"implementation {name!r}; expected one of {', '.join(names)}")

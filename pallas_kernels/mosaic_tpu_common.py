@@ -1,4 +1,4 @@
-"""What the TPU kernels share: packed tensors as blocks in VMEM, codes from bytes, scales, an online softmax.
+"""Code that the TPU kernels share: packed tensors in VMEM, unpacking of codes, scales and an online softmax.
 
 Mosaic has no float16 vectors and no shifts of bytes: scales travel as int16 bits and widen to float32 by integer
 arithmetic, and bytes are shifted four at a time, as words.
@@ -20,13 +20,13 @@ from pallas_kernels.layout import EXACT, MASKED, PLANES, Packed
 
 LANES = 128
 BYTE_TILE = 32  # rows of a tile of bytes
-BLOCK_BYTES = 2 << 20  # of all inputs in a grid step; the pipeline holds two
+BLOCK_BYTES = 2 << 20  # of all inputs of a grid step; the pipeline holds those of two steps
 BLOCK_TOKENS = 4096
-PIECE = 512  # channels dequantised at a time, of many
+PIECE = 512  # channels dequantised at a time, where there are many
 
 
 class Stream(NamedTuple):
-    """The arrays of a packed tensor (or their block specs, or their refs); scale and zero None where exact."""
+    """The arrays of a packed tensor, their block specs or their refs; scale and zero are None where exact."""
 
     planes: tuple[Any, ...]
     scale: Any
@@ -34,10 +34,14 @@ class Stream(NamedTuple):
 
 
 def stream(packed: Packed) -> Stream:
-    """The arrays as the kernels take them: scales as int16 bits, one group per token as [B, K, S].
+    """Converts a packed tensor to the arrays that kernels take.
 
-    XLA lays [B, K, 1, S] out with heads along sublanes, which is [B, K, S] as it stands; as it is, it is copied.
-    Libtpu takes no float16 argument, and XLA copies what it turns into bits: arrays of int16 are taken as they are.
+    Scales become int16 bits, of shape [B, K, S] where a token has one group. XLA lays [B, K, 1, S] out with heads
+    along sublanes, which is the layout of [B, K, S]; given as [B, K, 1, S] it would be copied. Libtpu takes no float16
+    argument, and XLA copies an array when it casts it to bits; arrays that are int16 already are not copied.
+
+    Args:
+      packed: the tensor.
     """
     if packed.bits == EXACT:
         return Stream(packed.planes, None, None)
@@ -53,7 +57,7 @@ def _single(packed: Packed) -> bool:
 
 
 def heads_of(*tensors: Packed) -> int:
-    """Heads of a grid step; a tile of scales may hold those of eight heads."""
+    """Returns the number of heads per grid step; a tile of scales may hold the scales of eight heads."""
     heads = tensors[0].shape[1]
     if heads % 8 and any(map(_single, tensors)):
         return heads
@@ -61,7 +65,14 @@ def heads_of(*tensors: Packed) -> int:
 
 
 def stream_specs(packed: Packed, heads: int, block: int, index: Callable[..., tuple[Any, Any, Any]]) -> Stream:
-    """Blocks of `block` tokens of `heads` heads; `index` maps a grid step to sequence, heads and tokens."""
+    """Returns the block specs of a packed tensor.
+
+    Args:
+      packed: the tensor.
+      heads: heads of a block.
+      block: tokens of a block.
+      index: maps a grid step to block indices of sequence, heads and tokens.
+    """
     channels = packed.shape[3]
 
     def rows(count: int, columns: int = channels) -> pl.BlockSpec:
@@ -81,7 +92,7 @@ def stream_specs(packed: Packed, heads: int, block: int, index: Callable[..., tu
 
 
 def scale_scratch(packed: Packed, heads: int, block: int) -> Any:
-    """Room for the float32 scales, zero points of a block."""
+    """Returns the scratch buffers for float32 scales and zero points of a block."""
     if packed.bits == EXACT:
         return ()
     channels, group = packed.shape[3], packed.group
@@ -94,26 +105,30 @@ def scale_scratch(packed: Packed, heads: int, block: int) -> Any:
 
 
 def widen_scales(packed: Packed, refs: Stream, scratch: Any) -> None:
-    """Fills `scale_scratch`; the zero points are those of the codes that `read` gives."""
+    """Fills the buffers of `scale_scratch`; zero points are adapted to the centred codes that `read` returns."""
     if packed.bits != EXACT:
         scale, zero = widen(refs.scale[...]), widen(refs.zero[...])
         scratch[0][...], scratch[1][...] = scale, zero + scale * float(middle(packed.bits))
 
 
 def of_head(packed: Packed, head: Any, refs: Stream, scratch: Any) -> tuple[tuple[Any, ...], Any]:
-    """Planes [rows, D] and float32 scales [G, block] or [block/group, D] of one head of a block."""
+    """Returns planes [rows, D] and float32 scales [G, block] or [block/group, D] of one head of a block."""
     at = pl.ds(head, 1) if _single(packed) else head
     return tuple(ref.at[head] for ref in refs.planes), tuple(ref.at[at] for ref in scratch)
 
 
 def middle(bits: int) -> int:
-    """What `read` subtracts from codes: a sum of centred codes loses less to rounding than one of positive codes."""
+    """Returns what `read` subtracts from codes: sums of centred codes have smaller rounding errors."""
     return 0 if bits == 1 else 1 << (bits - 1)
 
 
 def widen(bits: Int16[Array, "*shape"]) -> Float32[Array, "*shape"]:
-    """float16 from its bits; what is not finite becomes NaN. Subnormals go by way of their integer: a product would
-    flush them.
+    """Converts bits of float16 to float32; values that are not finite become NaN.
+
+    Subnormals are converted from their integer, because a product would flush them to zero.
+
+    Args:
+      bits: the bits.
     """
     word = bits.astype(jnp.int32)
     size = word & 0x7FFF
@@ -124,7 +139,15 @@ def widen(bits: Int16[Array, "*shape"]) -> Float32[Array, "*shape"]:
 
 
 def read(packed: Packed, planes: tuple[Any, ...], at: Int32[Array, ""], count: int, dtype) -> Float[Array, "count D"]:
-    """Centred codes (or exact values) of `count` tokens of a block from token `at` on, as `dtype`."""
+    """Reads centred codes, or exact values, from a block.
+
+    Args:
+      packed: the tensor.
+      planes: refs of the planes of one head.
+      at: the first token within the block.
+      count: number of tokens.
+      dtype: dtype of the result.
+    """
     if packed.bits == EXACT:
         return planes[0][pl.ds(at, count), :].astype(dtype)
     codes: Any = None
@@ -137,7 +160,14 @@ def read(packed: Packed, planes: tuple[Any, ...], at: Int32[Array, ""], count: i
 
 
 def unpack(rows: UInt8[Array, "R D"], width: int, pack: int, less: int) -> Int32[Array, "N D"]:
-    """The codes of a plane of `width` bits, tokens in order, minus `less`."""
+    """Unpacks the codes of one plane, tokens in order.
+
+    Args:
+      rows: byte rows of whole packing blocks.
+      width: bits of a code in the plane.
+      pack: tokens of a packing block.
+      less: subtracted from every code.
+    """
     channels, height = rows.shape[1], pack * width // 8
     if height < 8:
         return _unpack_low(rows.astype(jnp.int32), width) - less
@@ -153,12 +183,12 @@ def unpack(rows: UInt8[Array, "R D"], width: int, pack: int, less: int) -> Int32
 
 
 def _bytes(value: int) -> int:
-    """A word of four equal bytes, as a signed integer."""
+    """Returns a word of four equal bytes, as a signed integer."""
     return int.from_bytes(bytes([value] * 4), "little", signed=True)
 
 
 def _unpack_low(rows: Int32[Array, "R D"], width: int) -> Int32[Array, "N D"]:
-    """`unpack` where a packing block has 4 rows, half a tile: the rows are doubled and the halves shifted apart."""
+    """`unpack` where a packing block has 4 rows, half a tile: rows are doubled, and each half has another shift."""
     tiles = rows.reshape(-1, 8, rows.shape[1])
     upper = jax.lax.broadcasted_iota(jnp.int32, tiles.shape, 1) >= 4
     turned = pltpu.roll(tiles, 4, 1)
@@ -170,7 +200,11 @@ def _unpack_low(rows: Int32[Array, "R D"], width: int) -> Int32[Array, "N D"]:
 
 
 def chunk_of(*tensors: Packed, least: int) -> int:
-    """Tokens that are computed at a time: whole packing blocks and whole tiles of every plane.
+    """Returns the tokens to compute at a time: whole packing blocks and whole tiles of every plane.
+
+    Args:
+      *tensors: the packed tensors that are read side by side.
+      least: the smallest number allowed.
 
     Raises:
       NotImplementedError: the tensors' settings have no such number, or none that fits.
@@ -191,10 +225,16 @@ def chunk_of(*tensors: Packed, least: int) -> int:
 
 
 def block_of(*tensors: Packed, heads: int, chunk: int, block: int | None) -> int:
-    """Tokens of a grid step: a multiple of `chunk` and, for tiles of scales, of 8 groups of tokens.
+    """Returns the tokens of a grid step: a multiple of `chunk` and, for tiles of scales, of 8 groups of tokens.
+
+    Args:
+      *tensors: the packed tensors that are read side by side.
+      heads: heads of a grid step.
+      chunk: tokens computed at a time.
+      block: the number wanted; None for one that fits VMEM.
 
     Raises:
-      NotImplementedError: groups of tokens too large for a block.
+      NotImplementedError: groups of tokens are too large for a block.
     """
     groups = [8 * packed.group for packed in tensors if packed.bits != EXACT and packed.per == "channel"]
     step = math.lcm(chunk, *groups)
@@ -210,46 +250,54 @@ def block_of(*tensors: Packed, heads: int, chunk: int, block: int | None) -> int
 def bounds_of(
     start: Int[Array, "B"], stop: Int[Array, "B"], queries: int, first: int, window: int | None
 ) -> Int32[Array, "4 B"]:
-    """Per sequence: start; stop; the first position that a query sees and the end of those, rows 2 and 3."""
+    """Returns four rows per sequence: start, stop, and the range of positions that any query sees.
+
+    Args:
+      start: position of the first query.
+      stop: the position after the last that is read.
+      queries: queries of a sequence.
+      first: the first position that is read.
+      window: sliding window in tokens; None where there is none.
+    """
     start, stop = start.astype(jnp.int32), stop.astype(jnp.int32)
     low = jnp.full_like(start, first) if window is None else jnp.maximum(first, start + 1 - window)
     return jnp.stack([start, stop, low, jnp.maximum(jnp.minimum(stop, start + queries), low)])
 
 
 def steps_of(tokens: int, queries: int, first: int, window: int | None, block: int) -> int:
-    """Grid steps that cover what a sequence sees, wherever its blocks lie."""
+    """Returns the number of grid steps that cover the positions seen, for any alignment of the blocks."""
     steps = -(-tokens // block) - first // block
     return max(1, steps if window is None else min(steps, (window + queries + block - 3) // block + 1))
 
 
 def block_at(bounds, batch, step, tokens: int, block: int):
-    """The block of a grid step. Steps past the last one that is seen stay on it, and so fetch nothing."""
+    """Returns the block of a grid step. Steps past the last block that is seen stay on it, and so fetch nothing."""
     low, high = bounds[2, batch], bounds[3, batch]
     last = jnp.minimum(quotient(jnp.maximum(high - 1, 0), block), (tokens - 1) // block)
     return jnp.minimum(quotient(low, block) + step, last)
 
 
 def quotient(x, y: int):
-    """x // y of what is not negative: Mosaic has no `//`, which asks for the sign, without a device at hand."""
+    """x // y for x >= 0: without a device at hand, Mosaic cannot lower `//`, which looks at the sign."""
     return jax.lax.div(x, jnp.int32(y))
 
 
 def dot(x: Float[Array, "M N"], y: Float[Array, "N D"], *, transposed: bool = False) -> Float32[Array, "M D"]:
-    """x @ y (or y.T) in the precision of the operands, summed in float32."""
+    """Computes x @ y, or x @ y.T where `transposed`, in the precision of the operands, summed in float32."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     dims = (((1,), (1 if transposed else 0,)), ((), ()))
     return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
 def reset(top_ref, sum_ref, acc_ref) -> None:
-    """A softmax that has seen nothing: its running maximum, sum and weighted values."""
+    """Sets the running maximum, sum and weighted values of a softmax to those over no keys."""
     top_ref[...] = jnp.full(top_ref.shape, MASKED, jnp.float32)
     sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
     acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
 
 def finish(top_ref, sum_ref, acc_ref) -> tuple[Float32[Array, "M D"], Float32[Array, "M 1"]]:
-    """The output and the log of the sum; 0 and MASKED for a query that saw no key."""
+    """Returns the output and the log-sum-exp; 0 and MASKED for a query that saw no key."""
     total = sum_ref[...]
     empty = total == 0.0
     safe = jnp.where(empty, 1.0, total)
@@ -259,7 +307,7 @@ def finish(top_ref, sum_ref, acc_ref) -> tuple[Float32[Array, "M D"], Float32[Ar
 def edges_of(
     rows: int, ratio: int, bounds, sequence, first: int, window: int | None
 ) -> tuple[Int32[Array, "M 1"], Int32[Array, "M 1"]]:
-    """The first position that each query row sees and the end of those; `ratio` rows to a query."""
+    """Returns the range of positions that each query row sees; a query has `ratio` rows."""
     row = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0).astype(jnp.float32)
     at = bounds[0, sequence] + ((row + 0.5) * (1.0 / ratio)).astype(jnp.int32)  # no vector division on TPU
     low = jnp.full_like(at, first) if window is None else jnp.maximum(first, at + 1 - window)
@@ -267,20 +315,29 @@ def edges_of(
 
 
 def seen(edges: tuple[Int32[Array, "M 1"], Int32[Array, "M 1"]], base, count: int) -> Bool[Array, "M N"]:
-    """Which of `count` positions from `base` on each query row sees."""
+    """Says which of `count` positions from `base` on each query row sees."""
     position = base + jax.lax.broadcasted_iota(jnp.int32, (edges[0].shape[0], count), 1)
     return (position >= edges[0]) & (position < edges[1])
 
 
 def chunks_of(base, low, high, block: int, chunk: int) -> tuple[Int32[Array, ""], Int32[Array, ""]]:
-    """The chunks of the block at `base` that hold positions from `low` to `high`."""
+    """Returns the range of chunks, in the block at `base`, that hold positions in [low, high)."""
     return quotient(jnp.maximum(low - base, 0), chunk), quotient(jnp.minimum(high - base, block) + chunk - 1, chunk)
 
 
 def soften(
     scores: Float32[Array, "M N"], seen: Bool[Array, "M N"], top: Float32[Array, "M 1"]
 ) -> tuple[Float32[Array, "M 1"], Float32[Array, "M N"], Float32[Array, "M 1"]]:
-    """The new running maximum, the probabilities below it, and what the sums so far shrink by."""
+    """Takes one step of an online softmax.
+
+    Args:
+      scores: scores of N keys.
+      seen: which of them each row sees.
+      top: the running maximum.
+
+    Returns:
+      The new maximum, the exponentials relative to it, and the factor by which earlier sums shrink.
+    """
     new = jnp.maximum(top, scores.max(1, keepdims=True))
     return new, jnp.where(seen, jnp.exp(scores - new), 0.0), jnp.exp(top - new)
 
@@ -288,7 +345,16 @@ def soften(
 def dequantized(
     packed: Packed, planes: tuple[Any, ...], scales, at: Int32[Array, ""], count: int, columns: tuple[int, int]
 ) -> Float32[Array, "count C"]:
-    """Values of `count` tokens of a block from token `at` on, in the channels from columns[0] to columns[1]."""
+    """Dequantises part of a block.
+
+    Args:
+      packed: the tensor.
+      planes: refs of the planes of one head.
+      scales: refs of its scales and zero points in float32.
+      at: the first token within the block.
+      count: number of tokens.
+      columns: the first channel, and the one after the last.
+    """
     first, last = columns
     values = read(packed, tuple(plane.at[:, first:last] for plane in planes), at, count, jnp.float32)
     if packed.bits == EXACT:
@@ -303,8 +369,10 @@ def dequantized(
 
 
 def _spread(scale: Float32[Array, "G N"], group: int, columns: tuple[int, int]) -> Float32[Array, "N C"]:
-    """Scales of groups of channels, for each of the channels: a product with ones and zeros, which transposes on the
-    way. Each scale is the sum of three bfloat16, and so comes out as it was.
+    """Repeats scales of groups of channels for every channel, and transposes them.
+
+    It multiplies by a matrix of ones and zeros. Each scale is split into a sum of three bfloat16 numbers, so that the
+    result is exact.
     """
     parts, rest = [], scale
     for _ in range(3):
@@ -319,7 +387,7 @@ def _spread(scale: Float32[Array, "G N"], group: int, columns: tuple[int, int]) 
 
 
 def pieces_of(packed: Packed) -> list[tuple[int, int]]:
-    """Ranges of channels that are dequantised at a time."""
+    """Splits the channels into ranges that are dequantised one at a time."""
     width = packed.shape[3]
     step = width if width <= 2 * PIECE else PIECE
     return [(first, min(first + step, width)) for first in range(0, width, step)]

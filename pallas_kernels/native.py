@@ -1,4 +1,4 @@
-"""C++ for the CPU: compiled on first use with the system's compiler and kept in the user's cache folder."""
+"""Kernels in C++ for the CPU, compiled on first use by the system's compiler and kept in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -21,10 +21,17 @@ if platform.machine() == "x86_64":
 
 @functools.cache
 def register(source: Path, symbol: str) -> str:
-    """Builds the source (and headers beside it) where it has not been, registers the symbol with JAX and returns its
-    target's name.
+    """Compiles a source file where needed and registers its function with JAX.
 
-    Raises NotImplementedError where there is no compiler or it does not compile.
+    Args:
+      source: the C++ file; headers in the same folder belong to it.
+      symbol: name of the function.
+
+    Returns:
+      The name of the FFI target.
+
+    Raises:
+      NotImplementedError: there is no compiler, or the source does not compile.
     """
     library = ctypes.CDLL(str(_build(source)))
     jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
@@ -36,7 +43,7 @@ def _build(source: Path) -> Path:
     if compiler is None:
         raise NotImplementedError("no C++ compiler: expected g++ or clang++ on the path, or $CXX")
     command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}"]
-    # The name says everything that the result depends on: the text, the command, the library it talks to, the CPU.
+    # The name is a hash of everything that the library depends on: sources, command, version of JAX, CPU.
     text = b"".join(file.read_bytes() for file in (source, *sorted(source.parent.glob("*.h"))))
     parts = (text, repr(command).encode(), jax.__version__.encode(), _cpu().encode())
     name = f"{source.stem}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
@@ -57,7 +64,7 @@ def _build(source: Path) -> Path:
 
 
 def _cpu() -> str:
-    """What -march=native depends on."""
+    """The features of the CPU, on which -march=native depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: a block of a packed tensor in registers, as floats."""
+"""Code that the Triton kernels share: it loads a block of a packed tensor into registers, as floats."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from pallas_kernels.layout import Packed
 
 
 def dot(a: Float[Array, "_ _"], b: Float[Array, "_ _"], over_a: int, over_b: int) -> Float32[Array, "_ _"]:
-    """The product over one axis of each."""
+    """Multiplies two matrices and sums in float32.
+
+    Args:
+      a: the first.
+      b: the second.
+      over_a: the summed axis of a.
+      over_b: the summed axis of b.
+    """
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a, b, (((over_a,), (over_b,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
@@ -25,13 +32,13 @@ def dot(a: Float[Array, "_ _"], b: Float[Array, "_ _"], over_a: int, over_b: int
 
 
 def span(start: Array, stop: Array, tokens: int, first: int, window: int | None) -> tuple[Array, Array]:
-    """The first position that any of `tokens` queries sees, and the end of those."""
+    """Returns the range [low, end) of positions that any of `tokens` queries, the first at `start`, sees."""
     low = jnp.int32(first) if window is None else jnp.maximum(first, start + 1 - window)
     return low, jnp.minimum(stop, start + tokens)
 
 
 def share(low: Array, end: Array, block: int, splits: int, index: Array) -> tuple[Array, Array]:
-    """The blocks that hold positions from `low` to `end`: those of split `index`, from one to before another."""
+    """Returns the range of blocks for split `index` of `splits`, over all blocks with positions in [low, end)."""
     begin, end = low // block, pl.cdiv(end, block)
     each = pl.cdiv(jnp.maximum(end - begin, 0), splits)
     begin += index * each
@@ -40,7 +47,10 @@ def share(low: Array, end: Array, block: int, splits: int, index: Array) -> tupl
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Piece:
-    """A power of two of channels within which groups are equal and powers of two, too, or that one group holds."""
+    """A range of channels whose width is a power of two.
+
+    It lies within one group, or it holds several whole groups, whose width is then a power of two as well.
+    """
 
     start: int | Array
     width: int
@@ -52,7 +62,15 @@ class Piece:
 
 
 def piece_width(stored: Stored, widest: int) -> int:
-    """Of pieces that are all alike, for a loop over them; at most `widest`."""
+    """Returns the width of pieces of equal size, for a loop over them.
+
+    Args:
+      stored: the tensor.
+      widest: the largest width allowed.
+
+    Raises:
+      NotImplementedError: the channels do not divide into pieces that a tensor core takes.
+    """
     group = stored.channels // stored.groups
     size = stored.channels if power_of_two(group) else group
     width = min(size & -size, widest)
@@ -62,13 +80,21 @@ def piece_width(stored: Stored, widest: int) -> int:
 
 
 def piece_at(stored: Stored, width: int, index: Array) -> Piece:
-    """Piece `index` of those that are all `width` wide."""
+    """Returns piece `index` of pieces that are all `width` wide."""
     group = stored.channels // stored.groups
     return Piece(index * width, width, quotient(index * width, group), max(1, width // group))
 
 
 def pieces(stored: Stored, *, whole: bool) -> list[Piece]:
-    """The channels in pieces: of one group each, or (`whole`) of as many groups as go into a power of two."""
+    """Splits the channels of a tensor into pieces.
+
+    Args:
+      stored: the tensor.
+      whole: whether a piece may hold several groups; otherwise it lies within one.
+
+    Raises:
+      NotImplementedError: the channels do not divide into pieces that a tensor core takes.
+    """
     group = stored.channels // stored.groups
     unit = stored.channels if whole and power_of_two(group) else group
     cut = []
@@ -89,7 +115,7 @@ def pieces(stored: Stored, *, whole: bool) -> list[Piece]:
 class Stream:
     """A packed tensor [S, D] of one head inside a kernel: sub-tiles of one block as floats.
 
-    Bytes and scales are loaded once each, however many sub-tiles use them.
+    Bytes and scales are loaded once, even where several sub-tiles use them.
     """
 
     def __init__(self, refs: Packed, stored: Stored, cut: Cut, block: Array, interpret: bool) -> None:
@@ -97,7 +123,7 @@ class Stream:
         self._loaded: dict = {}
 
     def values(self, tile: int, piece: Piece, dtype: jnp.dtype) -> Float[Array, "rows width"]:
-        """Of an exact tensor."""
+        """The values of an exact tensor."""
         return self._bytes(0, tile, piece).astype(dtype)
 
     def codes(self, tile: int, piece: Piece, dtype: jnp.dtype) -> Float[Array, "rows width"]:
@@ -107,7 +133,7 @@ class Stream:
         return self._inline(tile, self._words(tile, piece), False, dtype)
 
     def offset(self, dtype: jnp.dtype) -> int:
-        """What `codes` adds."""
+        """The number that `codes` adds."""
         return self.stored.offset(dtype != jnp.float32)
 
     def dequantized(self, tile: int, piece: Piece, dtype: jnp.dtype) -> Float[Array, "rows width"]:
@@ -127,14 +153,17 @@ class Stream:
         return out
 
     def token_scale(self, part: str, tile: int, group: int | Array) -> Float32[Array, "rows"]:
-        """Scale or zero point of one group of channels, per token."""
+        """Scale or zero point (`part`) of one group of channels, per token."""
         at = self._within(self.cut.positions(self.block, tile), self.stored.tokens)
         return getattr(self.refs, part)[group, at].astype(jnp.float32)
 
     def token_scales(
         self, part: str, tile: int, piece: Piece, groups: int, each: int
     ) -> Float32[Array, "rows groups*each"]:
-        """Scales or zero points of a piece's groups (padded with the last to `groups`), each `each` times."""
+        """Scales or zero points (`part`) of the groups of a piece, per token.
+
+        The last group is repeated up to `groups`; every entry then stands `each` times in a row.
+        """
         scales = self._token_groups(part, tile, piece, groups).astype(jnp.float32)
         rows = self.cut.rows
         return jnp.broadcast_to(scales[:, :, None], (rows, groups, each)).reshape(rows, groups * each)
@@ -199,7 +228,7 @@ class Stream:
         return self._once((plane, first, piece), load)
 
     def _within(self, index: Int32[Array, "n"], size: int) -> Int32[Array, "n"]:
-        """Clipped, where the last block may reach past the buffer."""
+        """Clips an index to `size` where the last block may reach past the buffer."""
         return index if self.stored.tokens % self.cut.block == 0 else jnp.minimum(index, size - 1)
 
     def _once(self, key, load):
@@ -209,6 +238,6 @@ class Stream:
 
 
 def heads_spec(array: Array) -> pl.BlockSpec:
-    """All of one head of [B, K, ...], for a grid whose first axes are B and K."""
+    """Returns the spec that maps all of one head of [B, K, ...] to a program; the first grid axes are B and K."""
     rest = array.shape[2:]
     return pl.BlockSpec((None, None, *rest), lambda b, k, *_: (b, k, *[0] * len(rest)))

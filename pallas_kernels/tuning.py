@@ -1,8 +1,10 @@
-"""Settings of kernels that were measured on a device, by shape class: tuning/DEVICE_KIND.json, a list of entries
+"""The fastest measured settings of kernels, by device and class of shapes.
+
+They are in tuning/DEVICE_KIND.json, a list of entries
 
     {"op": "packed_attention", "class": {"key_bits": 4, ...}, "settings": {"block": 128, ...}, "us": 93.1}
 
-written by `python -m experiments.tune_kernels`. Where there is none, kernels have heuristics of their own.
+written by `python -m experiments.tune_kernels`. Where there is no entry, kernels use heuristics.
 """
 
 from __future__ import annotations
@@ -22,16 +24,38 @@ FOLDER = Path(__file__).parent / "tuning"
 
 
 def file_of(device_kind: str) -> Path:
+    """Returns the file with the settings for a device.
+
+    Args:
+      device_kind: the kind of device, as JAX names it.
+    """
     return FOLDER / (re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-") + ".json")
 
 
 def lookup(op: str, shape: Mapping[str, Any]) -> dict[str, int]:
-    """The settings measured for this class on the device that JAX would use; nothing where there are none."""
+    """Looks up the settings for the device that JAX uses by default.
+
+    Args:
+      op: name of the op.
+      shape: the class of shapes, see `attention_class`.
+
+    Returns:
+      The settings by name; empty where none were measured.
+    """
     return dict(_table(file_of(jax.devices()[0].device_kind)).get((op, _key(shape)), {}))
 
 
 def attention_class(q_shape: tuple[int, ...], keys: Packed, values: Packed) -> dict[str, Any]:
-    """What settings of packed attention depend on; sizes that vary from call to call, by their power of two."""
+    """Describes the class of shapes on which settings of packed attention depend.
+
+    Args:
+      q_shape: B, T, H, D of the queries.
+      keys: packed keys.
+      values: packed values.
+
+    Returns:
+      The class; sizes that vary from call to call are rounded up to powers of two.
+    """
     batch, tokens, heads, head_dim = q_shape
     kv_heads = keys.shape[1]
     return {

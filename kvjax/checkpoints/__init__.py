@@ -1,0 +1,1 @@
+"""Reading of checkpoints (safetensors, GGUF, Orbax) and writing of Orbax checkpoints."""

@@ -1,4 +1,4 @@
-"""GGUF files: llama (and mistral, which GGUF calls llama), qwen2 and qwen3, with their tokenizers."""
+"""Reading of GGUF files: llama (and mistral, which GGUF calls llama), qwen2 and qwen3, with tokenizers."""
 
 from __future__ import annotations
 
@@ -48,6 +48,9 @@ NAMES = Names(
 class GGUFFile:
     """An open GGUF file: metadata, tensors, tokenizer.
 
+    Args:
+      path: the file.
+
     Raises:
       KvjaxError: the file is not a whole GGUF file.
     """
@@ -61,10 +64,15 @@ class GGUFFile:
         self._arch = self.get("general.architecture", str, "none")
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
-        """One metadata value, `default` where there is none.
+        """Returns one metadata value.
+
+        Args:
+          key: name of the value.
+          kind: the type that it must have.
+          default: returned where the file has no such value.
 
         Raises:
-          KvjaxError: it is there and no `kind`.
+          KvjaxError: the value is of another type.
         """
         value = self._metadata.get(key, default)
         if value is not default and type(value) is not kind:
@@ -80,7 +88,7 @@ class GGUFFile:
         return value
 
     def _size(self, key: str, default: int | None = None) -> int:
-        """A metadata value of the architecture that is a positive whole number."""
+        """Returns a positive whole number from the metadata of the architecture."""
         key = f"{self._arch}.{key}"
         value = self._need(key, int) if default is None else self.get(key, int, default)
         if value < 1:
@@ -101,7 +109,10 @@ class GGUFFile:
             raise KvjaxError(f"tensor {name} of {self.path} is {tensor.kind.name}, which is not supported") from None
 
     def config(self) -> ModelConfig:
-        """What the metadata says of the decoder.
+        """Reads the decoder's config from the metadata.
+
+        Returns:
+          The config.
 
         Raises:
           KvjaxError: another architecture, a missing field, or a rope that `Decoder` does not have.
@@ -145,10 +156,10 @@ class GGUFFile:
         return plain
 
     def _llama3(self, plain: RopeConfig, head_dim: int) -> RopeConfig:
-        """Llama 3's published scaling, checked against its frequency divisors, all that GGUF keeps of it."""
+        """Llama 3's published scaling, checked against the frequency divisors: GGUF stores no more."""
         divisors = self._read(ROPE_FACTORS)
         rope = dataclasses.replace(plain, scaling="llama3", factor=float(divisors.max()))
-        fits = divisors.shape == (head_dim // 2,)  # asked before anything as long as the file says is made
+        fits = divisors.shape == (head_dim // 2,)  # checked before anything of the file's length is allocated
         if fits:
             expected = make_rope(plain, head_dim).inv_freq / make_rope(rope, head_dim).inv_freq
             fits = np.allclose(divisors, expected, rtol=1e-4)
@@ -157,7 +168,14 @@ class GGUFFile:
         return rope
 
     def load(self, dtype: DTypeLike, layers: int | None = None) -> tuple[ModelConfig, Params]:
-        """The config and dequantised parameters, of the first `layers` layers where given.
+        """Reads the config and the dequantised parameters.
+
+        Args:
+          dtype: dtype of the parameters.
+          layers: how many layers to keep, from the first; all where None.
+
+        Returns:
+          The config and the parameters.
 
         Raises:
           KvjaxError: one line on what is missing, of another shape or not supported.
@@ -175,7 +193,10 @@ class GGUFFile:
         return build_params(config, NAMES, present, read, dtype, layers)
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer in the file; a tokenizer.json beside the file where its kind is not known here.
+        """Reads the tokenizer in the file; where its kind is not supported, a tokenizer.json beside the file.
+
+        Returns:
+          The tokenizer.
 
         Raises:
           KvjaxError: the kind is not known and there is no tokenizer.json.
@@ -207,7 +228,7 @@ class GGUFFile:
         tokens = self._need("tokenizer.ggml.tokens", list)
         merges = [tuple(merge.split(" ")) for merge in self._need("tokenizer.ggml.merges", list)]
         vocab = {token: i for i, token in enumerate(tokens)}
-        # Llama 3 has whole words that no merge makes.
+        # Llama 3's vocabulary has whole words that no merges lead to.
         backend = Backend(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
         backend.pre_tokenizer = PRE_TOKENIZERS[pre]
         if pre == "qwen2":
@@ -220,7 +241,7 @@ class GGUFFile:
 
 
 def _split_halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """q or k [heads * d, in]: rows from GGUF llama's order (adjacent pairs) to `rope`'s (half-split)."""
+    """Reorders rows of q or k [heads * d, in] from GGUF llama's order (adjacent pairs) to half-split order."""
     pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, -1)
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 

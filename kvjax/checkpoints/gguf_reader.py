@@ -1,4 +1,7 @@
-"""GGUF's container: metadata and tensors. Every size in it is checked against the file before it is used."""
+"""Reader of the GGUF container: metadata and tensors.
+
+Every size in the file is checked against the file's length before it is used.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ _SCALARS = {
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor as it is stored."""
+    """A tensor in its stored form."""
 
     kind: GGMLQuantizationType
     shape: tuple[int, ...]  # outermost first
@@ -39,11 +42,17 @@ class Tensor:
 
 
 def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Metadata and tensors by name. Arrays of strings are lists, other arrays numpy's.
+    """Reads a GGUF file.
+
+    Args:
+      file: the file.
+
+    Returns:
+      Metadata and tensors, by name. Arrays of strings are lists, other arrays numpy arrays.
 
     Raises:
-      ValueError: what is not as expected.
-      OSError: it cannot be opened.
+      ValueError: the file is damaged or not a GGUF file; the message says where.
+      OSError: the file cannot be opened.
     """
     if not file.stat().st_size:
         raise ValueError("it is empty")
@@ -89,7 +98,7 @@ def _tensors(data: np.ndarray, start: int, infos: list[tuple[str, list[int], int
 
 
 class _Header:
-    """Reads from the front on."""
+    """A reader of the header, from front to back."""
 
     def __init__(self, data: np.ndarray) -> None:
         self.data, self.at = data, 0

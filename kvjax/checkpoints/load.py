@@ -1,4 +1,4 @@
-"""One way in for every model: `load(name)`."""
+"""Loading of any model by name or path: `load(name)`."""
 
 from __future__ import annotations
 
@@ -28,10 +28,14 @@ def load(name: str, dtype: str | None = None, layers: int | None = None) -> Mode
     """Loads a model.
 
     Args:
-      name: smollm2-135m, smollm2-135m-mha or random:..., see `kvjax.models.zoo`; a HF folder, a .gguf file or
-        a folder that `kvjax.checkpoints.orbax.save` wrote; or org/name on the hub. May end in (layers=N).
-      dtype: float32, bfloat16 or float64; float32 on CPU and bfloat16 elsewhere where None.
-      layers: keep only so many layers, from the first.
+      name: a name of `kvjax.models.zoo` (smollm2-135m, smollm2-135m-mha or random:...); the path of a HF folder, of a
+        .gguf file or of a folder that `kvjax.checkpoints.orbax.save` wrote; or org/name on the hub. May end in
+        (layers=N), which sets `layers`.
+      dtype: float32, bfloat16 or float64; where None, float32 on CPU and bfloat16 elsewhere.
+      layers: how many layers to keep, from the first; all where None.
+
+    Returns:
+      The model.
 
     Raises:
       KvjaxError: one line that says what was expected.
@@ -44,7 +48,7 @@ def load(name: str, dtype: str | None = None, layers: int | None = None) -> Mode
     except KvjaxError as error:
         if name in str(error):
             raise
-        raise KvjaxError(f"{name}: {error}") from None  # checks of values and shapes know no file
+        raise KvjaxError(f"{name}: {error}") from None  # checks of shapes do not know the file
     except OSError as error:
         raise KvjaxError(f"{error.filename or name} cannot be read: {error.strerror}") from None
 
@@ -70,7 +74,7 @@ def _load(
         file = GGUFFile(path)
         return *file.load(dtype, layers), file.tokenizer(), dtype, sha256([path])
     if (path / orbax.METADATA).is_file():
-        files = sorted(file for file in path.iterdir() if file.is_file())  # METADATA has the sums of the arrays
+        files = sorted(file for file in path.iterdir() if file.is_file())  # METADATA holds the checksums of the arrays
         return *orbax.load(path, dtype, layers), dtype, sha256(files)
     if not path.is_dir():
         path = _snapshot(name)
@@ -98,7 +102,7 @@ def _resolve_dtype(dtype: str | None) -> jnp.dtype:
 
 
 def _snapshot(name: str) -> Path:
-    """The folder of a hub model: safetensors and JSON only, nothing that could run code."""
+    """Downloads a hub model: only safetensors, JSON and chat template, nothing that could run code."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         known = ", ".join(zoo.NAMES)
         raise KvjaxError(f"no model {name!r}; expected {known}, a HF folder, a .gguf file or a hub's org/name")
@@ -109,10 +113,10 @@ def _snapshot(name: str) -> Path:
             snapshot_download(
                 name,
                 allow_patterns=["*.safetensors", "*.json", "*.jinja"],
-                ignore_patterns=["*/*", "consolidated*"],  # other forms of the same weights
+                ignore_patterns=["*/*", "consolidated*"],  # copies of the same weights in other formats
             )
         )
-    except Exception as error:  # the hub's, the network's and the file system's
+    except Exception as error:  # from the hub, the network or the file system
         raise KvjaxError(
             f"{name} is no local path and the hub cannot bring it ({brief(error)}); fetch config.json,"
             " tokenizer.json and *.safetensors of that model by other means and give their folder's path"

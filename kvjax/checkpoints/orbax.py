@@ -1,4 +1,4 @@
-"""A model on disk in Orbax's format: params/ with the arrays, kvjax.json with the config, tokenizer.json."""
+"""Models on disk in Orbax's format: params/ with the arrays, kvjax.json with the config, tokenizer.json."""
 
 from __future__ import annotations
 
@@ -30,10 +30,14 @@ METADATA = "kvjax.json"
 
 
 def save(folder: Path, model: Model) -> None:
-    """Writes a model to a new folder; it appears whole or not at all.
+    """Writes a model to a new folder, which appears complete or not at all.
+
+    Args:
+      folder: the folder; it must not exist.
+      model: the model.
 
     Raises:
-      KvjaxError: something is there already, or it cannot be written.
+      KvjaxError: the folder exists, or it cannot be written.
     """
     metadata = {
         "name": model.name,
@@ -51,10 +55,18 @@ def save(folder: Path, model: Model) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which then appears as `folder`, whole or not at all.
+    """Gives a temporary folder to fill, and renames it when the `with` block ends.
+
+    So `folder` appears complete or not at all.
+
+    Args:
+      folder: the final name; it must not exist.
+
+    Yields:
+      The temporary folder.
 
     Raises:
-      KvjaxError: something is there already, or it cannot be written.
+      KvjaxError: the folder exists, or it cannot be written.
     """
     folder = folder.absolute()
     if folder.exists():
@@ -63,7 +75,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent))
         try:
-            part = temporary / "part"  # with the user's permissions, which `temporary` has not
+            part = temporary / "part"  # with the user's permissions, which mkdtemp restricts
             part.mkdir()
             yield part
             part.rename(folder)
@@ -76,7 +88,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a folder into which threads of Orbax's storage go on writing for a while after they failed."""
+    """Removes a folder, trying again while threads of Orbax's storage go on writing into it after a failure."""
     for _ in range(20):
         shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.25)
@@ -85,20 +97,36 @@ def _remove(folder: Path) -> None:
 
 
 def write_arrays(folder: Path, tree: Any) -> None:
-    """Raises OSError where the arrays cannot be written."""
+    """Writes a tree of arrays.
+
+    Args:
+      folder: a new folder.
+      tree: the arrays.
+
+    Raises:
+      OSError: the arrays cannot be written.
+    """
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder, tree)
     except Exception as error:  # Orbax and its storage raise many kinds
-        code = re.search(r"os_error_code='(\d+)'", str(error))  # the storage's way to say what the system said
+        code = re.search(r"os_error_code='(\d+)'", str(error))  # how the storage reports an error of the system
         raise OSError(os.strerror(int(code[1])) if code else brief(error)) from None
 
 
 def load(folder: Path, dtype: DTypeLike, layers: int | None = None) -> tuple[ModelConfig, Params, AnyTokenizer]:
-    """What `save` wrote, the parameters in `dtype`, of the first `layers` layers where given.
+    """Reads what `save` wrote.
+
+    Args:
+      folder: the folder.
+      dtype: dtype of the parameters.
+      layers: how many layers to keep, from the first; all where None.
+
+    Returns:
+      The config, the parameters and the tokenizer.
 
     Raises:
-      KvjaxError: the folder is not one of ours, it is damaged, or the model has fewer layers.
+      KvjaxError: the folder is not one that `save` wrote, it is damaged, or the model has fewer layers.
     """
     folder = folder.absolute()
     metadata = read_json(folder / METADATA)
@@ -109,7 +137,7 @@ def load(folder: Path, dtype: DTypeLike, layers: int | None = None) -> tuple[Mod
     except (KeyError, TypeError) as error:
         raise KvjaxError(f"{folder / METADATA} is not one that kvjax wrote: {brief(error)}") from None
     config = keep_layers(saved, layers)
-    check_digests(folder / "params", sums)  # Orbax itself answers some damage with pages on stderr
+    check_digests(folder / "params", sums)  # Orbax answers some damage with pages of output on stderr
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             return config, _restore(checkpointer, folder / "params", saved, config, dtype), tokenizer
@@ -130,7 +158,7 @@ def _restore(
     if metadata is None:
         raise KvjaxError(f"{folder} is not a whole Orbax checkpoint")
     stored = flatten_dict(metadata.tree)
-    # A partial restore leaves out what is missing without a word.
+    # A partial restore would leave out missing arrays silently.
     check_tensors(saved, "/".join, {"/".join(path): leaf.shape for path, leaf in stored.items()})
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = unflatten_dict(

@@ -1,4 +1,4 @@
-"""Checkpoints in Hugging Face's layout: config.json and safetensors, whole or sharded."""
+"""Checkpoints in Hugging Face's layout: config.json and safetensors, in one file or in shards."""
 
 from __future__ import annotations
 
@@ -40,10 +40,16 @@ PICKLES = (".bin", ".pt", ".pth")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a HF folder, in name order.
+    """Lists the safetensors files of a HF folder.
+
+    Args:
+      folder: the folder.
+
+    Returns:
+      The files, in name order.
 
     Raises:
-      KvjaxError: there are none, only pickles (never loaded: they can run any code), or a shard is missing.
+      KvjaxError: there are none, there are only pickles (never loaded: they can run any code), or a shard is missing.
     """
     if (folder / INDEX).is_file():
         shards = read_json(folder / INDEX).get("weight_map")
@@ -64,7 +70,15 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def load_hf(folder: Path, dtype: DTypeLike, layers: int | None = None) -> tuple[ModelConfig, Params]:
-    """The config and parameters of a HF folder, of its first `layers` layers where given.
+    """Reads the config and the parameters of a HF folder.
+
+    Args:
+      folder: the folder.
+      dtype: dtype of the parameters.
+      layers: how many layers to keep, from the first; all where None.
+
+    Returns:
+      The config and the parameters.
 
     Raises:
       KvjaxError: one line on what is missing, of another shape, corrupt or not supported.
@@ -90,5 +104,5 @@ def load_hf(folder: Path, dtype: DTypeLike, layers: int | None = None) -> tuple[
 
 
 def _unused(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor says what the decoder knows already: old rotary tables, the head of a tied model."""
+    """Whether the decoder does not need a tensor: old rotary tables, the head of a model with tied weights."""
     return name.endswith(".rotary_emb.inv_freq") or (config.tied and name == NAMES.top["head"])

@@ -1,4 +1,4 @@
-"""One pass over the vocabulary, tile by tile, for everything that scoring needs of the logits.
+"""Scores of tokens in one pass over the vocabulary, tile by tile, without storing the logits.
 
 Logits are linear in the final hidden state h, l = h·E (E the head's rows), so that with p, lse of the dense run and
 its expected row m = Σ_v p_v E_v
@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-ROWS = 1024  # tokens a pass
+ROWS = 1024  # tokens per pass
 TILE = 1024  # vocabulary rows at a time: the logits of a tile stay in cache
 
 
 @struct.dataclass
 class DenseRun:
-    """The dense run of N tokens: all that comparing another run with it takes."""
+    """What is kept of the dense run of N tokens, enough to compare other runs with it."""
 
     hidden: Float[Array, "N D"]
     mean: Float[Array, "N D"]  # expected head row
@@ -32,7 +32,13 @@ class DenseRun:
 
 @struct.dataclass
 class TokenScores:
-    """Per token: negative log-likelihood of the target (nats), KL(dense || this), whether the argmaxes agree."""
+    """Scores of N tokens.
+
+    Attributes:
+      nll: negative log-likelihood of the target, in nats.
+      kld: KL(dense || this run), in nats.
+      agree: 1 where the argmax of the logits is that of the dense run, else 0.
+    """
 
     nll: Float[Array, "N"]
     kld: Float[Array, "N"]
@@ -42,7 +48,16 @@ class TokenScores:
 def dense_run(
     hidden: Float[Array, "N D"], head: Float[Array, "V D"], targets: Int[Array, "N"]
 ) -> tuple[TokenScores, DenseRun]:
-    """Scores of the dense run itself (KL 0, agreement 1), and what other runs are compared with."""
+    """Scores the dense run itself and keeps what other runs are compared with.
+
+    Args:
+      hidden: final hidden states of N tokens.
+      head: rows that give the logits of the V words.
+      targets: the next token of each.
+
+    Returns:
+      Scores (KL 0, agreement 1) and the dense run.
+    """
 
     def rows(h, y):
         state = _pass(h, head, y, y, keep=True)
@@ -56,7 +71,17 @@ def dense_run(
 def compare(
     hidden: Float[Array, "N D"], head: Float[Array, "V D"], targets: Int[Array, "N"], dense: DenseRun
 ) -> TokenScores:
-    """Scores of a run against the dense one."""
+    """Scores a run against the dense one.
+
+    Args:
+      hidden: final hidden states of N tokens.
+      head: rows that give the logits of the V words.
+      targets: the next token of each.
+      dense: the dense run of the same tokens.
+
+    Returns:
+      The scores.
+    """
 
     def rows(h, y, ref):
         state = _pass(h, head, y, ref.top, keep=False)
@@ -69,7 +94,7 @@ def compare(
 
 
 def _by_rows(f, *args):
-    """`f` over at most ROWS tokens at a time."""
+    """Applies `f` to at most ROWS tokens at a time."""
     count = args[0].shape[0]
     size = min(count, ROWS)
     groups = -(-count // size)
@@ -80,8 +105,10 @@ def _by_rows(f, *args):
 
 
 def _pass(h: Array, head: Array, target: Array, top: Array, keep: bool) -> dict[str, Array]:
-    """Maximum, sum of exponentials (relative to it) and the logits of `target` and `top`; where `keep`, also the
-    argmax and the sum of head rows weighted by the exponentials. Online over tiles, as in attention.
+    """Walks over tiles of the vocabulary with an online softmax, as attention does over keys.
+
+    Returns the maximum of the logits, the sum of exponentials relative to it and the logits of `target` and `top`;
+    with `keep`, also the argmax and the sum of head rows weighted by the exponentials.
     """
     vocab, count = head.shape[0], h.shape[0]
     tile = min(TILE, vocab)

@@ -1,0 +1,1 @@
+"""Decoder models: configs, parameters, tokenizers and named sources of weights."""

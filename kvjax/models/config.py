@@ -1,4 +1,4 @@
-"""What a decoder is: shapes and options, read from a HF `config.json`."""
+"""The config of a decoder: shapes and options, read from a HF `config.json`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RopeConfig:
     original_max_positions: int = 8192
 
     def __post_init__(self) -> None:
-        """Raises KvjaxError for values that no rope has."""
+        """Raises KvjaxError for values that are not valid for RoPE."""
         if self.scaling not in SCALINGS:
             raise KvjaxError(f"rope scaling {self.scaling!r} is not supported; expected one of {', '.join(SCALINGS)}")
         _check_reals(self, "theta", "factor", "low_freq_factor", "high_freq_factor")
@@ -66,10 +66,10 @@ class ModelConfig:
     qk_norm: bool = False
     tied: bool = False
     window: int | None = None  # sliding window, in tokens
-    first_window_layer: int = 0  # layers below it attend to everything
+    first_window_layer: int = 0  # layers below this one attend to all tokens
 
     def __post_init__(self) -> None:
-        """Raises KvjaxError for values that no decoder has."""
+        """Raises KvjaxError for values that are not valid for a decoder."""
         _check_sizes(self, "vocab_size", "model_dim", "mlp_dim", "layers", "heads", "kv_heads", "head_dim")
         _check_sizes(self, "max_positions", *(["window"] if self.window is not None else []))
         _check_sizes(self, "first_window_layer", least=0)
@@ -109,7 +109,13 @@ def _rope_from_hf(hf: Mapping[str, Any]) -> RopeConfig:
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """The config of a HF `config.json`.
+    """Reads the config of a HF `config.json`.
+
+    Args:
+      hf: the object in the file.
+
+    Returns:
+      The config of the decoder.
 
     Raises:
       KvjaxError: an unknown model family, a missing field, or an option that `Decoder` does not have.

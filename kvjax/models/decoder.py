@@ -27,11 +27,23 @@ from kvjax.ops.rotate import rotate_heads
 
 
 def rms_norm(x: Float[Array, "... n"], weight: Float[Array, "n"], eps: float) -> Float[Array, "... n"]:
-    """x / rms(x) * weight."""
+    """Normalises x by its root mean square and scales it: x / rms(x) * weight.
+
+    Args:
+      x: values.
+      weight: scale of each channel.
+      eps: added to the mean of squares.
+    """
     return normalize(x, eps) * weight
 
 
 def linear(x: Float[Array, "... i"], weight: Float[Array, "o i"]) -> Float[Array, "... o"]:
+    """Multiplies x by a weight stored as [out, in], as checkpoints have it.
+
+    Args:
+      x: values.
+      weight: the weight.
+    """
     return jnp.einsum("...i,oi->...o", x, weight)
 
 
@@ -106,7 +118,16 @@ class Layer(nn.Module):
 def project_kv(
     x: Float[Array, "B T D"], weights: KVWeights, kv_heads: int
 ) -> tuple[Float[Array, "B T K d"], Float[Array, "B T K d"]]:
-    """Keys (after bias and qk-norm, before RoPE) and values of normalised layer inputs."""
+    """Projects normalised layer inputs to keys and values.
+
+    Args:
+      x: layer inputs after the norm.
+      weights: the layer's K and V weights, biases and qk-norm.
+      kv_heads: K.
+
+    Returns:
+      Keys (after bias and qk-norm, before RoPE) and values.
+    """
     batch, tokens, _ = x.shape
     k, v = linear(x, weights.k), linear(x, weights.v)
     if weights.k_bias is not None and weights.v_bias is not None:
@@ -143,14 +164,14 @@ class Decoder(nn.Module):
 
         Args:
           tokens: token ids; of sequence b the first `lengths[b]` are real, the rest padding.
-          cache: what the sequences have cached so far, `cache.length` tokens each.
+          cache: the sequences' cache so far, with `cache.length` tokens per sequence.
           lengths: real tokens per sequence; all T where None.
-          read: "exact" (a query sees its own chunk and the residual exactly) or "stored"
-            (every token is read as stored, its own included).
-          bases: what the plan's specs computed once per model, a pytree per layer; none where None.
+          read: "exact" (a query reads its own chunk and the residual exactly) or "stored"
+            (it reads every token as stored, including its own).
+          bases: what the plan's specs computed once per model, a pytree per layer; None where they need nothing.
 
         Returns:
-          The normalised final hidden states (garbage at padding) and the cache with the tokens stored.
+          The normalised final hidden states (meaningless at padding) and the cache with the tokens stored.
         """
         c = self.config
         batch, count = tokens.shape
@@ -172,7 +193,14 @@ class Decoder(nn.Module):
         )
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Logits of final hidden states, accumulated in float32 or wider."""
+        """Computes the logits.
+
+        Args:
+          hidden: final hidden states, as `__call__` returns them.
+
+        Returns:
+          Logits, accumulated in float32 or wider.
+        """
         head = self.embed if self.config.tied else self.head
         dtype = jnp.promote_types(hidden.dtype, jnp.float32)
         return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=dtype)

@@ -1,4 +1,4 @@
-"""A model as it is loaded, used and saved."""
+"""The model that is loaded, used and saved."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from kvjax.models.tokenizer import AnyTokenizer
 
 @dataclasses.dataclass(repr=False)
 class Model:
-    """A decoder's weights with what is needed to use them."""
+    """A decoder's config and weights, with its tokenizer."""
 
     name: str  # as given; ends in (layers=N) where only the first N layers were kept
     config: ModelConfig
     params: Params
     tokenizer: AnyTokenizer
     dtype: jnp.dtype  # of the parameters
-    checksum: str  # sha256 of the source files, of the name where the weights are random
+    checksum: str  # sha256 of the source files, or of the name where the weights are random
 
     @property
     def head(self) -> Float[Array, "V D"]:
-        """The rows that give the logits: the embedding where they are tied."""
+        """The weight that gives the logits: the embedding where the two are tied."""
         return self.params["embed" if self.config.tied else "head"]
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Where a run stopped being finite: the same tokens again, every layer looked at."""
+"""Search for the layer where a run stopped being finite: the same tokens run again and every layer is checked."""
 
 from __future__ import annotations
 
@@ -36,17 +36,25 @@ def find_first_nonfinite(
     read: str = "exact",
     bases: Any = None,
 ) -> NonFinite | None:
-    """Feeds chunks (tokens and how many of them are real) to a copy of `cache` until a layer's output is not finite.
+    """Feeds chunks to a model until the output of a layer is not finite.
+
+    Args:
+      decoder: the decoder.
+      params: its parameters.
+      cache: the cache at the start; not changed.
+      chunks: per chunk, the tokens and how many of them are real in each sequence.
+      read: as in `Decoder.__call__`.
+      bases: as in `Decoder.__call__`.
 
     Returns:
-      The fault; None where every layer stays finite, so that only the logits can be at fault.
+      The place; None where every layer stays finite, so that only the logits can be at fault.
     """
     for tokens, lengths in chunks:
         at = np.asarray(cache.length)
         finite, cache = _feed(decoder, params, cache, tokens, lengths, read, bases)
         bad = ~np.asarray(finite) & (np.arange(tokens.shape[1]) < np.asarray(lengths)[:, None])
         if bad.any():
-            # The layer first: from there a NaN reaches earlier tokens too, as 0 * NaN of what they do not see.
+            # The layer first: above it, a NaN reaches earlier tokens too, since masked tokens enter as 0 * NaN.
             layer = int(np.argmax(bad.any((1, 2))))
             token, sequence = (int(i[0]) for i in np.nonzero(bad[layer].T))
             return NonFinite(sequence, int(at[sequence]) + token, layer - 1 if layer else None)

@@ -1,4 +1,4 @@
-"""The decoder's parameter tree: its shapes, and how a checkpoint's named tensors become it."""
+"""The decoder's parameter tree: its shapes, and how it is built from the named tensors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ Shape = tuple[int, ...]
 
 
 def param_shapes(config: ModelConfig) -> dict[ParamPath, Shape]:
-    """The shape of every parameter of `Decoder(config)`, weights as [out, in]."""
+    """Lists the shape of every parameter of `Decoder(config)`.
+
+    Args:
+      config: the decoder's config.
+
+    Returns:
+      Shapes by path, weights as [out, in].
+    """
     c = config
     q_dim, kv_dim = c.heads * c.head_dim, c.kv_heads * c.head_dim
     layer: dict[str, Shape] = {
@@ -47,7 +54,7 @@ def param_shapes(config: ModelConfig) -> dict[ParamPath, Shape]:
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """What one checkpoint format calls the parameters; `{i}` in `prefix` is the layer."""
+    """The names of the parameters in one checkpoint format; `{i}` in `prefix` stands for the layer."""
 
     top: Mapping[str, str]
     prefix: str
@@ -60,8 +67,17 @@ class Names:
 
 
 def check_tensors(config: ModelConfig, name_of: Callable[[ParamPath], str], present: Mapping[str, Shape]) -> None:
-    """Raises KvjaxError for a tensor that is missing, has another shape, or that the decoder would ignore."""
-    if config.layers > len(present):  # asked before anything of so many layers is made
+    """Checks that a checkpoint has exactly the tensors of a decoder.
+
+    Args:
+      config: the decoder's config.
+      name_of: the checkpoint's name for a parameter path.
+      present: the shape of every tensor of the checkpoint, by name.
+
+    Raises:
+      KvjaxError: a tensor is missing, has another shape, or would be ignored by the decoder.
+    """
+    if config.layers > len(present):  # checked before anything is allocated for so many layers
         raise KvjaxError(f"the config has {config.layers} layers, but there are {len(present)} tensors in all")
     names = {name_of(path): shape for path, shape in param_shapes(config).items()}
     for name, shape in names.items():
@@ -81,25 +97,40 @@ def build_params(
     dtype: DTypeLike,
     layers: int | None = None,
 ) -> tuple[ModelConfig, Params]:
-    """The config and parameters of the first `layers` layers, read one by one once all names and shapes fit.
+    """Builds the parameter tree of a checkpoint.
+
+    All names and shapes are checked first; then the tensors are read one by one.
 
     Args:
-      config: the whole checkpoint's.
+      config: config of the whole checkpoint.
+      names: the checkpoint's names of parameters.
       present: the shape of every tensor of the checkpoint, by name.
-      read: the values of the tensor with this path and name.
+      read: returns the values of the tensor with this path and name.
+      dtype: dtype of the parameters.
+      layers: how many layers to keep, from the first; all where None.
+
+    Returns:
+      The config and the parameters of the layers that are kept.
 
     Raises:
       KvjaxError: the tensors do not fit the config, or the model has fewer layers.
     """
     check_tensors(config, names.of, present)
     config = keep_layers(config, layers)
-    # A copy, because jax may otherwise alias numpy memory that is a map of the file.
+    # A copy, because jax may otherwise alias numpy memory that maps the file.
     flat = {path: jnp.array(read(path, names.of(path)), dtype) for path in param_shapes(config)}
     return config, unflatten_dict(flat)
 
 
 def keep_layers(config: ModelConfig, layers: int | None) -> ModelConfig:
-    """The config of the first `layers` layers, of all where None.
+    """Cuts a config to its first layers.
+
+    Args:
+      config: the whole config.
+      layers: how many layers to keep; all where None.
+
+    Returns:
+      The config with that many layers.
 
     Raises:
       KvjaxError: `layers` is not between 1 and the number of layers.

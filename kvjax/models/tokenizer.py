@@ -20,7 +20,7 @@ from kvjax.files import brief, read_json, write_json
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A model's tokenizer. Special tokens that are written in a text become their ids."""
+    """A model's tokenizer. A special token written out in a text is encoded as its id."""
 
     backend: tokenizers.Tokenizer
     bos_id: int | None = None
@@ -28,7 +28,7 @@ class Tokenizer:
     chat_template: str | None = None  # Jinja
 
     def __post_init__(self) -> None:
-        """Raises KvjaxError for ids that are none and a template that is no text."""
+        """Raises KvjaxError for invalid ids and for a template that is not a text."""
         ids = self.eos_ids if self.bos_id is None else (self.bos_id, *self.eos_ids)
         if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
             raise KvjaxError(f"the ids of bos and eos are {self.bos_id!r} and {self.eos_ids!r}; expected token ids")
@@ -36,17 +36,29 @@ class Tokenizer:
             raise KvjaxError(f"the chat template is of type {type(self.chat_template).__name__}; expected a text")
 
     def encode(self, text: str, special: bool = False) -> Int[np.ndarray, "n"]:
-        """Token ids, int32. special: adds what the tokenizer puts around a text, a first bos for example."""
+        """Turns a text into token ids.
+
+        Args:
+          text: the text.
+          special: adds the special tokens that the tokenizer puts around a text, a leading bos for example.
+
+        Returns:
+          Token ids, int32.
+        """
         return np.array(self.backend.encode(text, add_special_tokens=special).ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids, special tokens included; bytes that are not UTF-8 become U+FFFD."""
+        """Turns ids into text, special tokens included; bytes that are not UTF-8 become U+FFFD."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The text of a conversation, up to where the assistant answers, by the model's chat template.
+        """Formats a conversation by the model's chat template, up to where the assistant answers.
 
-        messages: {"role": "system" | "user" | "assistant", "content": text} each.
+        Args:
+          messages: one {"role": "system" | "user" | "assistant", "content": text} per message.
+
+        Returns:
+          The text.
 
         Raises:
           KvjaxError: the model has no template, or the template refuses the messages.
@@ -71,18 +83,18 @@ class Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
-    """UTF-8 bytes are the ids: for models without a vocabulary of their own."""
+    """A tokenizer whose ids are UTF-8 bytes, for models that come without a vocabulary."""
 
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     chat_template: str | None = None
 
     def encode(self, text: str, special: bool = False) -> Int[np.ndarray, "n"]:
-        """The bytes of the text, int32; there is nothing special to add."""
+        """Returns the bytes of the text, int32; `special` adds nothing."""
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the bytes; ids above 255 and bytes that are not UTF-8 become U+FFFD."""
+        """Turns bytes into text; ids above 255 and bytes that are not UTF-8 become U+FFFD."""
         return b"".join(bytes([i]) if i < 256 else b"\xff" for i in map(int, ids)).decode(errors="replace")
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
@@ -97,7 +109,7 @@ def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-# A template comes with the checkpoint: it sees its arguments and nothing else.
+# A template comes with the checkpoint, so it runs in a sandbox and sees only its arguments.
 _JINJA = jinja2.sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
 )
@@ -108,7 +120,15 @@ _JINJA.globals |= {
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a HF folder: tokenizer.json, and what its other JSON files say of bos, eos and chats.
+    """Reads the tokenizer of a HF folder.
+
+    It is tokenizer.json, with bos, eos and the chat template from the folder's other files.
+
+    Args:
+      folder: the folder.
+
+    Returns:
+      The tokenizer.
 
     Raises:
       KvjaxError: there is no tokenizer.json, or it cannot be read.
@@ -122,7 +142,13 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def read_backend(file: Path) -> tokenizers.Tokenizer:
-    """A tokenizer.json.
+    """Reads a tokenizer.json.
+
+    Args:
+      file: the file.
+
+    Returns:
+      The tokenizer of the `tokenizers` library, without truncation and padding.
 
     Raises:
       KvjaxError: it is missing, or it cannot be read.
@@ -135,7 +161,7 @@ def read_backend(file: Path) -> tokenizers.Tokenizer:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise KvjaxError(f"{file} is not a tokenizer: {brief(error)}") from None
-    # What a file says of these is for batches of training texts: it would cut a text, or add to it.
+    # Files set these for batches of training texts: here they would cut a text, or pad it.
     backend.no_truncation()
     backend.no_padding()
     return backend
@@ -151,7 +177,7 @@ def _ids(value: int | list[int] | None, word: str | Mapping[str, Any] | None, ba
         content = word.get("content") if isinstance(word, Mapping) else word
         if not isinstance(content, str):
             raise KvjaxError(f"bos or eos of tokenizer_config.json is {word!r}; expected a token")
-        value = backend.token_to_id(content.encode(errors="replace").decode())  # JSON may hold half a character
+        value = backend.token_to_id(content.encode(errors="replace").decode())  # JSON may hold half a surrogate pair
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list) else (value,)
@@ -165,7 +191,7 @@ def _chat_template(folder: Path, words: Mapping[str, Any]) -> str | None:
         except UnicodeDecodeError as error:
             raise KvjaxError(f"{file} is not UTF-8: byte {error.start} does not decode") from None
     template = words.get("chat_template")
-    if isinstance(template, list):  # several named ones
+    if isinstance(template, list):  # several templates with names
         named = (each for each in template if isinstance(each, Mapping) and each.get("name") == "default")
         return next((each.get("template") for each in named), None)
     return template

@@ -40,7 +40,17 @@ NAMES = (*FILES, *RANDOM)
 
 
 def expand_kv_heads(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """The same function as an MHA decoder: every kv head repeated for each of its query heads."""
+    """Turns a GQA decoder into an MHA decoder that computes the same function.
+
+    Every kv head is repeated for each of its query heads.
+
+    Args:
+      config: config of the GQA decoder.
+      params: its parameters.
+
+    Returns:
+      Config and parameters of the MHA decoder.
+    """
     repeats = config.heads // config.kv_heads
 
     def expand(weight: jax.Array) -> jax.Array:
@@ -56,7 +66,15 @@ def expand_kv_heads(config: ModelConfig, params: Params) -> tuple[ModelConfig, P
 
 
 def random_params(config: ModelConfig, dtype: DTypeLike) -> Params:
-    """Norms of ones, everything else normal(0.02); a tensor depends on its path only, not on the others."""
+    """Draws random parameters: norms are ones, everything else normal with standard deviation 0.02.
+
+    Args:
+      config: the decoder's config.
+      dtype: dtype of the parameters.
+
+    Returns:
+      Parameters. Each depends only on its own path, so that a model with fewer layers has the same lower layers.
+    """
     return unflatten_dict({path: _random(path, shape, dtype) for path, shape in param_shapes(config).items()})
 
 

@@ -1,1 +1,1 @@
-"""What caches call: packed stores and attention over them."""
+"""The operations that caches call: packed stores and attention over them."""

@@ -1,7 +1,7 @@
-"""Tiled attention over packed and exact keys and values, exactly mergeable.
+"""Tiled attention over packed and exact keys and values, in parts that merge exactly.
 
 Every op returns (output, log-sum-exp), so that packed history, residual, sinks and the chunk itself merge without
-loss. Tiles of keys and values are read, used and forgotten: nothing the size of the history is ever built.
+loss. A tile of keys and values is read, used and dropped: no op allocates an array of the history's size.
 B batch, T queries, H heads, K kv heads, Q = T*H/K query rows per kv head, N keys, D head_dim.
 """
 
@@ -24,7 +24,7 @@ from pallas_kernels.packed_attention import packed_attention
 QUERY_TILE = 256  # queries that share a pass over the keys
 
 _DECODE_ROWS = 16  # query rows per kv head up to which folding scales costs less than applying them
-_TILE_ELEMENTS = 2**17  # of one tile of codes: 512 KiB of float32 stay in a core's cache
+_TILE_ELEMENTS = 2**17  # elements of one tile of codes: 512 KiB of float32 stay in a core's cache
 
 
 class Partial(NamedTuple):
@@ -35,37 +35,60 @@ class Partial(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Where keys come from: `load(i)` gives tile i as (keys, values, positions [B, n], -1 where absent);
-    `reach(first, last)` the tiles [lo, hi) that the queries with indices first..last of the chunk can see.
+    """Keys and values that are loaded tile by tile.
+
+    Attributes:
+      tiles: number of tiles.
+      load: `load(i)` returns tile i as (keys, values, positions [B, n]); a position is -1 where there is no key.
+      reach: `reach(first, last)` returns the tiles [lo, hi) that the chunk's queries with indices first to last see.
+      width: channels of a value, where they differ from head_dim.
     """
 
     tiles: int
     load: Callable[[Array | int], tuple[Tile, Tile, Array]]
     reach: Callable[[Array, Array], tuple[Array, Array]]
-    width: int | None = None  # of a value, where it is not the head's
+    width: int | None = None
 
 
 class Span(NamedTuple):
-    """Which stored tokens the queries of a chunk see: positions [first, stop) of each sequence, and of those only
-    positions > p - window from position p.
+    """Which stored tokens the queries of a chunk see.
+
+    They see the positions [first, stop) of their sequence. With a window, the query at position p sees only those
+    above p - window.
+
+    Attributes:
+      positions: positions of the queries, consecutive in each sequence.
+      first: the first stored position that is read.
+      stop: per sequence, the position after the last that is read.
+      window: sliding window in tokens; None where there is none.
     """
 
-    positions: Int[Array, "B T"]  # of the queries, consecutive in each sequence
+    positions: Int[Array, "B T"]
     first: int
     stop: Int[Array, "B"]
     window: int | None
 
     def for_kernels(self) -> dict[str, Any]:
-        """The same as kernels take it."""
+        """Returns the span as keyword arguments of the attention kernels."""
         return {"start": self.positions[:, 0], "first": self.first, "stop": self.stop, "window": self.window}
 
     def tiles(
         self, tokens: int, size: int, read: Callable[[Array], tuple[Tile, Tile]], width: int | None = None
     ) -> Keys:
-        """Tiles of `size` of the `tokens` allocated ones; `read(start)` gives those from `start` on."""
+        """Cuts the stored tokens into tiles.
+
+        Args:
+          tokens: allocated tokens S.
+          size: tokens of a tile.
+          read: `read(start)` returns keys and values of the `size` tokens from `start` on.
+          width: channels of a value, where they differ from head_dim.
+
+        Returns:
+          The tiles, with the span's mask in their positions.
+        """
 
         def load(i):
-            # The last tile starts early where `size` does not divide S; what it repeats is masked.
+            # The last tile starts early where `size` does not divide S; the tokens it repeats are masked.
             start = jnp.minimum(i * size, tokens - size)
             index = start + jnp.arange(size)
             there = (index >= jnp.maximum(self.first, i * size)) & (index < self.stop[:, None])
@@ -80,7 +103,14 @@ class Span(NamedTuple):
 
 
 def merge(parts: Sequence[Partial]) -> Float[Array, "B T H D"]:
-    """Attention over the union of disjoint sets of keys."""
+    """Merges attention over disjoint sets of keys into attention over their union.
+
+    Args:
+      parts: attention of the same queries over each set.
+
+    Returns:
+      The output over all keys.
+    """
     lse = jnp.stack([part.lse for part in parts])
     weight = jax.nn.softmax(lse, axis=0)
     return sum(w[..., None] * part.output for w, part in zip(weight, parts, strict=True))
@@ -93,10 +123,17 @@ def attend_packed(
     values: store.Stored,
     table: tuple[Float[Array, "S D"], Float[Array, "S D"]] | None = None,
 ) -> Partial:
-    """Attention of q (after RoPE) over the stored positions of a span.
+    """Attends to the stored keys of a span.
 
     Args:
-      table: cos and sin of every position, for keys that are stored before RoPE.
+      q: queries after RoPE.
+      span: which stored positions each query sees.
+      keys: stored keys, of S tokens.
+      values: stored values, of the same tokens.
+      table: cos and sin of every position, for keys that are stored before RoPE; None for keys after RoPE.
+
+    Returns:
+      The output and its log-sum-exp.
     """
 
     def kernel(name: str, interpret: bool) -> Partial:
@@ -141,11 +178,20 @@ def attend_exact(
     own: bool = True,
     edges: Int[Array, "B T"] | None = None,
 ) -> Partial:
-    """Attention of q over exact keys (both after RoPE).
+    """Attends to exact keys.
 
-    k_positions: -1 where there is no key.
-    own: whether the last T keys are the queries' own tokens, so that early queries need not visit late keys.
-    edges: a query sees only positions below its edge; up to its own where None.
+    Args:
+      q: queries after RoPE.
+      q_positions: positions of the queries.
+      k: keys after RoPE.
+      v: values.
+      k_positions: positions of the keys; -1 where there is no key.
+      window: sliding window in tokens; None where there is none.
+      own: whether the last T keys are those of the queries' own tokens, so that early queries skip late keys.
+      edges: each query sees only positions below its edge; None lets it see up to its own position.
+
+    Returns:
+      The output and its log-sum-exp.
     """
     count, tokens, kv_heads, head_dim = k.shape[1], q.shape[1], k.shape[2], k.shape[3]
     size = count if tokens == 1 else tile_size(count, kv_heads * head_dim, tokens)
@@ -176,12 +222,21 @@ def attend_streamed(
     residual_length: int,
     window: int | None,
 ) -> Float[Array, "B T H D"]:
-    """What decoding would see, for all tokens of a sequence at once: a query at position p reads positions below
-    floor(p / R) * R as stored and the rest exactly, R the residual length; everything as stored where that is 0.
+    """Attends as decoding would, for all tokens of a sequence at once.
 
-    stored: keys (after RoPE), values and positions (-1 where absent) as they are read from a cache: those of tokens
-      0 to T - 1 first, in order, and then any.
-    own: the exact ones of tokens 0 to T - 1.
+    With residual length R, the query at position p reads positions below floor(p / R) * R as stored and the rest
+    exactly. With R = 0 it reads every position as stored.
+
+    Args:
+      q: queries of tokens 0 to T - 1, after RoPE.
+      stored: keys (after RoPE), values and positions (-1 where there is no key) as they are read from a cache: tokens
+        0 to T - 1 first, in order, then any others.
+      own: exact keys (after RoPE) and values of tokens 0 to T - 1.
+      residual_length: R, in tokens.
+      window: sliding window in tokens; None where there is none.
+
+    Returns:
+      The output, in the dtype of q.
     """
     batch, tokens = q.shape[:2]
     at = jnp.broadcast_to(jnp.arange(tokens), (batch, tokens))
@@ -206,13 +261,27 @@ def attend_streamed(
 
 
 def tile_size(tokens: int, channels: int, queries: int) -> int:
-    """Keys per tile. (One query over exact keys needs no tiles: its scores are small, and slicing would copy.)"""
+    """Returns the number of keys per tile.
+
+    One query over exact keys needs no tiles: its scores are small, and slicing would copy.
+
+    Args:
+      tokens: keys in all, the upper bound.
+      channels: elements of one key over all kv heads.
+      queries: queries of the chunk.
+    """
     size = 1 << ((_TILE_ELEMENTS // channels).bit_length() - 1)
     return min(tokens, size if queries == 1 else min(size, QUERY_TILE))
 
 
 def is_decode_shape(rows: int) -> bool:
-    """Whether so many query rows per kv head are few: scales, and weights of values, fold into what is small."""
+    """Says whether a chunk has as few queries as decoding has.
+
+    Then it is cheaper to fold scales, and the weights that rebuild values, into queries, scores and outputs.
+
+    Args:
+      rows: query rows per kv head.
+    """
     return rows <= _DECODE_ROWS
 
 
@@ -224,7 +293,19 @@ def attend_keys(
     window: int | None,
     edges: Int[Array, "B T"] | None = None,
 ) -> Partial:
-    """Attention of q (after RoPE) over keys that come tile by tile; `edges` as in `attend_exact`."""
+    """Attends to keys that are loaded tile by tile.
+
+    Args:
+      q: queries after RoPE.
+      q_positions: positions of the queries.
+      kv_heads: K.
+      keys: the tiles.
+      window: sliding window in tokens; None where there is none.
+      edges: each query sees only positions below its edge; None lets it see up to its own position.
+
+    Returns:
+      The output and its log-sum-exp.
+    """
     edges = q_positions + 1 if edges is None else edges
     batch, tokens, heads, head_dim = q.shape
     dtype = jnp.promote_types(q.dtype, jnp.float32)
@@ -279,7 +360,7 @@ def _online_softmax(
     shape = q.shape[:3]
     acc = jnp.zeros((*shape, keys.width or q.shape[3]), q.dtype)
     start = (jnp.full(shape, MASKED, q.dtype), jnp.zeros(shape, q.dtype), acc)
-    # One tile needs no loop, and XLA would copy a whole history into one.
+    # One tile needs no loop, and XLA would copy the whole history into a loop.
     m, l, acc = step(0, start) if keys.tiles == 1 else jax.lax.fori_loop(lo, hi, step, start)
     # A row that saw no key has m = MASKED: its weight in a merge with any other part is zero.
     l = jnp.maximum(l, jnp.finfo(q.dtype).tiny)
@@ -300,7 +381,7 @@ def _scores(q: Float[Array, "B K Q D"], k: Tile) -> Float[Array, "B K Q n"]:
 
 
 def _few_scores(q: Float[Array, "B K Q D"], k: Float[Array, "B K n D"]) -> Float[Array, "B K Q n"]:
-    """Few queries: keys times queries, padded to the four columns that a CPU matmul kernel takes at once."""
+    """Scores of few queries, padded to the four columns that a CPU matmul kernel takes at once."""
     rows = q.shape[2]
     q = jnp.pad(q, ((0, 0), (0, 0), (0, -rows % 4), (0, 0)))
     return jnp.einsum("bknd,bkqd->bknq", k, q).swapaxes(2, 3)[:, :, :rows]
@@ -311,6 +392,6 @@ def _weighted(p: Float[Array, "B K Q n"], v: Tile) -> Float[Array, "B K Q D"]:
         scale, zero = (a.astype(p.dtype) for a in (v.scale, v.zero))
         return jnp.einsum("bkqn,bknd->bkqd", p * scale, v.codes) + (p * zero).sum(-1, keepdims=True)
     x = v.dequantize()
-    if x.shape[1] < p.shape[1]:  # all heads share them
+    if x.shape[1] < p.shape[1]:  # all heads share the values
         return (p.reshape(p.shape[0], 1, -1, p.shape[3]) @ x).reshape(*p.shape[:3], -1)
     return jnp.einsum("bkqn,bknd->bkqd", p, x)

@@ -1,8 +1,8 @@
 """Which implementation of an op runs.
 
-Each platform has an ordered list that ends in "xla", which serves everything. One that cannot serve a call raises
-NotImplementedError, and the next is tried; one that is named alone (`using`) never falls back. On more than one
-device the list is "xla" alone, which XLA can partition.
+Each platform has an ordered list of implementations. It ends in "xla", which serves every call. An implementation
+that cannot serve a call raises NotImplementedError, and the next one is tried. Where `using` names a single
+implementation, there is no fallback. With more than one device the list is "xla" alone, which XLA can partition.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ _interpret: contextvars.ContextVar[bool] = contextvars.ContextVar("interpret", d
 
 @contextlib.contextmanager
 def using(interpret: bool = False, **named: Names) -> Iterator[None]:
-    """Names an implementation for ops, or several in the order in which they are tried, as in
-    `using(packed_attention=("triton", "xla"), interpret=True)`.
+    """Chooses the implementations of ops inside a `with` block.
 
-    It is read when a function is traced: one that is compiled already stays as it is.
+    For example, `using(packed_attention=("triton", "xla"), interpret=True)`. The choice takes effect when a function
+    is traced: a function that is compiled already keeps its implementation.
 
     Args:
       interpret: runs kernels in Pallas' interpreter, on any platform.
+      **named: for an op, one implementation or several in the order in which they are tried.
 
     Raises:
       KvjaxError: an op or an implementation that does not exist.
@@ -55,7 +56,19 @@ def using(interpret: bool = False, **named: Names) -> Iterator[None]:
 
 
 def dispatch(op: str, kernel: Callable[[str, bool], Result], xla: Callable[[], Result]) -> Result:
-    """Runs the first implementation that serves: `kernel(name, interpret)`, or `xla()` where the name is that."""
+    """Runs the first implementation that can serve the call.
+
+    Args:
+      op: name of the op.
+      kernel: `kernel(name, interpret)` runs a kernel; it raises NotImplementedError where it cannot serve the call.
+      xla: runs the op in XLA.
+
+    Returns:
+      What the implementation returns.
+
+    Raises:
+      NotImplementedError: `using` leaves no implementation that serves the call.
+    """
     names = _several(_named.get().get(op) or _default(op))
     for name in names:
         if name == "xla":

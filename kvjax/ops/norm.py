@@ -1,4 +1,4 @@
-"""The norm of layers and of keys."""
+"""RMS normalisation, of layer inputs and of keys."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from jaxtyping import Array, Float
 
 
 def normalize(x: Float[Array, "... n"], eps: float) -> Float[Array, "... n"]:
-    """x / rms(x), the mean of squares in float32 or wider."""
+    """Divides x by its root mean square over the last axis.
+
+    Args:
+      x: values.
+      eps: added to the mean of squares, which is taken in float32 or wider.
+
+    Returns:
+      x / rms(x), in the dtype of x.
+    """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)).astype(x.dtype)

@@ -10,7 +10,7 @@ from kvjax.ops import store
 from kvjax.ops.dispatch import dispatch
 from pallas_kernels import remat_attention
 
-_TILE_ELEMENTS = 2**16  # of one tile of the accumulator while it is rebuilt
+_TILE_ELEMENTS = 2**16  # elements of one tile of the accumulator
 
 
 def reconstruct(
@@ -20,13 +20,17 @@ def reconstruct(
     delta: bool,
     stop: Int[Array, "B"],
 ) -> Float[Array, "B S D"]:
-    """X̂ of a layer from that of the layer below, for every token below `stop`, tile by tile in place.
+    """Reconstructs X̂ of a layer from X̂ of the layer below, tile by tile in place.
 
     Args:
       acc: X̂ of the layer below.
-      stored: z, or its difference from the layer below where `delta`.
-      basis: orthonormal columns; X̂ = z basis^T. X̂ = z where None.
-      delta: whether what is stored is added to `acc`, or replaces it.
+      stored: z of this layer; with `delta`, its difference from the layer below.
+      basis: orthonormal columns: X̂ = z basis^T. X̂ = z where None.
+      delta: whether the stored part is added to `acc`; otherwise it replaces `acc`.
+      stop: per sequence, the position below which tokens are reconstructed.
+
+    Returns:
+      X̂ of this layer below `stop`, `acc` elsewhere.
     """
 
     def kernel(name: str, interpret: bool) -> Array:
@@ -45,7 +49,7 @@ def _rebuild_tiles(acc, stored, basis, delta, stop):
     size = min(stored.tokens, -(-size // pack_size) * pack_size)
 
     def step(i, acc):
-        # The last tile starts early where `size` does not divide S; what it repeats stays.
+        # The last tile starts early where `size` does not divide S; the tokens it repeats are not changed again.
         start = jnp.minimum(i * size, stored.tokens - size)
         z = store.read_tile(stored, start, size, acc.dtype).dequantize()[:, 0]
         below = jax.lax.dynamic_slice_in_dim(acc, start, size, 1)

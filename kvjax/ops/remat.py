@@ -1,8 +1,11 @@
-"""Rematerialising attention (not jax.remat): keys (and, for many queries, values) are rebuilt from a stored layer
-input or its latents, tile by tile, inside the online softmax.
+"""Rematerialising attention: attention over keys and values rebuilt from a stored layer input or its latents.
 
-Values need no rebuilding for few queries: with X̂ the stored rows and R_v what turns them into values,
-softmax(..) (X̂ R_v) = (softmax(..) X̂) R_v. Keys do, because RoPE stands between (XQuant, sections 3.1 and 3.3).
+This is not jax.remat. Keys (and, for many queries, values) are rebuilt tile by tile inside the online softmax.
+
+Few queries need no rebuilt values: with X̂ the stored rows and R_v the matrix that turns them into values,
+softmax(..) (X̂ R_v) = (softmax(..) X̂) R_v. Keys must be rebuilt, because RoPE stands between (XQuant, sections 3.1
+and 3.3).
+
 B batch, T queries, H heads, K kv heads, D head_dim, S allocated tokens, G latent heads (1, or K: one per kv head),
 r and s widths of a latent of keys and of values.
 """
@@ -29,7 +32,7 @@ Table = tuple[Float[Array, "S D"], Float[Array, "S D"]]
 
 
 class Remat(NamedTuple):
-    """What turns latents into keys (before RoPE) and values."""
+    """The weights that turn latents into keys (before RoPE) and values."""
 
     key: Float[Array, "G r m"]  # m: all kv heads' channels where G = 1, else one head's
     value: Float[Array, "G s m"]
@@ -39,7 +42,7 @@ class Remat(NamedTuple):
     eps: float = 1e-6
 
     def astype(self, dtype) -> Remat:
-        """The same with its weights as `dtype`, once for all blocks: XLA does not move that out of a loop."""
+        """Casts the weights, once for all tiles: XLA does not move the cast out of a loop."""
         return self._replace(key=self.key.astype(dtype), value=self.value.astype(dtype))
 
     def keys(self, latents: Float[Array, "B G n r"], kv_heads: int) -> Float[Array, "B K n D"]:
@@ -53,7 +56,15 @@ class Remat(NamedTuple):
         return v if self.value_bias is None else v + self.value_bias[:, None].astype(v.dtype)
 
     def absorbed(self, output: Float[Array, "B T H s"], kv_heads: int) -> Float[Array, "B T H D"]:
-        """Attention output over values, from the same attention over their latents."""
+        """Turns attention output over latents of values into attention output over values.
+
+        Args:
+          output: probabilities times latents.
+          kv_heads: K.
+
+        Returns:
+          Probabilities times values.
+        """
         batch, tokens, heads, _ = output.shape
         rows = output.reshape(batch, tokens, kv_heads, heads // kv_heads, -1)
         weight = self.value.reshape(self.value.shape[0], self.value.shape[1], -1, self._head_dim(kv_heads))
@@ -78,8 +89,13 @@ def _rebuild(
 
 
 class Latents(NamedTuple):
-    """Where latents of keys and of values come from: `load(start, size)` gives those of tokens [start, start + size),
-    both multiples of `pack_size`, of `tokens` allocated ones.
+    """A source of latents.
+
+    Attributes:
+      load: `load(start, size)` returns latents of keys and of values for tokens [start, start + size); both numbers
+        are multiples of `pack_size`.
+      tokens: allocated tokens S.
+      pack_size: tokens that are packed together.
     """
 
     load: Callable[[Array | int, int], tuple[Float[Array, "B G n r"], Float[Array, "B G n s"]]]
@@ -96,12 +112,20 @@ def attend_latents(
     table: Table,
     packed: tuple[store.Stored, store.Stored] | None = None,
 ) -> Partial:
-    """Attention of q (after RoPE) over the stored positions of a span.
+    """Attends to the stored latents of a span.
 
     Args:
+      q: queries after RoPE.
+      span: which stored positions each query sees.
+      latents: the stored latents.
+      remat: the weights that turn them into keys and values.
+      kv_heads: K.
       table: cos and sin of every position.
-      packed: what `latents` reads, of keys and of values (the same object where one serves both), where it is nothing
-        but packed tensors: kernels take those.
+      packed: the stores behind `latents`, of keys and of values (one object where they share it), where latents are
+        read from them unchanged; kernels need these. None otherwise.
+
+    Returns:
+      The output and its log-sum-exp.
     """
     absorb = is_decode_shape(q.shape[1] * q.shape[2] // kv_heads)
 
@@ -128,7 +152,10 @@ def _attend_rebuilt(
     table: Table,
     absorb: bool,
 ) -> Partial:
-    """`attend_latents` in XLA. absorb: whether values stay latents until their weighted sums are made."""
+    """`attend_latents` in XLA.
+
+    With `absorb`, latents of values are summed first and the sums turned into values.
+    """
     dtype, tokens = jnp.promote_types(q.dtype, jnp.float32), latents.tokens
     remat = remat.astype(dtype)
     size = tile_size(tokens, max(remat.key.shape[1] * remat.key.shape[0], kv_heads * q.shape[3]), q.shape[1])

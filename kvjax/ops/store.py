@@ -1,9 +1,9 @@
-"""A packed history of one tensor (keys or values): written by token or by block, read by block.
+"""The stored history of one tensor (keys or values): written token by token or in blocks, read in tiles.
 
 The layout is that of pallas_kernels/layout.py: codes [B, K, rows, D], planar along the tokens of a packing block, so
 that a block unpacks with a shift and a mask of whole rows; scales and zero points [B, K, D/group, S] per token,
-[B, K, S/group, D] per channel. Where single tokens are written, their bytes are blended into the block's. B batch,
-K kv heads, S allocated tokens, D head_dim.
+[B, K, S/group, D] per channel. A single token is written by replacing its bits in the bytes of its packing block.
+B batch, K kv heads, S allocated tokens, D head_dim.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ PACK = 32  # tokens per packing block where tokens are written one by one
 class Format:
     """How one tensor is stored.
 
-    bits: code width, or 16 for the values themselves in the cache's dtype.
-    per: "token" (groups of `group` channels of a token) or "channel" (groups of `group` tokens of a channel).
-    group: elements that share a scale and a zero point.
-    residual_length: tokens written at a time, 0 for one by one.
+    Attributes:
+      bits: code width, or 16 for the values themselves in the cache's dtype.
+      per: "token" (groups of `group` channels of a token) or "channel" (groups of `group` tokens of a channel).
+      group: elements that share a scale and a zero point.
+      residual_length: tokens written together; 0 where tokens are written one by one.
     """
 
     bits: int
@@ -69,23 +70,23 @@ class Format:
 
 
 class RowFormat(abc.ABC):
-    """A custom quantiser that encodes each token's row of each head by itself. Subclasses are frozen dataclasses."""
+    """A custom quantiser that encodes each row (one token of one head) alone. Subclasses are frozen dataclasses."""
 
-    bits: ClassVar[int] = 0  # no codes of ours
+    bits: ClassVar[int] = 0  # not a code width of `Format`
     pack_size: ClassVar[int] = 1
 
     @property
     @abc.abstractmethod
     def bits_asymptotic(self) -> float:
-        """Bits per element, all that is kept included."""
+        """Bits per element, counting everything that `encode` returns."""
 
     @abc.abstractmethod
     def encode(self, x: Float[Array, "... D"]) -> tuple[Array, ...]:
-        """What is kept of rows: arrays [..., w] of any widths and types."""
+        """Encodes rows as arrays [..., w] of any widths and types."""
 
     @abc.abstractmethod
     def decode(self, kept: tuple[Array, ...], dtype: Any) -> Float[Array, "... D"]:
-        """The rows that are read, in `dtype`."""
+        """Decodes rows from the arrays of `encode`, in `dtype`."""
 
 
 AnyFormat = Format | RowFormat
@@ -93,7 +94,7 @@ AnyFormat = Format | RowFormat
 
 @struct.dataclass
 class Rows:
-    """What a `RowFormat` keeps."""
+    """The history as the arrays that a `RowFormat` encodes."""
 
     kept: tuple[Shaped[Array, "B K S _"], ...]
     format: Any = struct.field(pytree_node=False)  # RowFormat
@@ -108,19 +109,27 @@ class Rows:
         return self.kept[0].shape[1]
 
     def write(self, x: Float[Array, "B T K D"], positions: Int[Array, "B T"]) -> Rows:
-        """Stores tokens at positions; positions at or beyond S are dropped."""
+        """Stores tokens.
+
+        Args:
+          x: values of T tokens.
+          positions: where each is stored; tokens at positions at or beyond S are dropped.
+
+        Returns:
+          The history with the tokens stored.
+        """
         pairs = zip(self.kept, self.format.encode(x), strict=True)
         return dataclasses.replace(self, kept=tuple(_put(old, new, positions) for old, new in pairs))
 
     def read(self, start: Int[Array, ""] | int, size: int, dtype: Any) -> Tile:
-        """Tokens [start, start + size)."""
+        """Reads tokens [start, start + size), decoded to `dtype`."""
         kept = tuple(jax.lax.dynamic_slice_in_dim(a, start, size, 2) for a in self.kept)
         return Tile(self.format.decode(kept, dtype))
 
 
 @struct.dataclass
 class Packed:
-    """The history: byte planes (or the exact values), scales and zero points."""
+    """The history in packed form: byte planes (or the exact values), scales and zero points."""
 
     planes: tuple[Array, ...]
     scale: Any  # Array, None where exact; zero likewise
@@ -140,13 +149,16 @@ class Packed:
 
 @struct.dataclass
 class Unpacked:
-    """The same history with a byte a code and its width as data: one program for all widths up to 8 bits."""
+    """The history with one byte per code.
+
+    The code width is data, so that one compiled program serves all widths up to 8 bits.
+    """
 
     codes: UInt8[Array, "B K S D"]
     scale: Array
     zero: Array
     levels: Float[Array, ""]  # 2^b - 1
-    format: Format = struct.field(pytree_node=False)  # of any width
+    format: Format = struct.field(pytree_node=False)  # of any width: `levels` gives the actual one
 
     @property
     def tokens(self) -> int:
@@ -162,12 +174,22 @@ Stored = Packed | Unpacked | Rows
 
 
 def exact(x: Float[Array, "B K S D"]) -> Packed:
-    """Values as they are, as a history."""
+    """Wraps values, unquantised, as a history."""
     return Packed((x,), None, None, Format(EXACT, "token", 1, 0))
 
 
 def for_kernels(stored: Stored) -> layout.Packed:
-    """The same arrays as kernels take them. Raises NotImplementedError for codes that are not packed."""
+    """Converts a history to the type that kernels take; the arrays are the same.
+
+    Args:
+      stored: a history.
+
+    Returns:
+      The packed tensor.
+
+    Raises:
+      NotImplementedError: the history is not a `Packed` one.
+    """
     if not isinstance(stored, Packed):
         raise NotImplementedError("other stores and widths that are data are XLA's")
     form = stored.format
@@ -175,19 +197,47 @@ def for_kernels(stored: Stored) -> layout.Packed:
 
 
 def unpacked(packed: Packed, levels: Float[Array, ""]) -> Unpacked:
-    """A packed history unpacked, that goes on with codes 0 to `levels`."""
+    """Unpacks a history.
+
+    Args:
+      packed: the history.
+      levels: the largest code of later writes, 2^b - 1.
+
+    Returns:
+      The history with one byte per code.
+    """
     codes = read_tile(packed, 0, packed.tokens, jnp.uint8).codes
     return Unpacked(codes, packed.scale, packed.zero, levels, packed.format)
 
 
 def capacity(max_len: int, *formats: AnyFormat) -> int:
-    """Tokens to allocate for `max_len`: whole packing blocks of every format."""
+    """Returns the number of tokens to allocate.
+
+    Args:
+      max_len: tokens that must fit.
+      *formats: the formats of the tensors that are stored side by side.
+
+    Returns:
+      `max_len` rounded up to whole packing blocks of every format.
+    """
     pack = math.lcm(*(format.pack_size for format in formats))
     return -(-max_len // pack) * pack
 
 
 def init(format: AnyFormat, batch: int, kv_heads: int, tokens: int, head_dim: int, dtype) -> Packed | Rows:
-    """An empty history of `tokens` tokens, a `capacity` of the format."""
+    """Allocates an empty history.
+
+    Args:
+      format: how the tensor is stored.
+      batch: sequences B.
+      kv_heads: heads K.
+      tokens: tokens S, a `capacity` of the format.
+      head_dim: channels D of a head.
+      dtype: dtype of unquantised values.
+
+    Returns:
+      The history, all zeros.
+    """
 
     def rows(count: int, channels: int, dtype) -> Array:
         return jnp.zeros((batch, kv_heads, count, channels), dtype)
@@ -203,14 +253,32 @@ def init(format: AnyFormat, batch: int, kv_heads: int, tokens: int, head_dim: in
 
 
 def logical_axes(packed: Stored, heads: str | None) -> Stored:
-    """The same tree with a PartitionSpec of logical names at every leaf."""
+    """Names the axes of every array of a history.
+
+    Args:
+      packed: the history.
+      heads: logical name of the axis of heads; None where it is not sharded.
+
+    Returns:
+      The same tree with a PartitionSpec of logical names at every leaf.
+    """
     return jax.tree.map(lambda _: PartitionSpec("batch", heads, None, None), packed)
 
 
 def write_tokens(
     packed: Stored, x: Float[Array, "B T K D"], start: Int[Array, "B"], lengths: Int[Array, "B"]
 ) -> Stored:
-    """Stores the first `lengths` of T tokens at positions start, start + 1, ..., each quantised on its own."""
+    """Stores tokens one by one: each is quantised alone.
+
+    Args:
+      packed: the history.
+      x: values of T tokens.
+      start: per sequence, the position of the first token; the others follow.
+      lengths: per sequence, how many of the T tokens are stored.
+
+    Returns:
+      The history with the tokens stored.
+    """
     format, tokens = packed.format, x.shape[1]
     step = jnp.arange(tokens)
     at = jnp.where(step < lengths[:, None], start[:, None] + step, packed.tokens)  # out of range: dropped
@@ -243,7 +311,7 @@ def write_tokens(
 
 
 def _pack_blocks(codes: Array, format: Format) -> tuple[Array, ...]:
-    """[B, N*P, K, D] codes to planes [B, N, K, P*w/8, D]."""
+    """Packs codes [B, N*P, K, D] into planes [B, N, K, P*w/8, D]."""
     batch, _, kv_heads, head_dim = codes.shape
     blocks = codes.reshape(batch, -1, format.pack_size, kv_heads, head_dim).swapaxes(2, 3)
     return packing.pack(blocks, format.bits)
@@ -252,9 +320,16 @@ def _pack_blocks(codes: Array, format: Format) -> tuple[Array, ...]:
 def write_blocks(
     packed: Stored, x: Float[Array, "B N R K D"], mask: Bool[Array, "B N R"], index: Int[Array, "B N"]
 ) -> Stored:
-    """Stores N blocks of R tokens per sequence at block indices; indices at or beyond S/R are dropped.
+    """Stores whole blocks of R tokens.
 
-    mask: tokens that enter minima and maxima.
+    Args:
+      packed: the history.
+      x: values of N blocks per sequence.
+      mask: tokens that count towards minima and maxima.
+      index: where each block is stored, in blocks; blocks at or beyond S/R are dropped.
+
+    Returns:
+      The history with the blocks stored.
     """
     if isinstance(packed, Rows):
         return packed.write(x.reshape(x.shape[0], -1, *x.shape[3:]), _rows(index, x.shape[2]))
@@ -296,7 +371,7 @@ def write_blocks(
 def _put_scales(
     packed: Packed | Unpacked, scale: Array, zero: Array, index: Int[Array, "B N"]
 ) -> tuple[Array, Array]:
-    """Scales and zero points of blocks, [B, N, K, R, G] per token or [B, N, K, R/group, D] per channel."""
+    """Stores scales and zero points of blocks, [B, N, K, R, G] per token or [B, N, K, R/group, D] per channel."""
     if packed.format.per == "channel":
         return _put_rows(packed.scale, scale, index), _put_rows(packed.zero, zero, index)
     at = _rows(index, packed.format.residual_length)
@@ -314,7 +389,7 @@ def _put(store: Array, rows: Float[Array, "B T K W"], positions: Int[Array, "B T
 
 
 def _put_last(store: Array, values: Float[Array, "B T K G"], positions: Int[Array, "B T"]) -> Array:
-    """Into [B, K, G, S]."""
+    """Stores values at positions of an array [B, K, G, S]."""
     batch, head, group = jnp.ogrid[: store.shape[0], : store.shape[1], : store.shape[2]]
     at = batch[:, None], head[:, None], group[:, None], positions[:, :, None, None]
     return store.at[at].set(values, mode="drop")
@@ -330,7 +405,7 @@ def _put_rows(store: Array, blocks: Float[Array, "B N K r W"], index: Int[Array,
 
 
 def _get_rows(store: Array, index: Int[Array, "B N"], rows: int) -> Array:
-    """Blocks [B, N, K, rows, W]; indices out of range are clipped."""
+    """Reads blocks [B, N, K, rows, W]; indices out of range are clipped."""
     at = jnp.minimum(_rows(index, rows), store.shape[2] - 1)
     found = jnp.take_along_axis(store, at[:, None, :, None], 2)
     return found.reshape(*store.shape[:2], index.shape[1], rows, store.shape[3]).swapaxes(1, 2)
@@ -338,9 +413,15 @@ def _get_rows(store: Array, index: Int[Array, "B N"], rows: int) -> Array:
 
 @struct.dataclass
 class Tile:
-    """n tokens as stored: x = codes * scale + zero in groups of `group` along `axis`; no scale where exact.
+    """n tokens of a history: x = codes * scale + zero.
 
-    scale, zero: [B, K, D/group, n] where groups lie along channels (axis -1), else [B, K, n/group, D].
+    Attributes:
+      codes: the codes; the values themselves where they are exact.
+      scale: one per group: [B, K, D/group, n] where groups lie along channels, else [B, K, n/group, D]; None where
+        exact.
+      zero: zero points, like `scale`.
+      axis: -1 where groups lie along channels, -2 where they lie along tokens.
+      group: elements of a group.
     """
 
     codes: Float[Array, "B K n D"]
@@ -351,7 +432,7 @@ class Tile:
 
     @property
     def scale_per_token(self) -> bool:
-        """One scale and zero point per token and head: they fold into scores and probabilities."""
+        """Whether a token has one scale and zero point per head, which then fold into scores and probabilities."""
         return self.scale is not None and self.axis == -1 and self.group == self.codes.shape[-1]
 
     def dequantize(self) -> Float[Array, "B K n D"]:
@@ -363,7 +444,17 @@ class Tile:
 
 
 def read_tile(packed: Stored, start: Int[Array, ""] | int, size: int, dtype) -> Tile:
-    """Tokens [start, start + size), codes as `dtype`; both are multiples of `format.pack_size`."""
+    """Reads tokens [start, start + size).
+
+    Args:
+      packed: the history.
+      start: the first token, a multiple of `format.pack_size`.
+      size: number of tokens, likewise.
+      dtype: dtype of the codes, or of the exact values.
+
+    Returns:
+      The tokens.
+    """
     if isinstance(packed, Rows):
         return packed.read(start, size, dtype)
     format = packed.format

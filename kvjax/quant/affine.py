@@ -18,7 +18,10 @@ BITS = (1, 2, 3, 4, 5, 6, 8)
 
 @struct.dataclass
 class Quantized:
-    """Codes and, per group, scale and zero point. `axis` of scale and zero has one entry per group."""
+    """Codes with a scale and a zero point per group.
+
+    Along the quantised axis, `scale` and `zero` have one entry per group.
+    """
 
     codes: UInt8[Array, "..."]
     scale: Float16[Array, "..."]
@@ -32,8 +35,10 @@ def _split(x: Array, axis: int, group: int) -> Array:
 
 
 def _divide(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The true quotient. XLA turns division by a broadcast value into a product with its reciprocal, which rounds
-    twice; the barrier hides the broadcast from it.
+    """The true quotient.
+
+    XLA turns division by a broadcast value into a product with its reciprocal, which rounds twice; the barrier hides
+    the broadcast from XLA.
     """
     return x / jax.lax.optimization_barrier(jnp.broadcast_to(y, x.shape))
 
@@ -41,15 +46,22 @@ def _divide(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "...
 def quantize(
     x: Float[Array, "..."], bits: int, axis: int, group: int, mask: Bool[Array, "..."] | None = None
 ) -> Quantized:
-    """Quantises groups of `group` neighbours along `axis` (negative).
+    """Quantises groups of neighbours along one axis.
 
     Args:
       x: values; cast to float32.
-      mask: broadcastable to x; False entries enter no minimum or maximum and their codes mean nothing.
+      bits: code width, one of `BITS`.
+      axis: the axis of the groups, a negative number.
+      group: neighbours that share a scale and a zero point; divides the axis.
+      mask: broadcastable to x. Entries where it is False do not count towards minima and maxima, and their codes mean
+        nothing.
+
+    Returns:
+      Codes of the shape of x, with scales and zero points.
 
     Raises:
-      KvjaxError: `bits` or `group` that cannot be, or, outside jit, a value that is not finite or whose group
-        does not fit float16. Under jit such a group reads back as NaN, so that it cannot pass unseen.
+      KvjaxError: `bits` or `group` that is not possible; outside jit also a value that is not finite, or a group that
+        does not fit float16. Under jit such a group reads back as NaN, so that the fault is visible.
     """
     if bits not in BITS:
         raise KvjaxError(f"{bits} bits: expected one of {', '.join(map(str, BITS))}")
@@ -63,7 +75,21 @@ def quantize_to(
     group: int,
     mask: Bool[Array, "..."] | None = None,
 ) -> Quantized:
-    """`quantize` to codes 0 to `levels`, 2^b - 1 <= 255, which may be traced: the width is data here."""
+    """`quantize` with the largest code in place of the width: one compiled program serves every width.
+
+    Args:
+      x: values; cast to float32.
+      levels: the largest code, 2^b - 1 <= 255; may be traced.
+      axis: the axis of the groups, a negative number.
+      group: neighbours that share a scale and a zero point; divides the axis.
+      mask: as in `quantize`.
+
+    Returns:
+      Codes of the shape of x, with scales and zero points.
+
+    Raises:
+      KvjaxError: as `quantize` for `group` and values.
+    """
     if x.shape[axis] % group:
         raise KvjaxError(f"group {group} does not divide the axis of {x.shape[axis]}")
     grouped = _split(x.astype(jnp.float32), axis, group)
@@ -71,7 +97,7 @@ def quantize_to(
     if mask is not None:
         valid = _split(jnp.broadcast_to(mask, x.shape), axis, group)
         low, high = jnp.where(valid, grouped, jnp.inf), jnp.where(valid, grouped, -jnp.inf)
-    unknown = jnp.isnan(low).any(axis, keepdims=True)  # XLA's minima on CPU pass NaN over
+    unknown = jnp.isnan(low).any(axis, keepdims=True)  # on CPU, minima in XLA skip NaN
     low, high = low.min(axis, keepdims=True), high.max(axis, keepdims=True)
     if mask is not None:
         empty = ~valid.any(axis, keepdims=True)
@@ -88,6 +114,16 @@ def quantize_to(
 
 
 def dequantize(q: Quantized, axis: int, group: int, dtype) -> Float[Array, "..."]:
-    """scale * code + zero in `dtype`."""
+    """Computes scale * code + zero.
+
+    Args:
+      q: what `quantize` returned.
+      axis: the axis that it was given.
+      group: the group that it was given.
+      dtype: dtype of the computation and of the values.
+
+    Returns:
+      The values, in the shape of the codes.
+    """
     scale, zero = (jnp.expand_dims(a, axis).astype(dtype) for a in (q.scale, q.zero))
     return (_split(q.codes, axis, group).astype(dtype) * scale + zero).reshape(q.codes.shape)

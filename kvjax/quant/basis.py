@@ -1,4 +1,7 @@
-"""Bases in which layer inputs are quantised: singular vectors of projections, rotations. numpy, float64."""
+"""Bases in which layer inputs are quantised: singular vectors of projections, and rotations.
+
+Computed in numpy, in float64.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,14 @@ from jaxtyping import Float
 def svd_basis(
     weight: Float[np.ndarray, "D m"], rotate: bool = False
 ) -> tuple[Float[np.ndarray, "D r"], Float[np.ndarray, "r m"]]:
-    """U and R = U^T W, so that x W = (x U) R, r = min(D, m) (XQuant, section 3.3.1: R = Σ B^T).
+    """Factors a projection W by its singular vectors, so that x W = (x U) R (XQuant, section 3.3.1: R = Σ B^T).
 
-    rotate: turns the columns of U among themselves at random, which spreads outliers over them.
+    Args:
+      weight: W.
+      rotate: multiplies U by a random rotation of its columns, which spreads outliers over them.
+
+    Returns:
+      U and R = U^T W, with r = min(D, m).
     """
     weight = np.asarray(weight, np.float64)
     u, s, vt = np.linalg.svd(weight, full_matrices=False)
@@ -23,6 +31,10 @@ def svd_basis(
 
 
 def rotation(size: int) -> Float[np.ndarray, "n n"]:
-    """A random orthogonal matrix, the same every time."""
+    """Draws a random orthogonal matrix, the same at every call.
+
+    Args:
+      size: rows and columns n; it seeds the draw.
+    """
     q, r = np.linalg.qr(np.random.default_rng(size).standard_normal((size, size)))
     return q * np.sign(np.diag(r))

@@ -1,4 +1,4 @@
-"""Codes packed into bytes: b bits cost b bits.
+"""Packing of codes into bytes: a code of b bits takes b bits.
 
 A width is a sum of power-of-two planes (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2), low bits first. Within a plane of w
 bits the packing is planar along the rows: of n rows of codes, byte row i holds rows i, i + n*w/8, i + 2*n*w/8, ...,
@@ -17,7 +17,15 @@ from pallas_kernels.layout import PLANES
 
 
 def pack(codes: UInt8[Array, "... n D"], bits: int) -> tuple[UInt8[Array, "... _ D"], ...]:
-    """One byte array per plane, of n*w/8 rows; n is a multiple of 8."""
+    """Packs codes along their rows.
+
+    Args:
+      codes: codes below 2^bits; n is a multiple of 8.
+      bits: code width.
+
+    Returns:
+      One byte array per plane, of n*w/8 rows for a plane of w bits.
+    """
     planes, low = [], 0
     for width in PLANES[bits]:
         part = (codes >> low) & ((1 << width) - 1)
@@ -28,10 +36,18 @@ def pack(codes: UInt8[Array, "... n D"], bits: int) -> tuple[UInt8[Array, "... _
 
 
 def unpack(planes: tuple[UInt8[Array, "... _ D"], ...], bits: int) -> UInt8[Array, "... n D"]:
-    """The codes of `pack`."""
+    """Restores the codes that `pack` packed.
+
+    Args:
+      planes: one byte array per plane.
+      bits: code width.
+
+    Returns:
+      The codes.
+    """
     codes, low = jnp.zeros((), jnp.uint8), 0
     for width, word in zip(PLANES[bits], planes, strict=True):
-        # A broadcast shift, not a concatenation: XLA's CPU backend vectorises it (7 times faster).
+        # A broadcast shift, not a concatenation: XLA's CPU backend vectorises the shift (7 times faster).
         shifts = jnp.arange(0, 8, width, dtype=jnp.uint8)[:, None, None]
         part = (word[..., None, :, :] >> shifts) & ((1 << width) - 1)
         part = part.reshape(*word.shape[:-2], -1, word.shape[-1])

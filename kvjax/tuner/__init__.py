@@ -1,1 +1,1 @@
-"""From sensitivity to a plan: KVTuner's pipeline (arXiv 2502.04420) and what predicts and searches better."""
+"""From sensitivity to a plan: KVTuner's pipeline (arXiv 2502.04420), with better error estimates and searches."""

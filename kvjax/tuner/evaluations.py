@@ -1,4 +1,7 @@
-"""What was evaluated, on disk: every plan once, by whichever of the processes that share a folder comes first."""
+"""Results of evaluated plans, kept on disk.
+
+Several processes may share a folder: whichever comes first evaluates a plan, and the others read the result.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,10 @@ Figures = dict[str, Any]  # numbers by name, or lists and objects of them
 
 
 class Evaluations:
-    """Figures of plans under one evaluation.
+    """The figures of plans under one evaluation; each plan is evaluated only once.
 
     Attributes:
-      made: how many this process computed.
+      made: how many plans this process evaluated.
     """
 
     def __init__(
@@ -32,16 +35,28 @@ class Evaluations:
         evaluate: Callable[[CachePlan], Figures],
         names: Sequence[str] = (),
     ):
-        """identity: what two runs must share for their figures to be the same. names: numbers among the figures."""
+        """Opens the folder, which is created where needed.
+
+        Args:
+          folder: where results are kept.
+          identity: everything besides the plan that the figures depend on (model, text and so on).
+          evaluate: computes the figures of a plan.
+          names: names of figures that must be numbers; results on disk that lack one are refused.
+        """
         self.folder, self.identity, self.evaluate, self.names = folder, identity, evaluate, names
         self.made = 0
         folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, plan: CachePlan) -> Figures:
-        """The plan's figures. While another process evaluates the same plan, this one waits for it.
+        """Returns the figures of a plan, from disk where they are known.
+
+        While another process evaluates the same plan, this one waits for it.
+
+        Args:
+          plan: the plan.
 
         Raises:
-          KvjaxError: what is on disk is damaged or cannot be written.
+          KvjaxError: a result on disk is damaged, or cannot be written.
         """
         file = self._file(plan)
         if not file.exists():
@@ -75,12 +90,18 @@ class Evaluations:
 
 @contextlib.contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Holds the file's lock, which ends with the process however it ends, and then removes the file."""
+    """Holds the lock of a file inside a `with` block, then removes the file.
+
+    The system releases the lock when the process ends, even if it is killed.
+
+    Args:
+      file: the lock file, created where needed.
+    """
     while True:
         with file.open("w") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
             if not _is_at(stream, file):
-                continue  # the one before removed it
+                continue  # the process that held the lock removed the file
             try:
                 yield
             finally:

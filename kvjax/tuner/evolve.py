@@ -1,7 +1,7 @@
 """KVTuner's own search: NSGA-II over groups of layers, bits against loss (section 5.3), in Optuna.
 
-Trials live in a journal file that any number of processes share. One that is killed loses only the trial it was in,
-and a process that goes on alone comes to the plans that it would have come to.
+Trials are kept in a journal file that any number of processes share. A killed process loses only its current trial.
+A single process that is killed and started again finds the same plans as without the kill.
 """
 
 from __future__ import annotations
@@ -41,13 +41,22 @@ def evolve(
     model: ModelShapes,
     advance: Callable[[int], None],
 ) -> list[CachePlan]:
-    """The plans of all ended trials, of every process that took part, in order.
+    """Runs the search until its study has enough trials.
 
     Args:
-      journal, name: the file and the study in it, which goes on until it has `trials` trials.
-      candidates: of every layer; those of a group's first layer are the group's.
-      seed: the search's, and this process's number.
-      advance: hears how many trials have ended.
+      journal: the journal file; an existing study goes on.
+      name: name of the study in the journal.
+      groups: layers that share one choice, per group.
+      candidates: the specs to choose from, per layer; a group takes those of its first layer.
+      bits: how bits are counted, and the budget.
+      loss: evaluates a plan; smaller is better.
+      trials: how many trials the study must have, over all processes.
+      seed: the seed of the search and the number of this process.
+      model: sizes of the model.
+      advance: called with the number of trials that have ended.
+
+    Returns:
+      The plans of all ended trials of all processes, in order.
 
     Raises:
       KvjaxError: the journal is damaged or cannot be written; whatever `loss` raises.
@@ -85,19 +94,25 @@ def evolve(
 
 
 class _Sampler(NSGAIISampler):
-    """Draws that follow from the search's seed, the process's number and that of the trial: kills change none."""
+    """A sampler whose draws depend only on the seed and the numbers of process and trial.
+
+    So a killed and restarted process makes the same draws.
+    """
 
     def __init__(self, *numbers: int):
         own, other = np.random.SeedSequence(numbers).generate_state(2)
         super().__init__(seed=int(own))
-        self._new = RandomSampler(seed=int(other))  # the parent's would draw what decides on crossover
+        self._new = RandomSampler(seed=int(other))  # the parent's would repeat the draws of crossover
 
     def sample_independent(self, *args: Any) -> Any:
         return self._new.sample_independent(*args)
 
 
 class _Lock(JournalFileOpenLock):
-    """The journal's lock, which ends with its process however that ends. A torn line is cut off."""
+    """The lock of the journal; the system releases it when the process ends, even if it is killed.
+
+    A last line that a killed process left incomplete is cut off.
+    """
 
     def __init__(self, journal: str):
         super().__init__(journal)
@@ -125,7 +140,7 @@ class _Lock(JournalFileOpenLock):
 
 @contextlib.contextmanager
 def _named(journal: Path) -> Iterator[None]:
-    """Says of which file the library speaks."""
+    """Turns errors of the library into a KvjaxError that names the journal."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,8 @@
-"""The whole front at once: errors of single layers add up well enough for dynamic programming over the layers.
+"""The whole Pareto front at once, by dynamic programming over the layers.
 
-State: what the layers above depend on (a place in a run of XQuant-CL; nothing for most methods). Of each state the
-partial plans that no other beats in both bits and error are kept, so that the front is exact for additive errors.
+It takes the error of a plan to be the sum of the errors of its layers, which is accurate enough. The state is what
+the layers above depend on (the place in a run of XQuant-CL; nothing for most methods). In each state, all partial
+plans are kept that no other beats in both bits and error, so that the front is exact for additive errors.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from kvjax.tuner.space import pareto
 
 
 class PartialPlan(NamedTuple):
-    """Layers 0 to some layer: summed bits and error, the last spec and the layers below it."""
+    """A plan for layers 0 to some layer: summed bits and error, the spec of the last layer, the plan below it."""
 
     bits: float
     error: float
@@ -40,11 +41,16 @@ def knapsack(
     error: Callable[[int, CacheSpec], float],
     model: ModelShapes,
 ) -> list[tuple[CachePlan, float]]:
-    """The front of plans under the sum of `error(layer, spec)`, with that sum, most bits first.
+    """Finds the plans that no other beats in both bits and summed error.
 
     Args:
-      candidates: of every layer, resolved.
-      bits, error: of a spec on top of the layers below it, see `cross_layer.stack`.
+      candidates: the specs to choose from, per layer, resolved.
+      bits: bits of a spec, placed on the layers below it by `cross_layer.stack`.
+      error: `error(layer, spec)` is the error of such a spec at a layer.
+      model: sizes of the model.
+
+    Returns:
+      Plans with their summed errors, most bits first.
 
     Raises:
       KvjaxError: no plan can be made of the candidates.

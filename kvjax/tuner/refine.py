@@ -1,4 +1,7 @@
-"""A plan made better by measuring around it: each layer's next candidates, then a knapsack of what they changed."""
+"""Local search around a plan.
+
+Each round measures the neighbouring candidates of every layer, then combines the best changes by a knapsack.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,17 @@ from kvjax.tuner.space import Bits, try_plan
 
 
 def replace_layer(plan: CachePlan, layer: int, spec: CacheSpec, model: ModelShapes) -> CachePlan | None:
-    """The plan with another spec at one layer, None where the layers then do not go together."""
+    """Replaces the spec of one layer.
+
+    Args:
+      plan: the plan.
+      layer: the layer.
+      spec: the new spec of the layer.
+      model: sizes of the model.
+
+    Returns:
+      The new plan; None where its layers do not fit together.
+    """
     return try_plan([*plan.specs[:layer], spec, *plan.specs[layer + 1 :]], model)
 
 
@@ -23,9 +36,18 @@ def refine(
     rounds: int,
     model: ModelShapes,
 ) -> Iterator[tuple[CachePlan, float]]:
-    """The start and ever better plans within the budget, with their losses.
+    """Improves a plan, round by round.
 
-    candidates: of every layer, in order of bits; the next ones up and down are tried.
+    Args:
+      start: the plan to start from.
+      candidates: the specs to choose from, per layer, in order of bits; the next ones up and down are tried.
+      bits: how bits are counted, and the budget.
+      loss: evaluates a plan; smaller is better.
+      rounds: rounds at most; the search ends earlier where a round finds nothing better.
+      model: sizes of the model.
+
+    Yields:
+      The start, then ever better plans within the budget, with their losses.
     """
     best, least = start, loss(start)
     yield best, least
@@ -33,10 +55,10 @@ def refine(
         choices, change, measured = _measure(best, least, candidates, loss, model)
         front = knapsack(choices, bits.of, lambda layer, spec, change=change: change[layer, str(spec)], model)  # type: ignore[misc]
         plan = min((each for each in front if bits.fits(each[0])), key=lambda each: each[1], default=(best, 0.0))[0]
-        # What changes together does not add up exactly: half the changes may be better than all.
+        # Losses of several changes do not add up exactly: half of the changes may be better than all of them.
         tried = [plan, *(_part(best, plan, change, model, share) for share in (2, 4))]
         found = [(p, loss(p)) for p in tried if p is not None and bits.fits(p)]
-        found += [each for each in measured if bits.fits(each[0])]  # or one change may be better than more
+        found += [each for each in measured if bits.fits(each[0])]  # or a single change may be better than several
         plan, better = min(found, key=lambda each: each[1], default=(best, least))
         if better >= least:
             return
@@ -51,7 +73,10 @@ def _measure(
     loss: Callable[[CachePlan], float],
     model: ModelShapes,
 ) -> tuple[list[list[CacheSpec]], dict[tuple[int, str], float], list[tuple[CachePlan, float]]]:
-    """Each layer's choices around a plan, by how much each alone changes its loss, and the plans with one change."""
+    """Measures the neighbouring candidates of every layer.
+
+    Returns the choices per layer, how much each alone changes the loss, and the plans with one change.
+    """
     choices, change, measured = [], {}, []
     for layer, (here, choice) in enumerate(zip(best.specs, candidates, strict=True)):
         names = [str(spec) for spec in choice]
@@ -70,8 +95,9 @@ def _measure(
 def _part(
     best: CachePlan, plan: CachePlan, change: dict[tuple[int, str], float], model: ModelShapes, share: int
 ) -> CachePlan | None:
-    """The plan that keeps of the changes from `best` to `plan` one part in `share`: the most rewarding ones of those
-    that reward, the least harmful ones of those that harm.
+    """Applies one part in `share` of the changes from `best` to `plan`.
+
+    Of the changes that lower the loss it applies the best; of those that raise it, the least harmful.
     """
     pairs = enumerate(zip(best.specs, plan.specs, strict=True))
     by = {i: change[i, str(b)] for i, (a, b) in pairs if str(a) != str(b)}

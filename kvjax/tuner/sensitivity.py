@@ -1,15 +1,18 @@
-"""What quantising one layer alone costs, candidate by candidate: KVTuner's errors and what predicts quality better.
+"""The cost of quantising one layer alone, per candidate: KVTuner's errors, and measures that predict quality better.
 
-Everything is measured on a full-precision run, so no error accumulates (KVTuner, section 4 and appendix B).
+Everything is measured on a full-precision run, so that no error accumulates (KVTuner, section 4 and appendix B).
 
     e_k = mean |K - K̂| / |K|    e_v likewise    e_a = mean |a - â|    e_o = mean |o - ô| / |o|
 
-with â = softmax(q K̂ᵀ / √d) and ô = â V̂, every key and value as stored, for the queries of the decoding phase, which
-is the second half of a window here. `kld` is the KL divergence of the whole model with this layer quantised.
-`predicted` estimates it for all layers and candidates from one backward pass: with g the gradient of Σ_t log p(y_t),
-y_t drawn from the dense run's predictions, with respect to the layer's attention output, and δ what quantisation
-moves that output by under `streaming`, KL ≈ ½ E Σ_t (g_t·δ_t)² / N, for the Fisher information is the curvature of
-KL. What the δ of different tokens have in common is left out: that estimates a little less, with far less noise.
+with â = softmax(q K̂ᵀ / √d) and ô = â V̂. Every key and value is read as stored. The queries are those of the decoding
+phase, which is here the second half of a window. `kld` is the KL divergence of the whole model with this layer
+quantised.
+
+`predicted` estimates `kld` for all layers and candidates from one backward pass. Let g be the gradient of
+Σ_t log p(y_t) with respect to the layer's attention output, with y_t drawn from the predictions of the dense run, and
+let δ be the change of that output by quantisation under `streaming`. Then KL ≈ ½ E Σ_t (g_t·δ_t)² / N, because the
+Fisher information is the curvature of KL. Cross terms between the δ of different tokens are left out: the estimate
+is then slightly too low, but has far less noise.
 """
 
 from __future__ import annotations
@@ -39,8 +42,17 @@ ERRORS = ("e_k", "e_v", "e_a", "e_o", "predicted")
 
 
 def quantise_one(simulator: Simulator, layer: int, spec: CacheSpec) -> CachePlan:
-    """The plan with this layer quantised and the others exact: dense, or the method itself where its layers depend on
-    one another.
+    """Builds the plan with one layer quantised and the others exact.
+
+    The exact layers are dense; for a cross-layer method they are the method's exact form.
+
+    Args:
+      simulator: the simulator, for its model.
+      layer: the layer to quantise.
+      spec: its cache.
+
+    Returns:
+      The plan.
     """
     specs = list(_exact(simulator, spec).specs)
     specs[layer] = spec
@@ -48,14 +60,23 @@ def quantise_one(simulator: Simulator, layer: int, spec: CacheSpec) -> CachePlan
 
 
 def _exact(simulator: Simulator, spec: CacheSpec) -> CachePlan:
-    """The run that the spec is measured on."""
+    """The full-precision plan that the spec is compared with."""
     if not isinstance(spec, CrossLayerSpec):
         return simulator.dense_plan
     return CachePlan.uniform(spec.exact, simulator.model.config)
 
 
 def measured(simulator: Simulator, layer: int, spec: CacheSpec) -> float:
-    """KL divergence, nats a token, with this layer alone quantised."""
+    """Measures the KL divergence from the dense run with one layer quantised.
+
+    Args:
+      simulator: evaluates the plan.
+      layer: the layer to quantise.
+      spec: its cache.
+
+    Returns:
+      Mean KL divergence in nats per token.
+    """
     simulator.keep(_exact(simulator, spec))
     return float(simulator.score(quantise_one(simulator, layer, spec)).kld.mean())
 
@@ -63,9 +84,16 @@ def measured(simulator: Simulator, layer: int, spec: CacheSpec) -> float:
 def local_errors(
     simulator: Simulator, layer: int, specs: Sequence[CacheSpec], gradients: Sequence[Float[np.ndarray, "L S N H d"]]
 ) -> list[dict[str, float]]:
-    """ERRORS of every spec at one layer, averaged over the windows.
+    """Computes the `ERRORS` of specs at one layer.
 
-    gradients: of every window, see `gradients`.
+    Args:
+      simulator: gives the windows and the full-precision runs.
+      layer: the layer.
+      specs: the caches to compare.
+      gradients: gradients of every window, see the function `gradients`.
+
+    Returns:
+      Per spec, the errors by name, averaged over the windows.
     """
     config, params = simulator.model.config, simulator.model.params[f"layer_{layer}"]
     found: dict[CacheSpec, dict[str, float]] = {}
@@ -101,7 +129,7 @@ def _local_errors(config, layer, form, shape, params, h, carry, levels, bases, g
 
 @struct.dataclass
 class _Probe:
-    """Hands out the errors of C candidates of one form as its carry."""
+    """A cache that returns the errors of C candidates of one form in place of the carry."""
 
     levels: Float[Array, "C s"]
     g: Float[Array, "S N H d"]
@@ -143,7 +171,7 @@ def _by_position(x: Float[Array, "n K d"], positions: Int[Array, "n"], tokens: i
 def _late_attention(
     chunk: Chunk, k: Float[Array, "1 N K d"], v: Float[Array, "1 N K d"]
 ) -> tuple[Float[Array, "1 H T N"], Float[Array, "1 T H d"]]:
-    """Attention weights and outputs of the queries of the second half."""
+    """Attention weights and outputs of the queries in the second half of the window."""
     late = chunk.q.shape[1] // 2
     mask: Bool[Array, "1 T N"] = visible(chunk, chunk.positions)[:, late:]
     k, v = (jnp.repeat(a, chunk.q.shape[2] // a.shape[2], 2) for a in (k, v))
@@ -161,7 +189,10 @@ def _relative(exact: Array, other: Array) -> Array:
 
 @struct.dataclass
 class _Moved:
-    """Exact attention, its output moved by `by`; the blockwise one has no gradient."""
+    """A cache with exact attention that adds `by` to the output, so that gradients with respect to `by` exist.
+
+    It does not use `attend_streamed`, which has no gradient.
+    """
 
     by: Float[Array, "1 N H d"]
 
@@ -173,7 +204,17 @@ class _Moved:
 
 
 def gradients(simulator: Simulator, window: int, samples: int, seed: int) -> Float[np.ndarray, "L S N H d"]:
-    """Gradients of sum_t log p(y_t) with respect to every layer's attention output, for `samples` draws of all y."""
+    """Computes gradients of sum_t log p(y_t) with respect to the attention output of every layer.
+
+    Args:
+      simulator: gives the dense run.
+      window: index of the window.
+      samples: how many times S all y_t are drawn.
+      seed: seed of the draws.
+
+    Returns:
+      The gradients, for L layers and N tokens.
+    """
     config, params = simulator.model.config, simulator.model.params
     trace, dense = simulator.keep(simulator.dense_plan)[window], simulator.dense(window)
     key = jax.random.fold_in(jax.random.key(seed), window)
@@ -196,7 +237,7 @@ def _pull_head(config, head, norm, h, mean, keys):
 
 
 def _draw(hidden: Float[Array, "n D"], head: Float[Array, "V D"], key: Array) -> Int[Array, "n"]:
-    """A next token of each, from the model's predictions."""
+    """Draws a next token at every position from the model's predictions."""
     count = hidden.shape[0]
     size = min(ROWS, count)
     rows = jnp.pad(hidden, ((0, -count % size), (0, 0))).reshape(-1, size, hidden.shape[1])

@@ -1,9 +1,9 @@
-"""Whole windows under a plan with its widths as data: what a search evaluates, compiled once for all plans.
+"""Fast evaluation of plans for a search: code widths are data, so that programs are compiled once for all plans.
 
-A window goes through the model layer by layer, every layer by the one program of its spec's form (the spec with its
-widths at 8), which reads and writes the method's own store with a byte a code (`store.Unpacked`). A query reads what
-it would read while decoding (`attention.attend_streamed`), so that one pass gives the `streaming` protocol. Layers
-below the first that differs from a plan kept before are not run again.
+A window goes through the model layer by layer. All specs that differ only in their widths share one program, that of
+their form (the spec with its widths at 8). It reads and writes the method's own store with one byte per code
+(`store.Unpacked`). A query reads what it would read while decoding (`attention.attend_streamed`), so that one pass
+gives the `streaming` protocol. The lowest layers are not run again where a plan kept before has the same ones.
 """
 
 from __future__ import annotations
@@ -33,13 +33,29 @@ from kvjax.ops.rotate import rotate_heads
 
 @functools.cache
 def levels_of(spec: CacheSpec, shape: CacheShape) -> Float[np.ndarray, "s"]:
-    """2^b - 1 of every quantised stream that the spec stores."""
+    """Lists the largest code, 2^b - 1, of every quantised tensor that a spec stores.
+
+    Args:
+      spec: the cache of a layer.
+      shape: sizes of the cache.
+
+    Returns:
+      The largest codes, as float32.
+    """
     cache = jax.eval_shape(lambda: spec.init(shape))
     return np.array([2**p.format.bits - 1 for p in _histories(cache)], np.float32)
 
 
 def with_levels(cache: LayerCache, levels: Float[Array, "s"]) -> LayerCache:
-    """The cache with its quantised streams unpacked and their widths as data."""
+    """Unpacks the quantised tensors of a cache and makes their widths data.
+
+    Args:
+      cache: the cache.
+      levels: largest code of every quantised tensor, see `levels_of`.
+
+    Returns:
+      The cache with `store.Unpacked` in place of `store.Packed`.
+    """
     left = iter(range(len(_histories(cache))))
 
     def convert(node):
@@ -58,7 +74,7 @@ def _histories(cache: Any) -> list[store.Packed]:
 
 @struct.dataclass
 class Streamed:
-    """An empty cache that a whole window is read through, as `streaming` would."""
+    """An empty cache through which a whole window is read in one pass, with the result of `streaming`."""
 
     levels: Float[Array, "s"]
     form: CacheSpec = struct.field(pytree_node=False)
@@ -85,7 +101,20 @@ def run_layer(
     cache: Attends,
     carry: Any,
 ) -> tuple[Float[Array, "1 N D"], Any, Any]:
-    """One layer over a whole window, through any cache: output, the cache after it, and the carry."""
+    """Runs one layer over a whole window.
+
+    Args:
+      config: config of the model.
+      layer: index of the layer.
+      params: parameters of the layer.
+      h: input of the layer, for N tokens.
+      bases: what the layer's spec computed once per model.
+      cache: any empty cache.
+      carry: what runs across the layers.
+
+    Returns:
+      The output, the cache with the window in it, and the carry for the next layer.
+    """
     count = h.shape[1]
     positions = jnp.arange(count, dtype=jnp.int32)[None]
     rope = make_rope(config.rope, config.head_dim)
@@ -112,14 +141,14 @@ _dense_run = jax.jit(vocabulary.dense_run)
 
 @dataclasses.dataclass
 class Trace:
-    """A plan's inputs of every layer, and the output of the last, of one window."""
+    """The inputs of every layer, and the output of the last, for one window under a plan."""
 
     plan: CachePlan
     h: list[Float[Array, "1 N D"]]
     carry: list[Any]
 
     def shared(self, plan: CachePlan) -> int:
-        """Layers, from the first, whose inputs are the plan's too."""
+        """Counts the lowest layers that another plan has in common with this one."""
         pairs = zip(self.plan.specs, plan.specs, strict=True)
         return next((i for i, (a, b) in enumerate(pairs) if a != b), len(plan.specs))
 
@@ -128,11 +157,19 @@ class Simulator:
     """Evaluates plans on the same windows.
 
     Attributes:
-      layers_run: layers of a window that were run so far.
+      layers_run: how many layers were run so far, over all windows.
     """
 
     def __init__(self, model: Model, windows: Int[np.ndarray, "w n"]):
-        """Raises KvjaxError where the windows are longer than the model was made for."""
+        """Runs the dense plan and keeps it.
+
+        Args:
+          model: the model.
+          windows: token ids of w windows of n tokens.
+
+        Raises:
+          KvjaxError: the windows are longer than the model's `max_positions`.
+        """
         if windows.shape[1] > model.config.max_positions:
             raise KvjaxError(f"context={windows.shape[1]}; expected at most the model's {model.config.max_positions}")
         self.model, self.windows = model, windows
@@ -146,22 +183,35 @@ class Simulator:
 
     @property
     def evaluations(self) -> float:
-        """Evaluations of a whole plan on all windows that the layers run so far amount to."""
+        """The work so far, in evaluations of a whole plan on all windows."""
         return self.layers_run / (self.model.config.layers * len(self.windows))
 
     def keep(self, plan: CachePlan) -> list[Trace]:
-        """Keeps the plan's inputs of every layer: plans that begin like it start from there."""
+        """Keeps the inputs of every layer under a plan, for plans that have the same lowest layers.
+
+        Args:
+          plan: the plan.
+
+        Returns:
+          A trace per window.
+        """
         if plan not in self._kept:
             self._kept[plan] = [self._trace(plan, w, True) for w in range(len(self.windows))]
         return self._kept[plan]
 
     def forget(self, plan: CachePlan) -> None:
-        """Undoes `keep`."""
+        """Frees what `keep` kept of a plan; the dense plan stays."""
         if plan != self.dense_plan:
             self._kept.pop(plan, None)
 
     def score(self, plan: CachePlan) -> vocabulary.TokenScores:
-        """Scores against the dense run, [w, N - 1] a field.
+        """Scores a plan against the dense run.
+
+        Args:
+          plan: the plan.
+
+        Returns:
+          Scores of shape [w, n - 1] per field.
 
         Raises:
           KvjaxError: a layer's method does not allow whole windows, or the logits are not finite.
@@ -174,13 +224,13 @@ class Simulator:
         return scores
 
     def dense(self, window: int) -> vocabulary.DenseRun:
-        """The dense run of a window's scored tokens."""
+        """Returns the dense run of the tokens of a window that are scored."""
         while len(self._dense) <= window:
             self._dense.append(_dense_run(*self._scored(self.dense_plan, len(self._dense)))[1])
         return self._dense[window]
 
     def bases(self, spec: CacheSpec) -> tuple[Any, ...]:
-        """The spec's bases of every layer."""
+        """Returns the bases of a spec for every layer."""
         if spec.bases_key not in self._bases:
             plan = CachePlan((spec,) * self.model.config.layers, ModelSizes.of(self.model.config))
             self._bases[spec.bases_key] = load_bases(self.model, plan)
@@ -190,13 +240,16 @@ class Simulator:
         return _compare(*self._scored(plan, window), self.dense(window))
 
     def _scored(self, plan: CachePlan, window: int) -> tuple[Array, Array, Array]:
-        """Final hidden states, the head and the targets of a window."""
+        """Returns final hidden states, the head and the targets of a window."""
         params, config = self.model.params, self.model.config
         hidden = _final_norm(self._trace(plan, window, False).h[-1], params["norm"], config.norm_eps)
         return hidden[0, :-1], self.model.head, jnp.asarray(self.windows[window, 1:], jnp.int32)
 
     def _trace(self, plan: CachePlan, window: int, whole: bool) -> Trace:
-        """Runs a window; from where a kept plan leaves this one, with all inputs where `whole`, else the last."""
+        """Runs a window, starting at the first layer in which it differs from a kept plan.
+
+        With `whole` the trace has the inputs of all layers, otherwise only the output of the last.
+        """
         config, params = self.model.config, self.model.params
         kept = (traces[window] for plan_kept, traces in self._kept.items() if self._carries_alike(plan_kept, plan))
         best = max(kept, key=lambda trace: trace.shared(plan), default=None)
@@ -219,11 +272,11 @@ class Simulator:
         return Trace(plan, hs if whole else [h], carries)
 
     def _carries_alike(self, a: CachePlan, b: CachePlan) -> bool:
-        """Whether b may go on with what runs across a's layers."""
+        """Whether plan b can continue from the carry of plan a."""
         here, there = (jax.eval_shape(lambda plan=plan: plan.init_carry(self.shape)) for plan in (a, b))
         return here in ((), there)
 
     def program(self, layer: int) -> int:
-        """The first layer that differs from this one in its weights only."""
+        """Returns the first layer that differs from this one only in weights, so that the two share a program."""
         config = self.model.config
         return next(i for i in range(layer + 1) if config.layer_window(i) == config.layer_window(layer))

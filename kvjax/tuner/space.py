@@ -1,4 +1,4 @@
-"""The space of plans: which caches each layer may have, their bits, and which of them are worth searching.
+"""The space of plans: the candidate caches of each layer, how bits are counted, pruning and clustering.
 
 Pruning keeps, layer by layer, the candidates that no other beats in both bits and error (KVTuner, section 5.1).
 Clustering lets similar layers share one choice: layers are split by their candidates first, then by DBSCAN on their
@@ -18,22 +18,36 @@ from kvjax.caches.plan import CachePlan
 from kvjax.caches.registry import parse_spec
 from kvjax.errors import KvjaxError
 
-EPS, MIN_SAMPLES = 0.05, 2  # of DBSCAN, as in the paper
+EPS, MIN_SAMPLES = 0.05, 2  # settings of DBSCAN, as in the paper
 PAIRS = (2, 4, 8)
 
 Item = TypeVar("Item")
 
 
 def default_candidates(mode: str) -> list[str]:
-    """KVTuner's nine pairs, {2, 4, 8} bits of K and V, in `mode` (kivi or token)."""
+    """Lists KVTuner's nine candidates: 2, 4 or 8 bits for K and for V.
+
+    Args:
+      mode: kivi or token.
+
+    Returns:
+      Names of the candidates.
+    """
     return [f"k{k}v{v}@{mode}" for k in PAIRS[::-1] for v in PAIRS[::-1]]
 
 
 def resolved(names: Sequence[str], model: ModelShapes) -> tuple[CacheSpec, ...]:
-    """The specs of candidates' names, resolved for the model.
+    """Parses the names of candidates and resolves the specs for a model.
+
+    Args:
+      names: names in the plan grammar.
+      model: sizes of the model.
+
+    Returns:
+      The specs.
 
     Raises:
-      KvjaxError: a candidate that the model cannot hold, or one that is there twice.
+      KvjaxError: a candidate does not fit the model, or is listed twice.
     """
     specs = []
     for name in names:
@@ -46,7 +60,15 @@ def resolved(names: Sequence[str], model: ModelShapes) -> tuple[CacheSpec, ...]:
 
 
 def try_plan(specs: Sequence[CacheSpec], model: ModelShapes) -> CachePlan | None:
-    """The plan of one spec per layer, None where the layers do not go together."""
+    """Builds the plan of one spec per layer.
+
+    Args:
+      specs: a spec per layer.
+      model: sizes of the model.
+
+    Returns:
+      The plan; None where the specs do not fit together.
+    """
     try:
         return CachePlan.of(specs, model)
     except KvjaxError:
@@ -55,9 +77,12 @@ def try_plan(specs: Sequence[CacheSpec], model: ModelShapes) -> CachePlan | None
 
 @dataclasses.dataclass(frozen=True)
 class Bits:
-    """What a plan's bits are counted by, and how many it may have.
+    """How the bits of a plan are counted, and the budget.
 
-    kind: "nominal" (the mean of K and V code bits) or "asymptotic" (scales counted).
+    Attributes:
+      kind: "nominal" (the mean of K and V code bits) or "asymptotic" (scales included).
+      budget: the most bits per element that a plan may have.
+      shape: sizes of a cache, for asymptotic bits.
     """
 
     kind: str
@@ -75,7 +100,16 @@ class Bits:
 
 
 def pareto(items: Iterable[Item], cost: Callable[[Item], float], error: Callable[[Item], float]) -> list[Item]:
-    """The items that no other beats in both cost and error, dearest first; of equals the first."""
+    """Finds the Pareto front: the items that no other beats in both cost and error.
+
+    Args:
+      items: the items.
+      cost: cost of an item.
+      error: error of an item.
+
+    Returns:
+      The front, highest cost first; of items with equal cost and error, the first.
+    """
     front: list[Item] = []
     for item in sorted(items, key=lambda i: (cost(i), error(i))):
         if not front or error(item) < error(front[-1]):
@@ -86,11 +120,16 @@ def pareto(items: Iterable[Item], cost: Callable[[Item], float], error: Callable
 def cluster(
     candidates: Sequence[Sequence[CacheSpec]], errors: Sequence[Sequence[float]], noise: str
 ) -> list[list[int]]:
-    """Groups of layers with the same candidates and similar errors, in order of their first layers.
+    """Groups layers with the same candidates and similar errors.
 
-    candidates, errors: of every layer; errors are of its candidates.
-    noise: what becomes of layers that are like no other: "group" (one group of all with the same candidates, which
-      the paper's Table 10 looks like) or "singletons".
+    Args:
+      candidates: the candidates of every layer.
+      errors: per layer, the error of each of its candidates.
+      noise: what to do with layers that resemble no other: "group" puts those with the same candidates into one group
+        (as the paper's Table 10 seems to), "singletons" puts each into a group by itself.
+
+    Returns:
+      The layers of each group, groups in order of their first layers.
     """
     from sklearn.cluster import DBSCAN  # a second of imports, for those who need it
 
@@ -106,7 +145,15 @@ def cluster(
 
 
 def hypervolume(points: Iterable[tuple[float, float]], reference: tuple[float, float]) -> float:
-    """The area that points (both to be made small) dominate below and left of the reference."""
+    """Measures the area that points dominate, bounded by a reference; both coordinates are minimised.
+
+    Args:
+      points: pairs such as (bits, loss).
+      reference: the upper bounds of both coordinates.
+
+    Returns:
+      The area.
+    """
     area, ceiling = 0.0, reference[1]
     for x, y in sorted(points):
         if x < reference[0] and y < ceiling:
