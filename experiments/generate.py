@@ -65,13 +65,13 @@ def _generate(
             print(text, end="", flush=True)
     if show:
         print(flush=True)
-    new, plan, room = len(made.tokens[0]), made.state.cache.plan, made.state.cache.shape.max_len
+    new, plan, room = len(made.tokens[0]), made.state.plan, made.state.max_len
     row = {
         "experiment": "generate",
         "model": model.name,
         "dtype": str(model.dtype),
         "cache": str(plan),
-        "tokens": int(made.state.cache.length[0]),
+        "tokens": made.state.lengths[0],
         "new_tokens": new,
         "max_len": room,
         "load_seconds": start - begun,

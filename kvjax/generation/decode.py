@@ -37,6 +37,11 @@ def pad(ids: Sequence[Int[np.ndarray, "n"]]) -> tuple[Int[Array, "B T"], Int[Arr
     return jnp.asarray(tokens), jnp.asarray(lengths)
 
 
+def pad_stop(tokens: Sequence[int]) -> Int[Array, "s"]:
+    """Stop tokens, then -1, which is no token: programs do not depend on how many there are."""
+    return jnp.asarray([*tokens] + [-1] * (bucket(len(tokens) + 1) - len(tokens)), jnp.int32)
+
+
 # ---- prefill
 
 

@@ -19,7 +19,7 @@ from kvjax.caches.base import CacheSpec
 from kvjax.caches.plan import CachePlan
 from kvjax.calibrate.bases import load_bases
 from kvjax.errors import KvjaxError
-from kvjax.generation.decode import DecodeState, bucket, decode_steps, feed, head, hidden_states, pad, start
+from kvjax.generation.decode import DecodeState, bucket, decode_steps, feed, head, hidden_states, pad, pad_stop, start
 from kvjax.generation.prompts import Prompts
 from kvjax.generation.request import Request, ask
 from kvjax.generation.states import Held, State
@@ -28,7 +28,8 @@ from kvjax.models.model import Model
 from kvjax.models.nonfinite import find_first_nonfinite
 
 STREAM = 4  # tokens a call where text is shown as it comes
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -133,7 +134,7 @@ def _takes(arguments: Callable[P, Any]) -> Callable[[Callable[..., T]], Callable
 
     def give(function: Callable[..., T]) -> Callable[P, T]:
         returns = inspect.signature(function).return_annotation
-        function.__signature__ = inspect.signature(arguments).replace(return_annotation=returns)  # type: ignore[attr-defined]
+        vars(function)["__signature__"] = inspect.signature(arguments).replace(return_annotation=returns)
         return function
 
     return give
@@ -204,7 +205,7 @@ def _read(request: Request, bases: Any) -> Held:
 def _decode(request: Request, piece: int) -> Iterator[Generation]:
     """Runs the loop `piece` tokens at a time, the first alone; at least one Generation comes."""
     model, new, bases = request.model, request.max_new_tokens, load_bases(request.model, request.plan)
-    decoder, stop = Decoder(model.config), jnp.array(request.stop_tokens, jnp.int32)
+    decoder, stop = Decoder(model.config), pad_stop(request.stop_tokens)
     run = start(_read(request, bases), bucket(new) if new else 0)
     while True:
         made = np.asarray(run.count)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -33,8 +33,7 @@ def encode_prompts(model: Model, prompt: Prompts, chat: bool = True) -> list[Int
       KvjaxError: anything else, no prompts, ids outside the vocabulary, or messages for a model without a template.
     """
     kind, prompts = _split(prompt)
-    encode: Any = {"text": _encode_text, "token ids": _encode_ids, "chat messages": _encode_messages}[kind]
-    ids = [encode(model, each, chat) for each in prompts]
+    ids = [_ENCODERS[kind](model, each, chat) for each in prompts]
     for i, each in enumerate(ids):
         if outside := [int(t) for t in each if not 0 <= t < model.config.vocab_size][:1]:
             raise KvjaxError(
@@ -111,3 +110,10 @@ def _check_text(text: str) -> str:
     except UnicodeEncodeError as error:
         raise KvjaxError(f"the prompt holds half a character at {error.start}; expected Unicode text") from None
     return text
+
+
+_ENCODERS: dict[str, Callable[[Model, Any, bool], np.ndarray]] = {
+    "text": _encode_text,
+    "token ids": _encode_ids,
+    "chat messages": _encode_messages,
+}
