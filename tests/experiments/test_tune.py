@@ -28,15 +28,19 @@ from safetensors.numpy import load_file, save_file
 
 from configs.tune import get_config
 from experiments import program, tune, tune_pictures
+from kvjax.caches import cross_layer
 from kvjax.caches.base import CacheSpec
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.tasks import Accuracy
 from kvjax.models.model import Model
+from kvjax.tuner import objective as objectives
+from kvjax.tuner import sensitivity
+from kvjax.tuner.search import Search
 
 SPAWN = multiprocessing.get_context("forkserver")  # forks before JAX has threads
-SPAWN.set_forkserver_preload(["experiments.tune"])  # one list for all tests: it is taken once
+SPAWN.set_forkserver_preload(["experiments.tune", "sklearn.cluster"])  # one list for all tests: it is taken once
 CONTEXT, LAYERS, PAIRS = 96, 4, 9
 METHODS = ("knapsack", "refine", "nsga2")
 DRAWN = {name: getattr(tune_pictures, name) for name in ("front", "heat_map", "clusters")}
@@ -247,22 +251,22 @@ def timeless(plan: Path) -> str:
 def invented(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures that cost nothing: of a search's bookkeeping, not of the model."""
 
-    def evaluate(self: tune.Search, plan: CachePlan) -> Row:
+    def evaluate(self: Search, plan: CachePlan) -> Row:
         kld = sum(4.0**-spec.bits_nominal / (i + 1) for i, spec in enumerate(plan.specs))
         return {"kld": kld, "nll": 1 + kld, "top1": 1 / (1 + kld), "seconds": 0.1} | self.objective.measure(plan)
 
-    def measure(self: tune.Search, layer: int, specs: list[CacheSpec], gradients: Any) -> list[Row]:
+    def measure(self: Search, layer: int, specs: list[CacheSpec], gradients: Any) -> list[Row]:
         bits = [{"bits_nominal": spec.bits_nominal, "bits_asymptotic": spec.bits_nominal} for spec in specs]
         errors = [4.0**-spec.bits_nominal / (layer + 1) for spec in specs]
         names = ("e_k", "e_v", "e_a", "e_o", "predicted")
         return [
-            {"layer": layer, "cache": tune._key(spec), **of, **dict.fromkeys(names, error)}
+            {"layer": layer, "cache": cross_layer.label(spec), **of, **dict.fromkeys(names, error)}
             for spec, of, error in zip(specs, bits, errors, strict=True)
         ]
 
-    monkeypatch.setattr(tune.Search, "_evaluate", evaluate)
-    monkeypatch.setattr(tune.Search, "_measure", measure)
-    monkeypatch.setattr(tune.sensitivity, "gradients", lambda *_: None)
+    monkeypatch.setattr(Search, "_evaluate", evaluate)
+    monkeypatch.setattr(Search, "_measure", measure)
+    monkeypatch.setattr(sensitivity, "gradients", lambda *_: None)
 
 
 def test_a_budget_with_scales(common: Row, model: Model, tmp_path: Path) -> None:
@@ -336,7 +340,7 @@ def problems(tmp_path: Path) -> Path:
 def test_agreement_of_greedy_answers(
     common: Row, problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(tune.NEW_TOKENS, "agreement", 6)
+    monkeypatch.setitem(objectives.NEW_TOKENS, "agreement", 6)
     settings = {"model": f"{common['model']}(layers=1)", "candidates": "k8v8@token,k1v1@token", "points": 1}
     settings |= {"objective": "agreement", "problems": str(problems), "count": 4, "shots": 0, "budget": 8.0}
     search(tmp_path / "out", common, **settings)
@@ -355,7 +359,7 @@ def test_answers_to_problems(common: Row, problems: Path, tmp_path: Path, monkey
         asked.append(([p.gold for p in some], [p.gold for p in shots], max_new_tokens))
         return Accuracy(3 if str(plan) == "k4v2@kivi" else 1, 4)  # not what KL says
 
-    monkeypatch.setattr(tune, "accuracy", accuracy)
+    monkeypatch.setattr(objectives, "accuracy", accuracy)
     settings = {"objective": "gsm8k", "problems": str(problems), "count": 3}
     search(tmp_path / "out", common, **settings, shots=2)
     assert set(map(str, asked)) == {str((["0", "1", "2"], ["3", "4"], 256))}
@@ -418,21 +422,21 @@ def test_deltas_are_pruned_by_their_own_bits(common: Row, home: Path, tmp_path: 
     config = get_config()
     config.update(common | {"candidates": "k4v4,k3v3,xcl2(base=0),xcl3(base=0)"})
     model = load(config.model, config.dtype)
-    made = tune.Search(config, model, tune.calibration(config, model), tmp_path)
+    made = tune.make_search(config, model, tune.calibration(config, model), tmp_path)
     groups, choices = made.groups()
     assert sorted(layer for group in groups for layer in group) == list(range(LAYERS))
     assert all("xcl2@input(base=0)" in map(str, choice) for choice in choices)  # nothing has less
     drawn = []
     monkeypatch.setattr(tune_pictures, "clusters", lambda rows, named, file: drawn.append((rows, named)))
-    made.draw(made.front([]))
+    tune.draw(made, made.front([]), tmp_path)
     ((rows, named),) = drawn
     caches = {row["cache"] for row in rows}
     assert len(rows) == LAYERS * len(caches) and all(set(group["candidates"]) <= caches for group in named)
     assert [len(group["candidates"]) for group in named] == [len(choices[group["layers"][0]]) for group in named]
     config.update(candidates="k4v4,k2v2")
-    fewer = tune.Search(config, model, tune.calibration(config, model), tmp_path)
+    fewer = tune.make_search(config, model, tune.calibration(config, model), tmp_path)
     fewer.errors()
-    fewer.draw(fewer.front([]))
+    tune.draw(fewer, fewer.front([]), tmp_path)
     assert {row["cache"] for row in drawn[1][0]} == {"k4v4@kivi", "k2v2@kivi"}  # not all that the folder has
 
 

@@ -1,0 +1,246 @@
+"""`kvjax.tune`: the program's plan in one call, refusals before anything is computed, and what is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import pytest
+import yaml
+
+import kvjax
+from configs.tune import get_config
+from experiments import tune as program
+from experiments import tune_pictures
+from kvjax.caches import registry
+from kvjax.caches.kv import KV
+from kvjax.caches.plan import CachePlan
+from kvjax.errors import KvjaxError
+from kvjax.models.model import Model
+from kvjax.tuner import search as searches
+from kvjax.tuner.search import Search
+from kvjax.tuner.settings import SearchSettings
+from kvjax.tuner.tune import Tuning
+
+Row = dict[str, Any]
+PLACE: Row = {"context": 64, "windows": 1}
+ASKED: Row = {"budget": 3.5, "candidates": "k4v4,k4v2,k2v2", "points": 3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """Programs that compile quickly."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def model(goldens: Path) -> Model:
+    return kvjax.load(str(goldens / "llama-llama3"), "float32")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def made(model: Model, text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the program's search."""
+    workdir, config = tmp_path_factory.mktemp("made"), get_config()
+    config.update({"model": model.name, "text": text} | PLACE | ASKED)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("front", "heat_map", "clusters"):
+            patch.setattr(tune_pictures, name, lambda *_: None)
+        program.main(config, workdir)
+    return workdir
+
+
+def rows_of(workdir: Path) -> list[Row]:
+    return [json.loads(line) for line in (workdir / "front.jsonl").read_text().splitlines()]
+
+
+def timeless(rows: list[Row]) -> list[Row]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def timeless_card(card: Row) -> Row:
+    asked = card["search"]
+    assert asked["seconds"] > 0
+    return card | {"search": {key: value for key, value in asked.items() if key != "seconds"}}
+
+
+@pytest.fixture
+def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a simulator was made")
+
+    monkeypatch.setattr(searches, "Simulator", refuse)
+
+
+# ---- the same as the program
+
+
+@pytest.fixture(scope="module")
+def tuned(model: Model, text: str) -> tuple[Tuning, list[tuple[str, int, int]], list[Path]]:
+    """A call that keeps nothing, what its progress heard, and what it left among temporary files."""
+    heard: list[tuple[str, int, int]] = []
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", folder)
+        tuning = kvjax.tune(model, text, **ASKED, **PLACE, progress=lambda *call: heard.append(call))
+        left = list(Path(folder).iterdir())
+    return tuning, heard, left
+
+
+def test_the_programs_plan_rows_and_card(tuned: tuple[Tuning, list, list], made: Path, model: Model) -> None:
+    tuning, data = tuned[0], yaml.safe_load((made / "plan.yaml").read_text())
+    assert tuning.plan == CachePlan.parse(data["plan"], model.config)
+    assert timeless(tuning.rows) == timeless(rows_of(made)) and len(tuning.rows) > 4
+    assert timeless_card(tuning.card) == timeless_card(data["card"])
+
+
+def test_nothing_is_left_behind(tuned: tuple[Tuning, list, list[Path]]) -> None:
+    assert tuned[2] == []
+
+
+def test_progress_hears_every_stage_to_its_end(tuned: tuple[Tuning, list[tuple[str, int, int]], list]) -> None:
+    tuning, heard, _ = tuned
+    layers = len(tuning.plan.specs)
+    assert heard[: layers + 1] == [("sensitivity", i, layers) for i in range(layers + 1)]
+    rest = heard[layers + 1 :]
+    assert rest == [("evaluating", i, len(rest) - 1) for i in range(len(rest))] and len(rest) > 3
+
+
+def test_saved_plans_are_plans(tuned: tuple[Tuning, list, list], model: Model, tmp_path: Path) -> None:
+    tuning = tuned[0]
+    tuning.save(tmp_path / "new/plan.yaml")
+    assert CachePlan.parse(str(tmp_path / "new/plan.yaml"), model.config) == tuning.plan
+    assert yaml.safe_load((tmp_path / "new/plan.yaml").read_text()) == {"plan": str(tuning.plan), "card": tuning.card}
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["plan.yaml"]
+    with pytest.raises(KvjaxError, match=r"plan\.json is no name of a plan file; expected one that ends in \.yaml"):
+        tuning.save(tmp_path / "plan.json")
+    assert str(tuning.plan) in repr(tuning) and len(repr(tuning)) < 200
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+def test_goes_on_in_the_programs_folder(made: Path, model: Model, text: str) -> None:
+    """All that it needs is measured, under the same identity: figures are equal to the last digit, seconds too."""
+    before = {file: file.read_bytes() for file in made.rglob("*") if file.is_file()}
+    tuning = kvjax.tune(model, text, **ASKED, **PLACE, folder=str(made))
+    assert tuning.rows == rows_of(made)
+    assert {file: file.read_bytes() for file in made.rglob("*") if file.is_file()} == before
+
+
+def test_a_lost_evaluation_is_made_again(made: Path, model: Model, text: str, tmp_path: Path) -> None:
+    folder = tmp_path / "a/b"
+    (folder / "evaluations").mkdir(parents=True)
+    (folder / "sensitivity.jsonl").write_bytes((made / "sensitivity.jsonl").read_bytes())
+    lost, *kept = sorted((made / "evaluations").iterdir())
+    for file in kept:
+        (folder / "evaluations" / file.name).write_bytes(file.read_bytes())
+    tuning = kvjax.tune(model, text, **ASKED, **PLACE, folder=folder)
+    assert timeless(tuning.rows) == timeless(rows_of(made))
+    assert (folder / "evaluations" / lost.name).exists()
+    assert (folder / "sensitivity.jsonl").read_bytes() == (made / "sensitivity.jsonl").read_bytes()
+
+
+# ---- what is refused, before anything is computed
+
+
+@dataclasses.dataclass(frozen=True)
+class Other(KV):
+    """KV under a name of its own, as a plugin's."""
+
+    form: ClassVar[str] = "other{key_bits}v{value_bits}"
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    examples: ClassVar[tuple[str, ...]] = ("other4v4@kivi",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unsure(Other):
+    """What it reads may depend on how its tokens are fed."""
+
+    form: ClassVar[str] = "unsure{key_bits}v{value_bits}"
+    examples: ClassVar[tuple[str, ...]] = ("unsure4v4@kivi",)
+
+    @property
+    def whole_windows(self) -> bool:
+        return False
+
+
+@pytest.fixture
+def plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_registered", {})
+    registry.register(Other)
+    registry.register(Unsure)
+
+
+@pytest.mark.usefixtures("plugins", "nothing_is_computed")
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"candidates": "k4v4,unsure2v2"}, "layer 0 is unsure2v2@kivi, whose reads depend on how tokens are fed"),
+        ({"candidates": "k4v4,zip"}, "cache 'zip' is not known"),
+        ({"candidates": "k4v4,xcl3(base=4)"}, "has no base layer 4"),
+        ({"budget": 1}, "budget=1.0 nominal bits; expected at least 2, the least of the candidates"),
+        ({"budget": "much"}, "budget='much'; expected float"),
+        ({"trials": 2.5}, "trials=2.5; expected int"),
+        ({"rounds": 0}, "rounds=0; expected at least 1"),
+        ({"method": "random"}, "method='random'; expected one of knapsack, nsga2, refine"),
+        ({"objective": "gsm8k"}, "needs problems; expected GSM8K's jsonl file"),
+        ({"metod": "refine"}, "unknown setting 'metod'; expected mode, candidates, budget, "),
+        ({"windows": 100}, "expected at least 6400"),
+    ],
+)
+def test_refusals(settings: Row, said: str, model: Model, text: str, tmp_path: Path) -> None:
+    with pytest.raises(KvjaxError, match=re.escape(said)) as error:
+        kvjax.tune(model, text, **ASKED | PLACE | settings, folder=tmp_path)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_a_file(model: Model, text: str) -> None:
+    with pytest.raises(KvjaxError, match=r"text\.txt cannot be a folder for results: File exists"):
+        kvjax.tune(model, text, **ASKED, **PLACE, folder=text)
+
+
+def test_settings_are_the_programs() -> None:
+    config = get_config()
+    assert program.settings_of(config) == SearchSettings()
+
+
+# ---- plugins
+
+
+@pytest.mark.usefixtures("plugins")
+def test_the_card_names_the_plugins_of_its_plan(
+    model: Model, text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Figures are invented: fewer bits are worse."""
+
+    def measure(self: Search, layer: int, specs: list, gradients: Any) -> list[Row]:
+        errors = [{"e_o": 4.0**-spec.bits_nominal, "bits_asymptotic": spec.bits_nominal} for spec in specs]
+        return [
+            {"layer": layer, "cache": str(spec), "predicted": error["e_o"], **error}
+            for spec, error in zip(specs, errors, strict=True)
+        ]
+
+    def evaluate(self: Search, plan: CachePlan) -> Row:
+        return {"kld": 4.0**-plan.bits_nominal, "nll": 1.0, "top1": 0.5, "seconds": 0.1}
+
+    monkeypatch.setattr(Search, "_gradients", lambda self: [])
+    monkeypatch.setattr(Search, "_measure", measure)
+    monkeypatch.setattr(Search, "_evaluate", evaluate)
+    found = {}
+    for budget in (4, 8):
+        tuning = kvjax.tune(model, text, budget, **PLACE, candidates="k8v8,other4v4", folder=tmp_path)
+        found[str(tuning.plan)] = tuning.card.get("plugins")
+    assert found == {"other4v4@kivi": [__name__], "k8v8@kivi": None}
