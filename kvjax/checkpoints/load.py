@@ -74,7 +74,7 @@ def _load(
         file = GGUFFile(path)
         return *file.load(dtype, layers), file.tokenizer(), dtype, sha256([path])
     if (path / orbax.METADATA).is_file():
-        files = sorted(file for file in path.iterdir() if file.is_file())  # METADATA holds the checksums of the arrays
+        files = sorted(file for file in path.iterdir() if file.is_file())  # METADATA has the arrays' checksums
         return *orbax.load(path, dtype, layers), dtype, sha256(files)
     if not path.is_dir():
         path = _snapshot(name)

@@ -143,8 +143,12 @@ def accuracy(
     """Answers the problems greedily, `batch` of them at a time, without a chat template.
 
     Args:
-      plan: as for `generate`.
+      model: what `kvjax.load` gives.
+      plan: as `cache` of `kvjax.generate`.
+      problems: what is asked.
       shots: what every prompt shows before its question; none is fine.
+      max_new_tokens: of each answer, at most.
+      batch: problems that are answered together.
 
     Raises:
       KvjaxError: no problems, a prompt longer than the model reads, or whatever else `generate` refuses.

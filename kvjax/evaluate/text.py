@@ -59,6 +59,14 @@ def name_of(source: Text) -> str:
     return "a literal text" if is_literal(source) else source
 
 
+def split_texts(sources: Text) -> list[Text]:
+    """The texts of a string of names separated by commas; anything else is one text."""
+    if not isinstance(sources, str):
+        return [sources]
+    names = [name.strip() for name in sources.split(",")]
+    return [sources] if any(map(is_literal, names)) or not all(names) else list(names)
+
+
 def is_literal(source: str) -> bool:
     """Whether a string is a text itself and no name: it holds white space, and no file or folder is called so."""
     try:

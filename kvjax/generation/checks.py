@@ -12,10 +12,14 @@ def check_whole(name: str, value: Any, least: int, most: int | None = None, note
     """The value as an int.
 
     Args:
+      name: the argument, for the message.
+      value: what was given.
+      least: the smallest value.
+      most: the largest value; None is no bound.
       note: more on what is expected.
 
     Raises:
-      KvjaxError: it is no whole number from `least` to `most`; None is no bound.
+      KvjaxError: it is no whole number from `least` to `most`.
     """
     try:
         number = None if isinstance(value, bool) else operator.index(value)

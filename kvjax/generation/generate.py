@@ -82,7 +82,10 @@ def prefill(
     """Reads prompts into a cache.
 
     Args:
-      prompt, cache, chat: as for `generate`.
+      model: what `kvjax.load` gives.
+      prompt: as for `generate`.
+      cache: as for `generate`.
+      chat: as for `generate`.
       max_len: tokens that each sequence has room for; what the prompts need where None.
 
     Raises:
@@ -102,6 +105,7 @@ def logits(
     """Logits after every token, in one prefill.
 
     Args:
+      model: what `kvjax.load` gives.
       ids: token ids: a list of ints or a 1-D array (B = 1), or B of one length, for example a 2-D array. Prompts of
         other kinds are taken as by `generate` with chat=False.
       cache: as for `generate`; a state stays as it is.
@@ -141,7 +145,7 @@ def _takes(arguments: Callable[P, Any]) -> Callable[[Callable[..., T]], Callable
 
 
 @_takes(ask)
-def generate(*arguments: Any, **options: Any) -> Generation:
+def generate(*arguments: Any, **options: Any) -> Generation:  # noqa: D417, the arguments of `ask`
     """Generates text.
 
     Args:

@@ -25,6 +25,7 @@ def encode_prompts(model: Model, prompt: Prompts, chat: bool = True) -> list[Int
     """The token ids, int32, of one prompt or of several of the same kind.
 
     Args:
+      model: whose tokenizer and vocabulary count.
       prompt: a text; token ids (a list or 1-D array of ints), taken as they are; chat messages (a list of
         {"role", "content"} dicts), put into the model's chat template; or a list of prompts of one of these kinds.
       chat: put each text into the model's chat template, as the message of a user, where it has one.

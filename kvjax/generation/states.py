@@ -125,6 +125,8 @@ def restore_state(folder: str | Path, model: Model, cache: str | CacheSpec | Cac
     """The state that `save_state` wrote.
 
     Args:
+      folder: where it was saved.
+      model: the model that made it.
       cache: the plan that is expected; any where None.
 
     Raises:

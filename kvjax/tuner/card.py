@@ -22,6 +22,7 @@ def make_card(search: Search, rows: list[Row], seconds: float) -> dict[str, Any]
     """The card of the plan that a search chose.
 
     Args:
+      search: the search that ended.
       rows: `search.front`'s, the chosen one last.
       seconds: that the search took.
     """

@@ -24,7 +24,7 @@ from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score, cut_windows
-from kvjax.evaluate.text import load_text
+from kvjax.evaluate.text import Text, read_ids, split_texts
 from kvjax.models.model import Model
 from kvjax.tuner import sensitivity
 from kvjax.tuner.evaluations import Evaluations, locked
@@ -42,17 +42,20 @@ Progress = Callable[[str, int, int], None]
 """progress(stage, done, total): a stage may have more to say after a comma, as in `refining, kld 0.01`."""
 
 
-def calibration(model: Model, text: str, context: int, windows: int, offset: int) -> Int[np.ndarray, "w n"]:
+def calibration(model: Model, text: Text, context: int, windows: int, offset: int) -> Int[np.ndarray, "w n"]:
     """The windows of all texts.
 
     Args:
-      text: see `kvjax.evaluate.text.load_text`; several are separated by commas.
-      context, windows, offset: tokens a window, windows of each text, tokens of each text skipped first.
+      model: whose tokenizer counts.
+      text: see `kvjax.evaluate.text.read_ids`; names of several are separated by commas.
+      context: tokens a window.
+      windows: of each text.
+      offset: tokens of each text that are skipped first.
 
     Raises:
       KvjaxError: a text that cannot be read or is too short.
     """
-    texts = (model.tokenizer.encode(load_text(name)) for name in split_list(text))
+    texts = (read_ids(each, model.tokenizer, model.config.vocab_size) for each in split_texts(text))
     return np.concatenate([cut_windows(ids, context, windows, offset) for ids in texts])
 
 
@@ -77,6 +80,8 @@ class Search:
         """Checks all that can be checked before anything is computed.
 
         Args:
+          settings: what is asked for.
+          model: the model that is searched for.
           windows: token ids to calibrate on.
           identity: what two searches must share for their windows to be the same.
           folder: where measurements are kept.

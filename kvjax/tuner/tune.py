@@ -9,6 +9,7 @@ from typing import Any
 
 from kvjax.caches.plan import CachePlan
 from kvjax.evaluate.sweep import identity_of, kept_in
+from kvjax.evaluate.text import Text, name_of, split_texts
 from kvjax.models.model import Model
 from kvjax.tuner.card import make_card, write_plan
 from kvjax.tuner.search import Progress, Row, Search, calibration
@@ -52,7 +53,7 @@ class Tuning:
 
 def tune(
     model: Model,
-    text: str,
+    text: Text,
     budget: float = 3.25,
     *,
     folder: str | Path | None = None,
@@ -65,12 +66,15 @@ def tune(
     """Searches the best plan for a budget of bits.
 
     Args:
-      text: what to calibrate on, see `kvjax.evaluate.text.load_text`; several are separated by commas.
+      model: what `kvjax.load` gives.
+      text: what to calibrate on, see `kvjax.evaluate.text.read_ids`; names of several are separated by commas.
       budget: nominal bits per element of K and V.
       folder: keeps what was measured: a search that is cut off goes on where it was, and other budgets and methods
         share it. None: nothing is kept.
       progress: called as progress(stage, done, total), see `kvjax.tuner.search.Progress`.
-      context, windows, offset: tokens a window, windows of each text, tokens of each text skipped first.
+      context: tokens a window.
+      windows: windows of each text.
+      offset: tokens of each text that are skipped first.
       settings: more of `kvjax.tuner.settings.SearchSettings`.
 
     Raises:
@@ -78,6 +82,6 @@ def tune(
     """
     checked = SearchSettings.of({"budget": budget, **settings})
     cut = calibration(model, text, context, windows, offset)
-    identity = identity_of(model, text, cut, "streaming", windows, offset)
+    identity = identity_of(model, ",".join(map(name_of, split_texts(text))), cut, "streaming", windows, offset)
     with kept_in(folder) as where:
         return Tuning.of(Search(checked, model, cut, identity, where, progress))
