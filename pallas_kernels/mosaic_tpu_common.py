@@ -37,8 +37,8 @@ def stream(packed: Packed) -> Stream:
     """Converts a packed tensor to the arrays that kernels take.
 
     Scales become int16 bits, of shape [B, K, S] where a token has one group. XLA lays [B, K, 1, S] out with heads
-    along sublanes, which is the layout of [B, K, S]; given as [B, K, 1, S] it would be copied. Libtpu takes no float16
-    argument, and XLA copies an array when it casts it to bits; arrays that are int16 already are not copied.
+    along sublanes, which is the layout of [B, K, S]; given as [B, K, 1, S] it would be copied. Libtpu takes no
+    float16 argument, and XLA copies an array when it casts it to bits; arrays that are int16 already are not copied.
 
     Args:
       packed: the tensor.

@@ -1,4 +1,4 @@
-"""Attention of a few queries over packed keys and values, unpacked where they are used.
+"""Attention of a few queries over packed keys and values, which are unpacked inside the kernel.
 
     output, lse = packed_attention(q, keys, values, start, stop, implementation="triton")
 
@@ -37,20 +37,24 @@ def packed_attention(
     given, only the last `window`. Query heads h*H/K to (h+1)*H/K - 1 read kv head h.
 
     Args:
-      q: after RoPE, bfloat16 or float32; dots run in its precision, sums in float32.
-      first: positions below it (sinks, say) are left out.
-      stop: at most S.
-      scale: of the scores; D**-0.5 where None.
+      q: queries after RoPE, bfloat16 or float32; products run in this precision, sums in float32.
+      keys: packed keys [B, K, S, D], after RoPE; may be exact (16 bits).
+      values: packed values [B, K, S, V], of any width V; may be exact.
+      start: position of the first query, per sequence.
+      stop: the position after the last stored one that is read, per sequence; at most S.
+      first: the first stored position that is read (after the sinks, for example).
+      window: sliding window in tokens; None where there is none.
+      scale: factor of the scores; D**-0.5 where None.
       implementation: "triton" or "jax_triton" (GPU), "mosaic_tpu" (TPU), "native" (CPU), "reference" (slow).
       interpret: runs the kernel in Pallas' interpreter.
 
     Returns:
-      The output and the log of the sum of exponentials of the scores, with which it merges exactly with attention
-      over other keys. A query that sees no key has output 0 and `layout.MASKED`.
+      The output and the log of the sum of exponentials of the scores. The latter serves to merge the output exactly
+      with attention over other keys. A query that sees no key has output 0 and log-sum-exp `layout.MASKED`.
 
     Raises:
       ValueError: an argument whose shape, type or setting does not fit.
-      NotImplementedError: what the implementation cannot serve.
+      NotImplementedError: the implementation cannot serve the call.
     """
     check(q, keys, values, start, stop, first, window)
     kernel = layout.implementation_of(__name__, implementation, IMPLEMENTATIONS)
@@ -59,7 +63,7 @@ def packed_attention(
 
 
 def check(q, keys: Packed, values: Packed, start, stop, first: int, window: int | None) -> None:
-    """Raises ValueError, naming the argument, where they do not fit one another."""
+    """Checks that the arguments of `packed_attention` fit together; raises ValueError where they do not."""
     layout.check("keys", keys)
     layout.check("values", values)
     if q.ndim != 4 or q.dtype not in (jnp.float32, jnp.bfloat16):

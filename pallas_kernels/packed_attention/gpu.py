@@ -1,4 +1,4 @@
-"""What the GPU kernels of packed attention share: the plan of a launch, its settings, and the merge of its parts."""
+"""Code that the GPU kernels of packed attention share: plan and settings of a launch, and the merge of parts."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from jaxtyping import Array, Float, Float32
 from pallas_kernels.gpu_layout import PROGRAMS, Cut, Stored, cut
 from pallas_kernels.layout import Packed, by_query
 
-LOWEST = -1e20  # the first running maximum: far above MASKED, so that masked scores have probability 0
-MOST_ROWS = 64  # query rows of a kv head
+LOWEST = -1e20  # the initial running maximum: far above MASKED, so that masked scores have probability 0
+MOST_ROWS = 64  # query rows of a kv head at most
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that a kernel knows when it is traced."""
+    """The static settings of a kernel, known when it is traced."""
 
     keys: Stored
     values: Stored
@@ -43,12 +43,12 @@ class Plan:
 
     @property
     def columns(self) -> int:
-        """`distinct`, or what a tensor core takes at least; those beyond the rows are rows again."""
+        """`distinct`, or at least what a tensor core takes; columns beyond the rows repeat rows."""
         return max(8, self.distinct)
 
     @property
     def light(self) -> bool:
-        """Whether queries are of 16 bits."""
+        """Whether queries have 16 bits."""
         return self.dtype != jnp.float32
 
 
@@ -66,9 +66,24 @@ def plan_of(
     interpret: bool,
     settings: dict[str, int],
 ) -> tuple[P, dict[str, int]]:
-    """The plan, and warps and stages of the launch.
+    """Makes the plan of a launch.
 
-    Raises NotImplementedError: more query rows, or other packing, than the kernels have room for.
+    Args:
+      kind: class of the plan.
+      q: queries.
+      keys: packed keys.
+      values: packed values.
+      first: the first stored position that is read.
+      window: sliding window in tokens; None where there is none.
+      scale: factor of the scores.
+      interpret: whether the kernel is interpreted.
+      settings: block, splits, num_warps and num_stages.
+
+    Returns:
+      The plan, and the warps and stages of the launch.
+
+    Raises:
+      NotImplementedError: there are too many query rows, or the packing does not suit the kernels.
     """
     tokens, ratio = q.shape[1], q.shape[2] // keys.shape[1]
     if tokens * ratio > MOST_ROWS:
@@ -81,7 +96,17 @@ def plan_of(
 
 
 def settings_of(q: Float[Array, "B T H D"], keys: Packed, values: Packed, rows: int) -> dict[str, int]:
-    """Block, splits, warps and stages where sub-tiles have `rows` tokens, or the next number that packing allows."""
+    """Chooses block, splits, warps and stages.
+
+    Args:
+      q: queries.
+      keys: packed keys.
+      values: packed values.
+      rows: tokens that a sub-tile should have; the packing may need more.
+
+    Returns:
+      The settings by name.
+    """
     (batch, tokens, heads, _), kv_heads = q.shape, keys.shape[1]
     chosen = cut([Stored.of(keys), Stored.of(values)], rows)
     splits = min(math.ceil(PROGRAMS / (batch * kv_heads)), math.ceil(keys.shape[2] / (2 * chosen.block)))
@@ -92,7 +117,16 @@ def settings_of(q: Float[Array, "B T H D"], keys: Packed, values: Packed, rows: 
 def result(
     output: Float32[Array, "B K N R V"], lse: Float32[Array, "B K N R"], queries: int
 ) -> tuple[Float32[Array, "B T H V"], Float32[Array, "B T H"]]:
-    """The parts of every kv head merged, by query."""
+    """Merges the parts of every kv head and orders rows by query.
+
+    Args:
+      output: output of each of N parts.
+      lse: log-sum-exp of each part.
+      queries: T.
+
+    Returns:
+      The output and its log-sum-exp.
+    """
     merged, total = merge(output, lse)
     return by_query(merged, queries), by_query(total[..., None], queries)[..., 0]
 
@@ -100,7 +134,15 @@ def result(
 def merge(
     output: Float32[Array, "B K N R V"], lse: Float32[Array, "B K N R"]
 ) -> tuple[Float32[Array, "B K R V"], Float32[Array, "B K R"]]:
-    """Attention over all parts from that over each of N."""
+    """Merges attention over N parts of the keys.
+
+    Args:
+      output: output of each part.
+      lse: log-sum-exp of each part.
+
+    Returns:
+      The output over all keys and its log-sum-exp.
+    """
     if lse.shape[2] == 1:
         return output[:, :, 0], lse[:, :, 0]
     highest = lse.max(2, keepdims=True)

@@ -1,8 +1,8 @@
 """Packed attention for GPUs through jax-triton: the same plan as triton.py, the kernel in Triton's own language.
 
-JAX deprecates Pallas' way through Triton; this one does not need it. Channels need not come in pieces; where a token
-has several groups, or scales are per channel, values are made in registers. The running maximum moves with every
-sub-tile.
+JAX deprecates Pallas through Triton, and this kernel does not need it. It also differs in that channels are not split
+into pieces, and that the running maximum is updated for every sub-tile. Where a token has several groups, or scales
+are per channel, values are dequantised in registers.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def packed_attention(
 ) -> tuple[Float32[Array, "B T H V"], Float32[Array, "B T H"]]:
     """See `pallas_kernels.packed_attention`.
 
-    block to num_stages: `defaults` where None.
-    compute_capability: of the device that is compiled for, 90 say; that of this machine's where None.
+    The settings block, splits, num_warps and num_stages are those of `defaults` where None. `compute_capability` is
+    that of the device to compile for, for example 90; None stands for this machine's device.
     """
     if interpret:
         raise NotImplementedError("Pallas' interpreter does not run Triton's language")
@@ -63,18 +63,31 @@ def packed_attention(
 
 
 def _modules() -> tuple[Any, Any]:
-    """jax-triton and the kernel, which is written in Triton."""
+    """Imports jax-triton and the kernel, which needs Triton."""
     try:
         kernel = importlib.import_module("pallas_kernels.packed_attention.jax_triton_kernel")
         return importlib.import_module("jax_triton"), kernel
-    except (ImportError, AttributeError) as error:  # the latter where jax is there for no GPU
+    except (ImportError, AttributeError) as error:  # AttributeError where jax has no GPU support
         raise NotImplementedError(f"no jax-triton: {error}") from None
 
 
 def arguments(q: Array, keys: Packed, values: Packed, start: Array, stop: Array) -> tuple[Array, ...]:
-    """What the kernel reads, in its order; for planes and scales that a tensor has not, another array of it.
+    """Lists the arrays that the kernel reads, in order.
 
-    Raises NotImplementedError: groups that the kernel cannot spread over channels.
+    In place of a plane or scale that a tensor does not have, another array of the tensor is passed.
+
+    Args:
+      q: queries.
+      keys: packed keys.
+      values: packed values.
+      start: position of the first query, per sequence.
+      stop: the position after the last that is read, per sequence.
+
+    Returns:
+      The arrays.
+
+    Raises:
+      NotImplementedError: there are too few channels, or groups that the kernel cannot spread over channels.
     """
     arrays = [by_kv_head(q, keys.shape[1]), start.astype(jnp.int32), stop.astype(jnp.int32)]
     for packed in (keys, values):
@@ -89,8 +102,18 @@ def arguments(q: Array, keys: Packed, values: Packed, start: Array, stop: Array)
 
 
 def defaults(q: Float[Array, "B T H D"], keys: Packed, values: Packed) -> dict[str, int]:
-    """Sub-tiles of 64 tokens; fewer where registers would spill, since all bytes of a block are held at once: many
-    queries, float32, two planes, unequal widths.
+    """Chooses block, splits, warps and stages.
+
+    Sub-tiles have 64 tokens. They have fewer where registers would spill, because all bytes of a block are held at
+    once: for many queries, float32, two planes or unequal widths.
+
+    Args:
+      q: queries.
+      keys: packed keys.
+      values: packed values.
+
+    Returns:
+      The settings by name.
     """
     stored = [s for s in (Stored.of(keys), Stored.of(values)) if not s.exact]
     widths = {width for s in stored for width in s.widths}

@@ -16,7 +16,7 @@ LIFT = tl.constexpr(gpu_layout.LIFT)
 LOG2_E = tl.constexpr(gpu_layout.LOG2_E)
 
 
-# Triton calls no methods, and no functions of its own but such:
+# Triton cannot call methods; at compile time it calls only functions with this decorator.
 @triton.constexpr_function
 def row_of(stored, plane, first):
     return stored.place(plane, first)[0]
@@ -39,7 +39,7 @@ def mask_of(stored, plane):
 
 @triton.constexpr_function
 def height_of(stored, plane, tokens):
-    """Byte rows of so many tokens."""
+    """Byte rows of `tokens` tokens in a plane."""
     return tokens * stored.widths[plane] // 8
 
 
@@ -60,7 +60,7 @@ def offset_of(stored, light):
 
 @triton.constexpr_function
 def folds(stored):
-    """Whether scales multiply scores or probabilities: a token has but one."""
+    """Whether scales multiply scores or probabilities: a token has only one scale."""
     return not stored.exact and stored.per == "token" and stored.groups == 1
 
 
@@ -76,7 +76,7 @@ def shared_tokens(stored, cut):
 
 @triton.jit
 def load_bytes(plane, index: tl.constexpr, stored: tl.constexpr, cut: tl.constexpr, first: tl.constexpr, head, block):
-    """[rows, D] of a plane: bytes, or the values themselves where they are exact."""
+    """Loads [rows, D] of a plane: bytes, or the values themselves where they are exact."""
     token = tl.arange(0, cut.rows)
     span = block * cut.repeats + token // cut.run
     row = span * height_of(stored, index, cut.span) + row_of(stored, index, first) + token % cut.run
@@ -86,12 +86,12 @@ def load_bytes(plane, index: tl.constexpr, stored: tl.constexpr, cut: tl.constex
     width: tl.constexpr = power_above(stored.channels)
     channel = tl.arange(0, width)
     at = plane + head * (height * stored.channels) + row[:, None] * stored.channels + channel[None, :]
-    return tl.load(at, mask=(channel < stored.channels)[None, :], other=0)  # no mask where all of them are
+    return tl.load(at, mask=(channel < stored.channels)[None, :], other=0)  # no mask where it is always true
 
 
 @triton.jit
 def spread(scale, stored: tl.constexpr, cut: tl.constexpr, first: tl.constexpr, head, block):
-    """[rows, D], the scale or zero point of every value."""
+    """Loads the scale or zero point of every value, [rows, D]."""
     width: tl.constexpr = power_above(stored.channels)
     if stored.per == "token":
         token = tl.arange(0, cut.rows)
@@ -130,7 +130,7 @@ def plain_codes(p0, p1, stored: tl.constexpr, cut: tl.constexpr, first: tl.const
 
 @triton.jit
 def codes(p0, p1, stored: tl.constexpr, cut: tl.constexpr, first: tl.constexpr, head, block, P: tl.constexpr):
-    """Codes plus `offset_of`, exact in bfloat16 and float32."""
+    """Unpacks codes plus `offset_of`, exact in bfloat16 and float32."""
     if P.light and not P.interpret:
         asm: tl.constexpr = assembly(stored, first, False)
         names: tl.constexpr = operands(stored, False)
@@ -151,7 +151,7 @@ def codes(p0, p1, stored: tl.constexpr, cut: tl.constexpr, first: tl.constexpr, 
 def dequantized(
     p0, p1, scale, zero, stored: tl.constexpr, cut: tl.constexpr, first: tl.constexpr, head, block, P: tl.constexpr
 ):
-    """codes * scale + zero in float16, or float32 where queries are."""
+    """Computes codes * scale + zero in float16, or in float32 where queries are float32."""
     s = spread(scale, stored, cut, first, head, block)
     z = spread(zero, stored, cut, first, head, block)
     if P.light and not P.interpret:
@@ -195,7 +195,7 @@ def attend_kernel(
     P: tl.constexpr,
     KV_HEADS: tl.constexpr,
 ):
-    """Grid (B, K, splits): attention over a share of a sequence's blocks, output [B, K, splits, R, V] and lse."""
+    """Attention over a share of a sequence's blocks, output [B, K, splits, R, V] and lse; grid (B, K, splits)."""
     sequence, split = tl.program_id(0), tl.program_id(2)
     head = (sequence * KV_HEADS + tl.program_id(1)).to(tl.int64)
     keys: tl.constexpr = P.keys
@@ -213,7 +213,7 @@ def attend_kernel(
     factor = tl.full((P.columns,), P.scale * LOG2_E, tl.float32)
     sums = tl.sum(question.to(tl.float32), 0)
     if P.light and not keys.exact and not folds(keys):
-        # bfloat16 has a wider range than float16: each query goes over by an exact power of two.
+        # bfloat16 has a wider range than float16: each query is divided by a power of two, which is exact.
         bits = tl.max(tl.abs(question.to(tl.float32)), 0).to(tl.int32, bitcast=True) & 0x7F800000
         bits = tl.minimum(tl.maximum(bits, 1 << 23), 253 << 23)
         inverse = ((254 << 23) - bits).to(tl.float32, bitcast=True)
@@ -276,7 +276,7 @@ def attend_kernel(
     answer += tl.sum(zeros, 0)[None, :]
     whole = tl.sum(total, 0)
     lift: tl.constexpr = LIFT if P.light and not values.exact and not folds(values) else 1.0
-    found = whole != 0  # NaN was found, too
+    found = whole != 0  # NaN counts as found
     safe = tl.where(found, whole, 1.0)
     row = tl.arange(0, P.columns)
     known = row < P.rows

@@ -1,8 +1,8 @@
-"""Packed attention on TPU: blocks of bytes are fetched through the pipeline and become codes in registers.
+"""Packed attention on TPU: the pipeline fetches blocks of bytes, which are unpacked in registers.
 
-Scales never touch a tile of codes. They are folded into what is small: scores and probabilities where a token has its
-own, queries and outputs where a channel has. Several groups are stacked as rows of one product, which a few queries
-leave nearly empty anyway, and each keeps its own part of the result.
+Scales never multiply a tile of codes. They are folded into smaller arrays: into scores and probabilities where scales
+are per token, into queries and outputs where they are per channel. Several groups are stacked as rows of one product,
+which a few queries would leave nearly empty, and each group reads a separate part of the result.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ def packed_attention(
     block: int | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Float32[Array, "B T H V"], Float32[Array, "B T H"]]:
-    """See `pallas_kernels.packed_attention`; `block` tokens are fetched at a time, fitted to VMEM where None, and
-    `chunk` computed; both are rounded to what the packing needs.
+    """See `pallas_kernels.packed_attention`.
+
+    `block` is the number of tokens fetched at a time (None: what fits VMEM), `chunk` the number computed at a time.
+    Both are rounded to what the packing needs.
     """
     batch, queries, heads, channels = q.shape
     _, kv_heads, tokens, width = values.shape
@@ -149,7 +151,7 @@ def _kernel(
 
 
 def _scorer(keys: Packed, q: Float[Array, "M D"], planes, scales):
-    """A function of a position in the block and a count, which gives the scores [M, count] without their scale."""
+    """Returns a function of a position in the block and a count that computes unscaled scores [M, count]."""
     if keys.bits == EXACT:
         return lambda at, count: common.dot(q, common.read(keys, planes, at, count, q.dtype), transposed=True)
     wide = q.astype(jnp.float32)
@@ -182,7 +184,7 @@ def _score_tokens(
 def _score_channels(
     keys: Packed, q: Float32[Array, "M D"], dtype, planes, scales, at, count: int
 ) -> Float32[Array, "M N"]:
-    """(q * scale) . codes + q . zero, of each group of tokens; the groups of 128 tokens share a product."""
+    """(q * scale) . codes + q . zero for each group of tokens; all groups within 128 tokens share one product."""
     codes, shared, lane = common.read(keys, planes, at, count, dtype), *_token_groups(keys, q.shape[0])
     tiles = []
     for tile in range(0, count, LANES):
@@ -197,7 +199,7 @@ def _score_channels(
 
 
 def _token_groups(packed: Packed, rows: int) -> tuple[int, Int32[Array, "M 128"]]:
-    """Groups of tokens that share 128 of them, and to which of those each token belongs."""
+    """Returns the number of groups within 128 tokens, and the group of each of these tokens."""
     size = min(packed.group, LANES)  # a power of two
     return LANES // size, jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1) >> (size.bit_length() - 1)
 
@@ -212,7 +214,21 @@ def weigh(
     edges: tuple[Int32[Array, ""], Int32[Array, ""]],
     dtype,
 ) -> Float32[Array, "M D"]:
-    """p @ values, of the tokens of a block from `at` on. Those outside of `edges` are not used: they may be NaN."""
+    """Computes p @ values for tokens of a block.
+
+    Args:
+      values: packed values.
+      p: probabilities of N tokens.
+      seen: which of them each row sees.
+      planes: refs of the planes of one head.
+      scales: refs of its scales and zero points in float32.
+      at: the first token within the block.
+      edges: the range of tokens that are used; those outside may be NaN.
+      dtype: dtype of the product.
+
+    Returns:
+      The weighted sums.
+    """
     count = p.shape[1]
     tiles = common.read(values, planes, at, count, dtype)
     if values.bits == EXACT:
@@ -230,7 +246,7 @@ def weigh(
 
 
 def _weigh_channels(values: Packed, p, codes, scales, at, edges) -> Float32[Array, "M D"]:
-    """sum over groups of tokens of scale * (p . codes) + zero * sum(p); the groups of 128 tokens share a product."""
+    """Sum over groups of scale * (p . codes) + zero * sum(p); all groups within 128 tokens share one product."""
     shared, lane = _token_groups(values, p.shape[0])
     total = jnp.zeros((p.shape[0], codes.shape[1]), jnp.float32)
     for tile in range(0, p.shape[1], LANES):

@@ -27,6 +27,7 @@ def packed_attention(
     scale: float,
     interpret: bool = False,
 ) -> tuple[Float32[Array, "B T H V"], Float32[Array, "B T H"]]:
+    """See `pallas_kernels.packed_attention`."""
     if interpret:
         raise NotImplementedError("native code is not interpreted")
     packs = [1 if each.bits == EXACT else each.pack for each in (keys, values)]
@@ -52,7 +53,7 @@ def packed_attention(
 
 
 def _form(packed: Packed) -> np.ndarray:
-    """bits, whether per channel, group, tokens of a packing block, width of each plane."""
+    """Describes a tensor for the C++: bits, whether per channel, group, packing block, width of each plane."""
     if packed.bits == EXACT:
         return np.asarray([EXACT, 0, 1, 1, 8], np.int64)
     return np.asarray(

@@ -1,4 +1,4 @@
-"""Packed attention in plain float32: everything dequantised, one softmax. What the kernels are held to."""
+"""Packed attention in plain float32, all values dequantised and one softmax: the reference for the kernels."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def packed_attention(
     scale: float,
     interpret: bool = False,
 ) -> tuple[Float32[Array, "B T H V"], Float32[Array, "B T H"]]:
+    """See `pallas_kernels.packed_attention`; `interpret` has no effect."""
     batch, tokens, heads, _ = q.shape
     k, v = dequantize(keys), dequantize(values)
     rows = q.astype(jnp.float32).reshape(batch, tokens, k.shape[1], -1, q.shape[3]) * scale
@@ -37,7 +38,18 @@ def packed_attention(
 def visible(
     at: Int[Array, "B T"], positions: Int[Array, "S"], first: int, stop: Int[Array, "B"], window: int | None
 ) -> Float[Array, "B T S"]:
-    """Which stored positions each query sees."""
+    """Computes the mask of attention.
+
+    Args:
+      at: positions of the queries.
+      positions: stored positions.
+      first: the first stored position that is read.
+      stop: the position after the last that is read, per sequence.
+      window: sliding window in tokens; None where there is none.
+
+    Returns:
+      Which stored positions each query sees.
+    """
     edge = jnp.minimum(at + 1, stop[:, None])
     seen = (positions >= first) & (positions < edge[:, :, None])
     return seen if window is None else seen & (positions > at[:, :, None] - window)

@@ -1,10 +1,10 @@
 """Packed attention for GPUs, in Pallas through Triton.
 
-Grid (B, K, splits): every program walks its share of a sequence's blocks and writes an output and a log-sum-exp,
-which merge exactly afterwards. Tokens are rows of both products and queries columns, padded to 8, so that few queries
-waste little of a tensor core. Scales never touch codes where a token has few groups: they multiply scores and
-probabilities. Elsewhere (scales per channel, many groups) values are made in registers, in float16, which holds any
-code and scale.
+The grid is (B, K, splits). Every program walks over a share of a sequence's blocks and writes an output and a
+log-sum-exp; these merge exactly afterwards. In both products tokens are rows and queries are columns, padded to 8, so
+that few queries waste little of a tensor core. Where a token has few groups, scales multiply scores and probabilities
+instead of codes. Otherwise (scales per channel, many groups) values are dequantised in registers, in float16, which
+holds any code and scale.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from pallas_kernels.packed_attention.gpu import LOWEST
 from pallas_kernels.triton_common import Piece, Stream, dot, heads_spec, pieces, share, span
 from pallas_kernels.tuning import attention_class, lookup
 
-MOST_FOLDED = 2  # groups of a token whose scales multiply scores
-MOST_STACKED = 64  # columns of probabilities times scales
+MOST_FOLDED = 2  # groups of a token at most, for scales to multiply scores
+MOST_STACKED = 64  # columns of probabilities times scales at most
 
 
 class Plan(gpu.Plan):
-    """All that the kernel knows when it is traced."""
+    """The static settings of the kernel, known when it is traced."""
 
     def stacked(self, piece: Piece) -> int:
-        """Columns of probabilities that carry scales: the first columns those of the first group, and so on."""
+        """Columns of probabilities times scales, group after group."""
         return max(self.columns, piece.groups * self.distinct)
 
     @property
@@ -55,7 +55,7 @@ class Plan(gpu.Plan):
 
     @property
     def made(self) -> jnp.dtype:
-        """The type of values made in registers."""
+        """The dtype of values dequantised in registers."""
         return jnp.dtype(jnp.float16 if self.light else jnp.float32)
 
 
@@ -75,6 +75,11 @@ def packed_attention(
     num_warps: int | None = None,
     num_stages: int | None = None,
 ) -> tuple[Float32[Array, "B T H V"], Float32[Array, "B T H"]]:
+    """See `pallas_kernels.packed_attention`.
+
+    Where block, splits, num_warps or num_stages is None, the value measured for this device is taken, or that of
+    `defaults`.
+    """
     settings = {"block": block, "splits": splits, "num_warps": num_warps, "num_stages": num_stages}
     given = {name: value for name, value in settings.items() if value is not None}
     if len(given) < len(settings):
@@ -109,10 +114,19 @@ def packed_attention(
 
 
 def defaults(q: Float[Array, "B T H D"], keys: Packed, values: Packed) -> dict[str, int]:
-    """Block of tokens, splits, warps and stages.
+    """Chooses block, splits, warps and stages.
 
-    Sub-tiles of 64 tokens give each of four warps rows of its own. Fewer where registers would spill: for many
-    queries and for float32, and where single bits, of which a block has eight sub-tiles, stand beside exact values.
+    With sub-tiles of 64 tokens, each of four warps has separate rows. Sub-tiles have fewer tokens where registers
+    would spill: for many queries, for float32, and for codes of 1 bit (a block then has eight sub-tiles) beside exact
+    values.
+
+    Args:
+      q: queries.
+      keys: packed keys.
+      values: packed values.
+
+    Returns:
+      The settings by name.
     """
     stored = Stored.of(keys), Stored.of(values)
     crowded = any(s.exact for s in stored) and min(width for s in stored for width in s.widths) == 1
@@ -147,7 +161,7 @@ def _kernel(q_ref, start_ref, stop_ref, keys: Packed, values: Packed, output_ref
     )
     highest, total, answers = jax.lax.fori_loop(*blocks, step, empty)
     total = total.sum(0)
-    seen = total != 0  # NaN is seen, too
+    seen = total != 0  # NaN counts as seen
     lse = jnp.where(seen, highest * (1 / LOG2_E) + jnp.log(jnp.where(seen, total, 1.0)), MASKED)
     plgpu.store(lse_ref.at[row], lse, mask=row < plan.rows)
     inverse = jnp.where(seen, 1.0, 0.0) / jnp.where(seen, total, 1.0)
@@ -158,7 +172,7 @@ def _kernel(q_ref, start_ref, stop_ref, keys: Packed, values: Packed, output_ref
 
 
 class Questions:
-    """The queries of a kv head in registers, as the keys need them."""
+    """The queries of a kv head in registers, in the form that the keys need."""
 
     def __init__(self, q_ref, plan: Plan) -> None:
         row = jnp.minimum(remainder(jnp.arange(plan.columns), plan.distinct), plan.rows - 1)
@@ -168,7 +182,7 @@ class Questions:
         if plan.folds_keys:
             self.sums = {p: q.astype(jnp.float32).sum(1) for p, q in self.q.items()}
         elif not plan.keys.exact and plan.made == jnp.float16:
-            # bfloat16 has a wider range: each row goes over by an exact power of two.
+            # bfloat16 has a wider range than float16: each row is divided by a power of two, which is exact.
             largest = functools.reduce(jnp.maximum, [jnp.abs(q.astype(jnp.float32)).max(1) for q in self.q.values()])
             bits = jax.lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000
             bits = jnp.clip(bits, 1 << 23, 253 << 23)
@@ -177,7 +191,7 @@ class Questions:
             self.factor *= size[None, :]
 
     def scores(self, keys: Stream, tile: int) -> Float32[Array, "rows columns"]:
-        """In base 2."""
+        """Scores of a sub-tile, in base 2."""
         if not self.plan.folds_keys:
             make = keys.values if self.plan.keys.exact else keys.dequantized
             return _sum(dot(make(tile, p, q.dtype), q, 1, 1) for p, q in self.q.items()) * self.factor
@@ -210,14 +224,14 @@ def _masked(
 
 
 def _no_answer(piece: Piece, plan: Plan) -> tuple[Float32[Array, "width stacked"], Float32[Array, "rows stacked"]]:
-    """Sums of probability times code, and what offsets and zero points add to them, still per token."""
+    """Initial sums of probability times code, and of what offsets and zero points add to them, still per token."""
     folds = plan.folds_values(piece)
     columns, rows = (plan.stacked(piece), plan.cut.rows) if folds else (plan.columns, 1)
     return jnp.zeros((piece.width, columns), jnp.float32), jnp.zeros((rows, columns), jnp.float32)
 
 
 def _weigh(answer, fade: Float32[Array, "columns"], p: list[Array], values: Stream, piece: Piece, plan: Plan):
-    """An answer with one block more; p: [rows, columns] of each sub-tile."""
+    """Adds one block to an answer; p has probabilities [rows, columns] of each sub-tile."""
     answer, zeros = answer
     if not plan.folds_values(piece):
         dtype = plan.dtype if plan.values.exact else plan.made
@@ -248,7 +262,7 @@ def _repeat(x: Float32[Array, "rows columns"], columns: int) -> Float32[Array, "
 
 
 def _settled(answer, piece: Piece, plan: Plan) -> Float32[Array, "width columns"]:
-    """The sums of probability times value: of each channel, those of its group."""
+    """The sums of probability times value; each channel takes the sums of its group."""
     answer, zeros = answer
     if not plan.folds_values(piece):
         return answer * (1 / LIFT) if not plan.values.exact and plan.made == jnp.float16 else answer

@@ -1,6 +1,8 @@
-"""Blocks of values to packed codes: minimum, maximum, scale, codes and bytes in one pass.
+"""Quantisation and packing of blocks of values: minimum, maximum, scale, codes and bytes in one pass.
 
-planes, scale, zero = quantize_pack(x, counted, bits=4, per="channel", group=32, implementation="triton")
+    planes, scale, zero = quantize_pack(x, counted, bits=4, per="channel", group=32, implementation="triton")
+
+N packing blocks, K kv heads, R tokens of a block, D channels.
 """
 
 from __future__ import annotations
@@ -31,16 +33,20 @@ def quantize_pack(
     does not fit float16 gets NaN for scale and zero point.
 
     Args:
-      x: cast to float32.
-      counted: tokens that enter minima and maxima; a group with none has scale and zero point 0.
-      per, group: as in `layout.Packed`.
+      x: values, cast to float32.
+      counted: tokens that count towards minima and maxima; a group with none has scale and zero point 0.
+      bits: code width.
+      per: "token" or "channel", as in `layout.Packed`.
+      group: elements of a group, as in `layout.Packed`.
+      implementation: "triton" (GPU), "mosaic_tpu" (TPU) or "reference" (slow).
+      interpret: runs the kernel in Pallas' interpreter.
 
     Returns:
       Planes [N, K, R*w/8, D], scales and zero points [N, K, D/group, R] per token or [N, K, R/group, D] per channel.
 
     Raises:
       ValueError: an argument whose shape, type or setting does not fit.
-      NotImplementedError: what the implementation cannot serve.
+      NotImplementedError: the implementation cannot serve the call.
     """
     if bits not in layout.PLANES:
         raise ValueError(f"bits: {bits}; expected one of {', '.join(map(str, layout.PLANES))}")

@@ -1,4 +1,4 @@
-"""Quantise and pack on TPU: a grid step reads some packing blocks of one head and writes their bytes.
+"""Quantisation and packing on TPU: a grid step reads some packing blocks of one head and writes their bytes.
 
 Mosaic has no float16 and no shifts of bytes: scales are rounded to float16 bits by integer arithmetic, and codes are
 packed as words of 32 bits, which hold one byte each until the end.
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Float16, Float32, Int32, UInt8
 from pallas_kernels import mosaic_tpu_common as common
 from pallas_kernels.layout import PLANES
 
-STEP_BYTES = 1 << 20  # of the float32 values of a grid step
+STEP_BYTES = 1 << 20  # bytes of the float32 values of a grid step
 NAN = 0x7E00  # as float16
 SMALLEST_NORMAL, OVERFLOW = 0x38800000, 0x477FF000  # as float32: 2**-14; 65520, which rounds to infinity
 
@@ -75,7 +75,7 @@ def _kernel(x_ref, counted_ref, *out_refs, bits: int, per: str, group: int) -> N
 def _quantize(
     x: Float32[Array, "R D"], counted: Bool[Array, "R 1"], bits: int, per: str, group: int
 ) -> tuple[Int32[Array, "_ _"], ...]:
-    """Codes [R, D], and scales and zero points as float16 bits, in the order in which they are stored."""
+    """Quantises a block: codes [R, D], and scales and zero points as float16 bits, in their stored order."""
     if per == "token":
         starts = range(0, x.shape[1], group)
         parts = [_group(x[:, at : at + group], counted, bits, 1) for at in starts]
@@ -88,10 +88,10 @@ def _quantize(
 def _group(
     x: Float32[Array, "R D"], counted: Bool[Array, "R 1"], bits: int, axis: int
 ) -> tuple[Int32[Array, "R D"], Int32[Array, "_ _"], Int32[Array, "_ _"]]:
-    """`_quantize` of groups along `axis`."""
+    """`_quantize` for one row of groups along `axis`."""
     low = jnp.where(counted, x, jnp.inf).min(axis, keepdims=True)
     high = jnp.where(counted, x, -jnp.inf).max(axis, keepdims=True)
-    finite = jnp.where(counted, x - x, 0.0).sum(axis, keepdims=True) == 0.0  # minima may pass over NaN
+    finite = jnp.where(counted, x - x, 0.0).sum(axis, keepdims=True) == 0.0  # minima may skip NaN
     empty = low > high
     low, high = jnp.where(empty, 0.0, low), jnp.where(empty, 0.0, high)
     levels = 2**bits - 1
@@ -107,7 +107,7 @@ def _group(
 
 
 def narrow(x: Float32[Array, "*shape"]) -> Int32[Array, "*shape"]:
-    """Bits of the nearest float16, half to even; NAN where it is not finite."""
+    """Rounds to the nearest float16, half to even, and returns its bits; NAN where it is not finite."""
     word = jax.lax.bitcast_convert_type(x, jnp.int32)
     size = word & 0x7FFFFFFF
     normal = ((size + 0xFFF + ((size >> 13) & 1)) >> 13) - (112 << 10)
@@ -117,7 +117,7 @@ def narrow(x: Float32[Array, "*shape"]) -> Int32[Array, "*shape"]:
 
 
 def _pack(codes: Int32[Array, "R D"], width: int) -> Int32[Array, "_ D"]:
-    """Bytes of the codes of a plane, one to a word."""
+    """Packs the codes of a plane into bytes, one byte per word."""
     rows = codes.shape[0] * width // 8
     pieces = (codes[i * rows : (i + 1) * rows] << (i * width) for i in range(8 // width))
     return functools.reduce(operator.or_, pieces)

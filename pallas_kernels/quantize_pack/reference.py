@@ -1,4 +1,4 @@
-"""Quantise and pack in plain jnp. What the kernels are held to, bit for bit."""
+"""Quantisation and packing in plain jnp: the reference that kernels must match bit for bit."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ def quantize_pack(
     group: int,
     interpret: bool = False,
 ):
+    """See `pallas_kernels.quantize_pack`; `interpret` has no effect."""
     blocks, heads, tokens, channels = x.shape
     x = x.astype(jnp.float32)
     valid = jnp.broadcast_to(counted[:, None, :, None], x.shape)
     split = (blocks, heads, tokens, -1, group) if per == "token" else (blocks, heads, -1, group, channels)
     axis = -1 if per == "token" else -2
     grouped, valid = x.reshape(split), valid.reshape(split)
-    unknown = jnp.isnan(jnp.where(valid, grouped, 0)).any(axis, keepdims=True)  # XLA's minima on CPU pass NaN over
+    unknown = jnp.isnan(jnp.where(valid, grouped, 0)).any(axis, keepdims=True)  # on CPU, minima in XLA skip NaN
     low = jnp.where(valid, grouped, jnp.inf).min(axis, keepdims=True)
     high = jnp.where(valid, grouped, -jnp.inf).max(axis, keepdims=True)
     empty = ~valid.any(axis, keepdims=True)
@@ -51,5 +52,5 @@ def quantize_pack(
 
 
 def _divide(x: Array, y: Array) -> Array:
-    """The true quotient: XLA turns division by a broadcast value into a product with its reciprocal."""
+    """The true quotient: XLA would turn division by a broadcast value into a product with its reciprocal."""
     return x / jax.lax.optimization_barrier(jnp.broadcast_to(y, x.shape))

@@ -1,8 +1,9 @@
-"""Quantise and pack for GPUs, in Pallas through Triton.
+"""Quantisation and packing for GPUs, in Pallas through Triton.
 
-Grid (N, K, channels, rows): a program holds the runs of tokens that end up in the same bytes, each as a tile of its
-own, so that packing is shifts and ors of whole tiles. Groups of a token allow for a few rows of every run at a time.
-Division and rounding are PTX instructions: Triton's division is approximate, and Pallas does not lower `round`.
+The grid is (N, K, channels and rows). A program holds the runs of tokens that are packed into the same bytes, each
+run as a separate tile, so that packing is shifts and ors of whole tiles. With groups per token, a program may take
+only a few rows of every run. Division and rounding are PTX instructions: Triton's division is approximate, and Pallas
+does not lower `round`.
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ from jaxtyping import Array, Bool, Float, Float16, Float32, Int32, UInt8
 from pallas_kernels.gpu_layout import power_of_two
 from pallas_kernels.layout import PLANES
 
-MOST = 8192  # values a program holds
-WIDE = 128  # channels of a program, where groups do not ask for more
-LARGEST = 65504.0  # of float16
+MOST = 8192  # values of a program at most
+WIDE = 128  # channels of a program, unless a group is wider
+LARGEST = 65504.0  # the largest float16
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that a kernel knows when it is traced."""
+    """The static settings of a kernel, known when it is traced."""
 
     bits: int
     per: str
     group: int
     tokens: int
     channels: int
-    width: int  # channels of a program, of which the last may lie beyond a group or the tensor
+    width: int  # channels of a program; the last ones may lie beyond a group or the tensor
     step: int  # channels from one program to the next
-    rows: int  # of a run, in a program
+    rows: int  # rows of each run in a program
     interpret: bool
 
     @property
@@ -57,6 +58,7 @@ def quantize_pack(
     group: int,
     interpret: bool = False,
 ) -> tuple[tuple[UInt8[Array, "N K _ D"], ...], Float16[Array, "N K _ _"], Float16[Array, "N K _ _"]]:
+    """See `pallas_kernels.quantize_pack`."""
     blocks, heads, tokens, channels = x.shape
     if not power_of_two(tokens) or (per == "channel" and not power_of_two(group)):
         raise NotImplementedError(f"blocks of {tokens} tokens in groups of {group}; expected powers of two")
@@ -111,7 +113,7 @@ def _kernel(x_ref, counted_ref, *out_refs, plan: Plan) -> None:
     codes = quantize(x, counted, row, first, column, inside, scale_ref, zero_ref, plan)
     low = 0
     for width, ref in zip(PLANES[plan.bits], plane_refs, strict=True):
-        runs = plan.tokens * width // 8 // plan.run  # of the finest kind, in one of this plane's
+        runs = plan.tokens * width // 8 // plan.run  # runs of the narrowest plane in one run of this plane
         for within in range(runs):
             kept = [(codes[j * runs + within] >> low) & ((1 << width) - 1) for j in range(8 // width)]
             packed = functools.reduce(operator.or_, (part << (j * width) for j, part in enumerate(kept)))
@@ -123,7 +125,7 @@ def _kernel(x_ref, counted_ref, *out_refs, plan: Plan) -> None:
 def _per_token(
     x, counted, row, first, column, inside, scale_ref, zero_ref, plan: Plan
 ) -> list[Int32[Array, "rows width"]]:
-    """Codes of each tile; scales and zero points go to memory."""
+    """Returns the codes of each tile and stores scales and zero points."""
     groups = max(1, plan.step // plan.group)
     split = (plan.rows, groups, plan.width // groups)
     codes = []
@@ -140,7 +142,7 @@ def _per_token(
 def _per_channel(
     x, counted, row, first, column, inside, scale_ref, zero_ref, plan: Plan
 ) -> list[Int32[Array, "rows width"]]:
-    """As `_per_token`; a group is some tiles, or a tile holds several."""
+    """Like `_per_token`; a group is several tiles, or a tile holds several groups."""
     together = max(1, plan.group // plan.run)
     groups = max(1, plan.run // plan.group)
     split = (groups, plan.run // groups, plan.width)
@@ -161,13 +163,16 @@ def _per_channel(
 def _bounds(
     values: Float32[Array, "rows width"], valid: Bool[Array, "rows width"]
 ) -> tuple[Float32[Array, "rows width"], Float32[Array, "rows width"]]:
-    """Candidates for minimum and maximum. A NaN, which Triton's minima skip, becomes what no float16 holds either."""
+    """Candidates for minimum and maximum.
+
+    Triton's minima skip NaN, so it becomes infinity, which does not fit float16 either.
+    """
     values = jnp.where(values == values, values, jnp.inf)
     return jnp.where(valid, values, jnp.inf), jnp.where(valid, values, -jnp.inf)
 
 
 def _scales(low: Float32[Array, "*s"], high: Float32[Array, "*s"], plan: Plan) -> tuple[Array, Array]:
-    """Scale and zero point in float16 of groups between `low` and `high`."""
+    """Scale and zero point, in float16, of groups with minimum `low` and maximum `high`."""
     empty = low > high
     low, high = jnp.where(empty, 0.0, low), jnp.where(empty, 0.0, high)
     levels = jnp.full(low.shape, 2.0**plan.bits - 1, jnp.float32)
@@ -185,7 +190,7 @@ def _codes(
 ) -> Int32[Array, "rows width"]:
     scale, zero = scale.astype(jnp.float32), zero.astype(jnp.float32)
     codes = _divide(values - zero, jnp.where(scale == 0, 1.0, scale), plan)
-    above = (codes >= 0) & (scale != 0)  # not so for a NaN
+    above = (codes >= 0) & (scale != 0)  # false for NaN
     codes = jnp.where(above, jnp.minimum(codes, 2.0**plan.bits - 1), 0.0)
     if plan.interpret:
         codes = jax.lax.round(codes, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
@@ -195,7 +200,7 @@ def _codes(
 
 
 def _divide(x: Float32[Array, "*s"], y: Float32[Array, "*s"], plan: Plan) -> Float32[Array, "*s"]:
-    """The true quotient. XLA, which interprets, would multiply by the reciprocal of a broadcast value."""
+    """The true quotient. In the interpreter, XLA would multiply by the reciprocal of a broadcast value."""
     if plan.interpret:
         return x / jax.lax.optimization_barrier(y)
     return _instruction("div.rn.f32 $0, $1, $2;", x, y)

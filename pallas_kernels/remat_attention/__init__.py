@@ -3,7 +3,7 @@
     output, lse = remat_attention(q, keys, values, rebuild, start, stop, implementation="triton")
     acc = reconstruct(acc, delta, up, until, implementation="triton")  # XQuant-CL's accumulator, in place
 
-Values are not rebuilt: softmax(..) (X̂ R_v) = (softmax(..) X̂) R_v, and the second product is the caller's. B batch,
+Values are not rebuilt: softmax(..) (X̂ R_v) = (softmax(..) X̂) R_v, and the caller multiplies by R_v. B batch,
 T queries, H heads, K kv heads, D head_dim, S allocated tokens, G latent heads (1, or K), r and s widths of the rows
 of keys and of values, M model_dim.
 """
@@ -36,18 +36,30 @@ def remat_attention(
     implementation: str,
     interpret: bool = False,
 ) -> tuple[Float32[Array, "B T H s"], Float32[Array, "B T H"]]:
-    """Softmax attention over the stored positions [first, stop), as `packed_attention` has it, with keys rebuilt.
+    """Softmax attention over the stored positions [first, stop), with keys rebuilt from stored rows.
+
+    Positions, window and heads are as in `packed_attention`.
 
     Args:
-      keys: rows [B, G, S, r] from which keys are rebuilt; values: rows [B, G, S, s] that the probabilities weigh. The
-        same object where one stream serves both: it is then read once. Either may be exact (16 bits).
+      q: queries after RoPE, bfloat16 or float32.
+      keys: rows [B, G, S, r] from which keys are rebuilt; may be exact (16 bits).
+      values: rows [B, G, S, s] that are weighted by the probabilities; may be exact. Where it is the same object as
+        `keys`, rows are read only once.
+      rebuild: the weights and tables that turn rows into keys.
+      start: position of the first query, per sequence.
+      stop: the position after the last stored one that is read, per sequence; at most S.
+      first: the first stored position that is read.
+      window: sliding window in tokens; None where there is none.
+      scale: factor of the scores; D**-0.5 where None.
+      implementation: "triton" (GPU), "mosaic_tpu" (TPU) or "reference" (slow).
+      interpret: runs the kernel in Pallas' interpreter.
 
     Returns:
       The weighted rows of `values` per query head, and the log of the sum of exponentials; see `packed_attention`.
 
     Raises:
       ValueError: an argument whose shape, type or setting does not fit.
-      NotImplementedError: what the implementation cannot serve.
+      NotImplementedError: the implementation cannot serve the call.
     """
     check(q, keys, values, rebuild, start, stop, first, window)
     kernel = layout.implementation_of(__name__, implementation, IMPLEMENTATIONS)
@@ -64,15 +76,24 @@ def reconstruct(
     implementation: str,
     interpret: bool = False,
 ) -> Float[Array, "B S M"]:
-    """X̂ of a layer of deltas: below + dequantised delta @ up at positions under `until`, below elsewhere. The
-    result takes the place of `below`.
+    """Reconstructs X̂ of a layer that stores deltas: below + dequantised delta @ up.
+
+    The result is written in place of `below`.
 
     Args:
-      delta: [B, 1, n, r] with n <= S.
+      below: X̂ of the layer below.
+      delta: stored deltas [B, 1, n, r] with n <= S.
+      up: weight that turns a delta into a difference of layer inputs.
+      until: per sequence, the position below which X̂ is reconstructed.
+      implementation: "triton" (GPU), "mosaic_tpu" (TPU) or "reference" (slow).
+      interpret: runs the kernel in Pallas' interpreter.
+
+    Returns:
+      X̂ of this layer at positions under `until`, `below` elsewhere.
 
     Raises:
       ValueError: an argument whose shape or type does not fit.
-      NotImplementedError: what the implementation cannot serve.
+      NotImplementedError: the implementation cannot serve the call.
     """
     layout.check("delta", delta)
     batch, heads, tokens, width = delta.shape
@@ -88,7 +109,7 @@ def reconstruct(
 
 
 def check(q, keys: Packed, values: Packed, rebuild: Rebuild, start, stop, first: int, window: int | None) -> None:
-    """Raises ValueError, naming the argument, where they do not fit one another."""
+    """Checks that the arguments of `remat_attention` fit together; raises ValueError where they do not."""
     layout.check("keys", keys)
     layout.check("values", values)
     if q.ndim != 4 or q.dtype not in (jnp.float32, jnp.bfloat16):

@@ -1,7 +1,7 @@
-"""Attention over rows that become keys in VMEM, on TPU.
+"""Rematerialising attention on TPU: keys are rebuilt from stored rows in VMEM.
 
-Rows of a chunk of tokens are dequantised once and serve all kv heads of a grid step, as keys through the matrix unit
-and as values by themselves. Heads are spread over the grid where their weights would not fit.
+Rows of a chunk of tokens are dequantised once for all kv heads of a grid step. The matrix unit turns them into keys;
+as values they are used directly. Heads are spread over the grid where their weights would not fit into VMEM.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pallas_kernels.mosaic_tpu_common import LANES, Stream
 from pallas_kernels.remat_attention.weights import Rebuild
 
 ROWS = 128  # query rows per kv head at most
-BLOCK = 512  # tokens of a grid step, where nothing is said
+BLOCK = 512  # tokens of a grid step by default
 CHUNK = 256  # tokens computed at a time
 HEADS = 8  # kv heads of a grid step at most
-WEIGHT_BYTES = 2 << 20  # of the weights of a grid step; the pipeline holds two
+WEIGHT_BYTES = 2 << 20  # of the weights of a grid step; the pipeline holds those of two steps
 MODEL_PIECE = 1024  # channels of a grid step of `reconstruct`
 
 
@@ -41,7 +41,7 @@ def remat_attention(
     interpret: bool = False,
     block: int | None = None,
 ) -> tuple[Float32[Array, "B T H s"], Float32[Array, "B T H"]]:
-    """See `pallas_kernels.remat_attention`; `block` tokens per grid step."""
+    """See `pallas_kernels.remat_attention`; `block` is the number of tokens per grid step."""
     batch, queries, heads, channels = q.shape
     _, latent_heads, tokens, width = values.shape
     kv_heads = rebuild.kv_heads(channels)
@@ -118,7 +118,7 @@ def remat_attention(
 
 
 def _heads_of_step(rebuild: Rebuild, kv_heads: int, channels: int) -> int:
-    """kv heads that share the rows of a grid step: whole tiles of weights that fit VMEM.
+    """Returns the number of kv heads that share the rows of a grid step: whole tiles of weights that fit VMEM.
 
     Raises:
       NotImplementedError: the weights of the fewest heads that a step can take are too large.
@@ -217,7 +217,7 @@ def _kernel(
 
 
 def _fill(packed: Packed, planes, scales, at: Int32[Array, ""], inside: tuple, out_ref) -> None:
-    """Dequantises the tokens of a block from `at` on; 0 outside of `inside`, where there may be NaN."""
+    """Dequantises the tokens of a block from `at` on; those outside `inside`, which may be NaN, become 0."""
     count = out_ref.shape[0]
     token = at + jax.lax.broadcasted_iota(jnp.int32, (count, 1), 0)
     used = (token >= inside[0]) & (token < inside[1])
@@ -244,7 +244,7 @@ def reconstruct(
     interpret: bool = False,
     block: int | None = None,
 ) -> Float[Array, "B S M"]:
-    """See `pallas_kernels.reconstruct`; `block` tokens per grid step."""
+    """See `pallas_kernels.remat_attention.reconstruct`; `block` is the number of tokens per grid step."""
     batch, _, model_dim = below.shape
     _, _, tokens, width = delta.shape
     columns = max(LANES, WEIGHT_BYTES // (width * up.dtype.itemsize) // LANES * LANES)
@@ -277,7 +277,7 @@ def reconstruct(
 def _reconstruct_kernel(
     delta: Packed, until, below_ref, refs: Stream, up_ref, out_ref, scales, row_ref, *, block, chunk
 ):
-    """One block; those past `until` are not visited, but for the first, which then stays as it is."""
+    """Reconstructs one block. Blocks past `until` are skipped, except the first, which is then copied unchanged."""
     step = pl.program_id(2)
     end = until[pl.program_id(1)] - step * block
 

@@ -1,4 +1,4 @@
-"""Rematerialising attention in plain float32: everything dequantised and rebuilt. What the kernels are held to."""
+"""Rematerialising attention in plain float32, all keys rebuilt at once: the reference for the kernels."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def remat_attention(
     scale: float,
     interpret: bool = False,
 ) -> tuple[Float32[Array, "B T H s"], Float32[Array, "B T H"]]:
+    """See `pallas_kernels.remat_attention`; `interpret` has no effect."""
     k, v = rebuild.keys(dequantize(keys), q.shape[3]), dequantize(values)
     v = jnp.broadcast_to(v, (*k.shape[:3], v.shape[3]))
     rows = [Packed((a,), None, None, EXACT, "token", 1, 1) for a in (k, v)]
@@ -37,7 +38,7 @@ def reconstruct(
     *,
     interpret: bool = False,
 ) -> Float[Array, "B S M"]:
-    """The accumulator of a layer of deltas from that of the layer below, for positions under `until`."""
+    """See `pallas_kernels.remat_attention.reconstruct`; `interpret` has no effect."""
     step = jnp.einsum("bsr,rm->bsm", dequantize(delta)[:, 0], up.astype(jnp.float32), precision="highest")
     new = (below[:, : step.shape[1]].astype(jnp.float32) + step).astype(below.dtype)
     flushed = jnp.arange(step.shape[1]) < until[:, None]

@@ -1,10 +1,11 @@
 """Rematerialising attention for GPUs, in Pallas through Triton.
 
-Two kernels, since neither keys nor weighted rows of a wide stream leave room for the other in registers. The first
-rebuilds the keys of a block of tokens for one kv head and writes masked scores [B, H, S] with each block's maximum
-and sum; the second weighs rows with the probabilities, all query heads at once, in tiles of the row's width. Scores
-cost 8 bytes of traffic a query and token; rows are read once a kernel, and by the first again from the L2 cache for
-every kv head. Heads are rebuilt in halves, between which RoPE then needs no shuffle.
+There are two kernels, because registers do not hold both the keys and the weighted rows of wide rows. The first
+rebuilds the keys of a block of tokens for one kv head and writes masked scores [B, H, S] with the maximum and sum of
+each block. The second weights rows by the probabilities, for all query heads at once, in tiles of the row's width.
+Scores cost 8 bytes of memory traffic per query and token. Each kernel reads rows from memory once; the first reads
+them again from the L2 cache for every kv head. The two halves of a head are rebuilt separately, so that RoPE needs no
+shuffle.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from pallas_kernels.layout import MASKED, Packed, by_kv_head, by_query
 from pallas_kernels.remat_attention.weights import Rebuild
 from pallas_kernels.triton_common import Stream, dot, piece_at, piece_width, share, span
 
-MOST_ROWS = 16  # query rows of a kv head
-MOST_COLUMNS = 64  # query rows that one program weighs rows for
+MOST_ROWS = 16  # query rows of a kv head at most
+MOST_COLUMNS = 64  # query rows of one program of the second kernel at most
 TOKENS = 128  # of a block whose keys are rebuilt
-DEPTH = 32  # channels of rows multiplied at a time; of more, A100 spills
+DEPTH = 32  # channels of rows multiplied at a time; with more, registers spill on A100
 WIDE = 128  # channels of a tile of weighted rows or of a reconstruction
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that the kernels know when they are traced."""
+    """The static settings of the kernels, known when they are traced."""
 
     keys: Stored
     values: Stored
@@ -61,7 +62,7 @@ class Plan:
 
 
 def _padded(rows: int) -> int:
-    """To what a tensor core takes."""
+    """Rounds up to a number of columns that a tensor core takes."""
     return max(8, 1 << (rows - 1).bit_length())
 
 
@@ -78,6 +79,7 @@ def remat_attention(
     scale: float,
     interpret: bool = False,
 ) -> tuple[Float32[Array, "B T H s"], Float32[Array, "B T H"]]:
+    """See `pallas_kernels.remat_attention`."""
     batch, tokens, heads, head_dim = q.shape
     kv_heads, groups, width = rebuild.kv_heads(head_dim), keys.shape[1], values.shape[3]
     ratio = heads // kv_heads
@@ -115,7 +117,10 @@ def reconstruct(
     *,
     interpret: bool = False,
 ) -> Float[Array, "B S M"]:
-    """One program a block of tokens and tile of M; blocks that no position is under `until` of stop at once."""
+    """See `pallas_kernels.remat_attention.reconstruct`.
+
+    There is one program per block of tokens and tile of M; it returns at once where all positions are past `until`.
+    """
     batch, _, channels = below.shape
     stored = Stored.of(delta)
     own = _cut(stored, TOKENS)
@@ -138,7 +143,7 @@ def reconstruct(
 
 
 def _cut(stored: Stored, tokens: int) -> Cut:
-    """Blocks of `tokens`, more only where packing asks for it."""
+    """Splits blocks of `tokens` tokens, or of more where packing needs it."""
     smallest = cut([stored], 0)
     return dataclasses.replace(smallest, repeats=max(smallest.repeats, tokens // smallest.span))
 
@@ -151,7 +156,7 @@ def _score(
     stop: Int32[Array, "B"],
     plan: Plan,
 ) -> tuple[Float32[Array, "B K R S"], Float32[Array, "B K N R"], Float32[Array, "B K N R"]]:
-    """Masked scores in base 2, and the maximum and the sum of exponentials of each of N blocks."""
+    """Returns masked scores in base 2, and the maximum and the sum of exponentials of each of N blocks."""
     batch, kv_heads, rows, head_dim = q.shape
     groups, blocks = keys.shape[1], pl.cdiv(plan.keys.tokens, plan.key_cut.block)
     group = lambda k: k if groups > 1 else 0  # noqa: E731
@@ -254,7 +259,7 @@ def _weigh_rows(
     stop: Int32[Array, "B"],
     plan: Plan,
 ) -> Float32[Array, "B G R s"]:
-    """Probabilities times rows, and the sum over splits of the tokens."""
+    """Multiplies probabilities by rows, and sums over the splits of the tokens."""
     batch, groups, rows, _ = scores.shape
     tiles, chunks, width = plan.values.channels // plan.width, pl.cdiv(rows, plan.columns), plan.values.channels
     own = lambda *shape: pl.BlockSpec((None, None, *shape), lambda z, g, b: (b, g, *[0] * len(shape)))  # noqa: E731
@@ -346,7 +351,7 @@ def _product(
     dtype: jnp.dtype,
     interpret: bool,
 ) -> list[list[Float32[Array, "rows c"]]]:
-    """Rows of a block times some columns of a matrix, of each sub-tile; zeros, without a read, where not `live`."""
+    """Rows of each sub-tile times some columns of a matrix; where not `live`, zeros without any read."""
     width = piece_width(stored, DEPTH)
 
     def step(index, sums):
@@ -371,5 +376,5 @@ def _product(
 
 
 def _row(ref, inside: Bool[Array, "c"]) -> Float32[Array, "1 c"]:
-    """A vector over channels, 0 beyond them."""
+    """Loads a vector over channels, 0 beyond them."""
     return plgpu.load(ref, mask=inside, other=0.0)[None, :]

@@ -1,4 +1,4 @@
-"""What turns stored rows into keys."""
+"""The weights that turn stored rows into keys."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from jaxtyping import Array, Float
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rebuild:
-    """keys = rope(norm(rows @ up + bias)).
+    """The weights and tables of keys = rope(norm(rows @ up + bias)).
 
-    up: [G, r, m]; G = 1 with m = K*D (all kv heads read the same rows), or G = K with m = D.
-    cos, sin: of every position, each angle standing twice (HF's half-split convention).
-    norm: the weight of an RMS norm over each key's head_dim, None where there is none; eps its epsilon.
+    Attributes:
+      up: [G, r, m]; G = 1 with m = K*D (all kv heads read the same rows), or G = K with m = D.
+      cos: cosines of the angles of every position, once for each half of D (HF's half-split convention).
+      sin: sines, likewise.
+      bias: added before the norm; None where there is none.
+      norm: weight of an RMS norm over the head_dim of each key; None where there is none.
+      eps: epsilon of that norm.
     """
 
     up: Float[Array, "G r m"]
@@ -30,7 +34,7 @@ class Rebuild:
         return self.up.shape[0] * self.up.shape[2] // head_dim
 
     def keys(self, rows: Float[Array, "B G S r"], head_dim: int) -> Float[Array, "B K S D"]:
-        """The keys after RoPE, in float32: slow and plain."""
+        """Rebuilds all keys (after RoPE) in float32, simply and slowly, for the reference."""
         k = jnp.einsum("bgsr,grm->bsgm", rows, self.up.astype(jnp.float32), precision="highest")
         k = k.reshape(*k.shape[:2], -1, head_dim).swapaxes(1, 2)
         if self.bias is not None:
