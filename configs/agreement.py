@@ -38,6 +38,7 @@ def get_config() -> config_dict.ConfigDict:
         model="smollm2-135m",
         dtype="float32",
         caches="k8v8@kivi,k4v4@kivi,k4v2@kivi,k2v2@kivi",
+        plugins="",  # modules or Python files that register more caches, separated by commas
         chats=CHATS,  # put into the model's chat template
         texts=TEXTS,  # gone on from as they are
         max_new_tokens=64,

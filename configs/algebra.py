@@ -13,6 +13,7 @@ def get_config() -> config_dict.ConfigDict:
         text="demo",
         models="smollm2-135m,smollm2-135m-mha",
         caches="x16@input,x16@latent(sink=4),x16@head,xcl16@input(base_bits=16),xcl16@latent(base_bits=16)",
+        plugins="",  # modules or Python files that register more caches, separated by commas
         tokens=150,
         chunk=50,
     )

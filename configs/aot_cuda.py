@@ -26,5 +26,6 @@ def get_config() -> config_dict.ConfigDict:
         model_dim=4096,
         model="random:llama-3.1-8b",  # of the decode step
         caches="k4v4@token,k4v2@kivi",
+        plugins="",  # modules or Python files that register more caches, separated by commas
         step_tokens=8192,
     )

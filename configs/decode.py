@@ -36,6 +36,7 @@ def _packed() -> config_dict.ConfigDict:
         model="smollm2-135m",
         text="demo",
         caches="dense,k8v8@token,k4v4@token,k2v2@token,k4v4@kivi,k4v2@kivi,k2v2@kivi",
+        plugins="",  # modules or Python files that register more caches, separated by commas
         rebuild="",  # of X-type caches: timed with values rebuilt, too
         dtype="float32",  # of the weights
         depth=7900,  # tokens in the cache before the first timed step

@@ -12,6 +12,7 @@ def get_config() -> config_dict.ConfigDict:
     return config_dict.create(
         text="demo",
         caches="dense,k4v4@token,k4v4@kivi",
+        plugins="",  # modules or Python files that register more caches, separated by commas
         context=1024,
         windows=4,
         repeats=3,

@@ -13,6 +13,7 @@ def get_config() -> config_dict.ConfigDict:
         model="smollm2-135m",  # a name, a path or a hub name, see kvjax.load
         dtype="float32",  # or bfloat16, float64
         cache="k4v4",  # a plan, see kvjax.caches.plan
+        plugins="",  # modules or Python files that register more caches, separated by commas
         prompt="Explain in two sentences what a cache is.",
         max_new_tokens=64,
         max_len=0,  # tokens to make room for; what the prompt needs where 0

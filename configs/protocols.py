@@ -19,5 +19,6 @@ def get_config(variant: str = "packed") -> config_dict.ConfigDict:
         model="smollm2-135m",
         text="demo",
         caches=caches,
+        plugins="",  # modules or Python files that register more caches, separated by commas
         lengths=lengths,  # tokens of each sequence
     )

@@ -31,6 +31,7 @@ def _cpu() -> config_dict.ConfigDict:
         ops="1x4096,1x32768",  # batch x tokens
         models="smollm2-135m",
         caches="dense,k8v8@token,k4v4@token,k4v4@kivi,k2v2@token",
+        plugins="",  # modules or Python files that register more caches, separated by commas
         points="1x7900",  # batch x tokens in the cache
         dtype="float32",  # of the weights, and of what a step keeps exact
         rounds=15,  # of which the median counts

@@ -15,6 +15,7 @@ def get_config() -> config_dict.ConfigDict:
         text="demo",  # to calibrate on: files, demo, wikitext-2 or hub data sets, separated by commas
         mode="kivi",  # of the default candidates: kivi or token
         candidates="",  # caches, see kvjax.caches.plan; {2, 4, 8} bits of K and V where empty
+        plugins="",  # modules or Python files that register more caches, separated by commas
         budget=3.25,  # nominal bits
         budget_asymptotic=0.0,  # bits with scales; counts instead where it is not 0
         method="knapsack",  # or nsga2, refine (a knapsack's plan, made better)

@@ -15,6 +15,7 @@ import absl.logging
 from absl import app, flags
 from ml_collections import config_dict, config_flags
 
+from kvjax.caches.registry import load_plugins
 from kvjax.errors import KvjaxError
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +45,7 @@ def run_anywhere(main: Callable[[config_dict.ConfigDict, Path | None], None], co
         try:
             if workdir is not None:
                 _make_folder(workdir)
+            load_plugins(flags.FLAGS.config.get("plugins", ""))  # before anything names a cache
             main(flags.FLAGS.config, workdir)
         except KvjaxError as error:
             _fail(str(error))

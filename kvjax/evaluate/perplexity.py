@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
+import scipy.special
 from jaxtyping import Array, Float, Int
 
 from kvjax.caches.base import CacheShape
@@ -196,7 +196,7 @@ def _pad_rows(a: np.ndarray, rows: int) -> list[tuple[int, int]]:
     return [(0, rows - len(a))] + [(0, 0)] * (a.ndim - 1)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Score:
     """A plan's figures on some windows. `figures` has them as a dict.
 
@@ -237,6 +237,12 @@ class Score:
         names = ("nll", "nll_se", "ppl", "kld", "kld_p99", "top1", "tokens")
         return {name: getattr(self, name) for name in names}
 
+    def __repr__(self) -> str:
+        return (
+            f"<Score nll {self.nll:.4f} ± {self.nll_se:.4f}, ppl {self.ppl:.2f}, KL {self.kld:.4f}"
+            f" (p99 {self.kld_p99:.3f}), top-1 {self.top1:.3f}, {self.tokens} tokens>"
+        )
+
     def compare(self, other: Score) -> Comparison:
         """This score minus another one of the same windows, token by token.
 
@@ -276,7 +282,7 @@ def _mean_and_interval(difference: Float[np.ndarray, "w t"]) -> tuple[float, flo
     if len(samples) < 2:
         return float(difference.mean()), math.nan
     error = samples.std(ddof=1) / math.sqrt(len(samples))
-    return float(difference.mean()), float(scipy.stats.t.ppf(0.975, len(samples) - 1) * error)
+    return float(difference.mean()), float(scipy.special.stdtrit(len(samples) - 1, 0.975) * error)
 
 
 def concatenate(a: vocabulary.TokenScores, b: vocabulary.TokenScores) -> vocabulary.TokenScores:

@@ -69,7 +69,7 @@ class Rows(list[Row]):
 def sweep(
     model: Model,
     text: Text,
-    caches: str | Sequence[str | CacheSpec | CachePlan],
+    caches: str | CacheSpec | CachePlan | Sequence[str | CacheSpec | CachePlan],
     *,
     protocol: str = "streaming",
     context: int = 1024,
@@ -83,7 +83,7 @@ def sweep(
     Args:
       model: what `kvjax.load` gives.
       text: a name, a file, a literal text or token ids, see `kvjax.evaluate.text.read_ids`.
-      caches: plans, or their names separated by commas, see `kvjax.caches.grammar`.
+      caches: names separated by commas, see `kvjax.caches.grammar`; a list of names, specs and plans; or one.
       protocol: streaming, decode or parallel, see `kvjax.evaluate.perplexity`.
       context: tokens a window.
       windows: how many windows.
@@ -97,8 +97,10 @@ def sweep(
     Raises:
       KvjaxError: one line that says what was expected; arguments are checked before anything is computed.
     """
-    names = split_list(caches) if isinstance(caches, str) else caches
+    names = split_list(caches) if isinstance(caches, str) else caches if isinstance(caches, Sequence) else [caches]
     plans = list(dict.fromkeys(CachePlan.cast(name, model.config) for name in names))
+    if not plans:
+        raise KvjaxError("there are no caches; expected at least one plan")
     cut = cut_windows(read_ids(text, model.tokenizer, model.config.vocab_size), context, windows, offset)
     identity = identity_of(model, name_of(text), cut, protocol, offset=offset)
     with kept_in(folder) as where:
@@ -261,8 +263,10 @@ class Sweep:
             dense = None if plan == self.dense else self._dense(start)
             scores, kept, timing = self.scorer.run(plan, windows, dense)
             arrays = vars(scores) | dataclasses.asdict(timing)
-            if plan == self.dense:
-                records.save_arrays(self._file("dense run", start), vars(kept))
+            if plan == self.dense and kept is not None:
+                # numpy's files know no bfloat16: hidden states go into the wider type that they are compared in.
+                wide = vars(kept) | {"hidden": np.asarray(kept.hidden, kept.mean.dtype)}
+                records.save_arrays(self._file("dense run", start), wide)
             records.save_arrays(file, arrays)
         arrays = records.load_arrays(file)
         timing = Timing(float(arrays.pop("seconds")), float(arrays.pop("compile_seconds")))

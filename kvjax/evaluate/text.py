@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,10 @@ def read_ids(source: Text, tokenizer: AnyTokenizer, vocab_size: int) -> Int[np.n
     """
     if isinstance(source, str | Path):
         return tokenizer.encode(load_text(source))
-    ids = np.asarray(source)
+    try:
+        ids = np.asarray(source)
+    except ValueError:  # lists of different lengths
+        ids = np.empty((0, 0))
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise KvjaxError(
             f"the text is of type {type(source).__name__}; expected a text, a file or a list of token ids"
@@ -68,11 +72,24 @@ def split_texts(sources: Text) -> list[Text]:
 
 
 def is_literal(source: str) -> bool:
-    """Whether a string is a text itself and no name: it holds white space, and no file or folder is called so."""
-    try:
-        return bool(re.search(r"\s", source)) and not Path(source.partition(":")[0]).exists()
-    except (OSError, ValueError):  # too long for a name, or with a NUL
-        return True
+    """Whether a string is a text itself: it holds white space, and it names neither a file nor a data set."""
+    return bool(re.search(r"\s", source)) and not (_exists(Path.is_file, source) or _parse_dataset(source))
+
+
+def _parse_dataset(source: str) -> tuple[str, str | None, str] | None:
+    """Name, config and split of a data set, None where the string has another form."""
+    name, _, rest = ALIASES.get(source, source).partition(":")
+    known = bool(name) and _exists(Path.is_dir, name)
+    if re.search(r"\s", rest) or not (known or re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
+        return None
+    config, _, split = rest.partition(":")
+    return name, config or None, split or "test"
+
+
+def _exists(kind: Callable[[Path], bool], name: str | Path) -> bool:
+    with contextlib.suppress(OSError):  # a long text is no name that a file system allows
+        return kind(Path(name))
+    return False
 
 
 def load_text(source: str | Path) -> str:
@@ -86,21 +103,25 @@ def load_text(source: str | Path) -> str:
     Raises:
       KvjaxError: it cannot be found, read or decoded, or it is empty.
     """
-    if isinstance(source, Path):
-        return _read(source)
     if source == "demo":
         return _read(fetch(DEMO))
-    if is_literal(source):
-        return _not_empty(source, "the text")
-    if Path(source).is_file():
+    if isinstance(source, str) and is_literal(source):
+        return _check_literal(source)
+    if _exists(Path.is_file, source):
         return _read(Path(source))
-    name, _, rest = ALIASES.get(source, source).partition(":")
-    if Path(name).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        config, _, split = rest.partition(":")
-        return _read_dataset(name, config or None, split or "test")
+    if dataset := _parse_dataset(str(source)):
+        return _read_dataset(*dataset)
     raise KvjaxError(
-        f"no text {source!r}; expected a file, demo, {', '.join(ALIASES)}, name[:config[:split]] or a text"
+        f"no text {str(source)!r}; expected a file, demo, {', '.join(ALIASES)}, name[:config[:split]] or a text"
     )
+
+
+def _check_literal(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # as the shell hands over bytes of another encoding
+        raise KvjaxError(f"the text is not UTF-8: character {error.start} does not encode") from None
+    return _not_empty(text, "the text")
 
 
 def _read(file: Path) -> str:

@@ -1,10 +1,12 @@
 """Where texts come from, and what is refused."""
 
 import datasets
+import numpy as np
 import pytest
 
 from kvjax.errors import KvjaxError
-from kvjax.evaluate.text import load_text
+from kvjax.evaluate.text import is_literal, load_text, name_of, read_ids
+from kvjax.models.tokenizer import ByteTokenizer
 
 
 def test_demo():
@@ -61,3 +63,38 @@ def test_line_endings_read_as_newlines(tmp_path):
     file = tmp_path / "text.txt"
     file.write_bytes("é = A = \r\n b \n".encode())
     assert load_text(str(file)) == "é = A = \n b \n"
+
+
+@pytest.mark.parametrize("text", ["a text", ": b c", "and/or: a text", "word " * 2000, "line\nline", "nul\0 here"])
+def test_a_string_with_white_space_is_a_text(text):
+    assert is_literal(text) and load_text(text) == text and name_of(text) == "a literal text"
+
+
+def test_a_file_comes_before_a_literal_text(tmp_path):
+    file = tmp_path / "my file: one.txt"
+    file.write_text("inside")
+    assert load_text(str(file)) == load_text(file) == "inside" and name_of(str(file)) == name_of(file) == str(file)
+    with pytest.raises(KvjaxError, match="no text"):
+        load_text(tmp_path / "no such file.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "no text ''"), (" \n", "the text is empty"), ("a \udce9", "character 2"), ("x" * 9999, "no text")],
+)
+def test_strings_that_are_refused(text, message):
+    with pytest.raises(KvjaxError, match=message):
+        load_text(text)
+
+
+def test_ids():
+    for ids in ([1, 0, 255], np.array([1, 0, 255], np.uint8), (1, 0, 255)):
+        read = read_ids(ids, ByteTokenizer(), 256)
+        assert read.dtype == np.int32 and read.tolist() == [1, 0, 255] and name_of(ids) == "token ids"
+    assert read_ids("a b", ByteTokenizer(), 256).tolist() == [97, 32, 98]
+
+
+@pytest.mark.parametrize("ids", [[256], [-1], [1.0], [True], [[1]], [[1], [1, 2]], None, 3, [2**70]])
+def test_ids_that_are_refused(ids):
+    with pytest.raises(KvjaxError, match=r"expected (0 to 255|a text)"):
+        read_ids(ids, ByteTokenizer(), 256)
