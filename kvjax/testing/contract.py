@@ -44,7 +44,7 @@ from kvjax.testing.layers import (
     TOKENS,
     aligned,
     attend,
-    both,
+    attend_both_ways,
     make_chunk,
     quick_jit,
     same_trees,
@@ -120,7 +120,7 @@ def _feed(plan: CachePlan, caches: list[Any], chunks: list[Chunk]):
         carry = plan.init_carry(SHAPE)
         after, outputs, wanted, differences = _lists(4)
         for cache, chunk in zip(caches, chunks, strict=True):
-            output, plain, cache, other, above, other_above = both(cache, chunk, carry)
+            output, plain, cache, other, above, other_above = attend_both_ways(cache, chunk, carry)
             differences += apart(cache, other) + apart(above, other_above)
             after, outputs, wanted, carry = [*after, cache], [*outputs, output], [*wanted, plain], above
         return after, (jnp.stack(outputs), jnp.stack(wanted), differences)

@@ -144,8 +144,7 @@ def aligned(width: int) -> Iterator[tuple[Int[np.ndarray, "B"], Int[np.ndarray, 
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # to compile
 
 
-@quick_jit
-def both(cache: LayerCache, chunk: Chunk, carry: Any) -> tuple[Array, Array, Any, Any, Any, Any]:
+def attend_both_ways(cache: LayerCache, chunk: Chunk, carry: Any) -> tuple[Array, Array, Any, Any, Any, Any]:
     """`attend`, and softmax attention over `materialize`: outputs, caches, carries."""
     output, after, above = cache.attend(chunk, carry)
     k, v, positions, plain, plain_carry = cache.materialize(chunk, carry)
@@ -154,6 +153,9 @@ def both(cache: LayerCache, chunk: Chunk, carry: Any) -> tuple[Array, Array, Any
     scores = jnp.einsum("bthd,bnhd->bhtn", chunk.q, k) / np.sqrt(chunk.q.shape[-1])
     weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), where=mask[:, None])
     return output, jnp.einsum("bhtn,bnhd->bthd", weights, v), after, plain, above, plain_carry
+
+
+both = quick_jit(attend_both_ways)
 
 
 @quick_jit
