@@ -112,7 +112,8 @@ def load_text(source: str | Path) -> str:
     if dataset := _parse_dataset(str(source)):
         return _read_dataset(*dataset)
     raise KvjaxError(
-        f"no text {str(source)!r}; expected a file, demo, {', '.join(ALIASES)}, name[:config[:split]] or a text"
+        f"no text {str(source)!r}; expected a file, demo, {', '.join(ALIASES)} or name[:config[:split]];"
+        " or a text itself, which holds white space"
     )
 
 

@@ -132,7 +132,7 @@ def test_bfloat16_survives_the_disk(goldens: Path, text: Path) -> None:
 
 @pytest.mark.parametrize(
     "caches,says",
-    [("dense,zip", "not known"), ("dense,k4v4@token(group=12)", "divide"), ([], "at least one"), ([3], "type int")],
+    [("dense,zip", "not known"), ("dense,k4v4@token(group=16)", "divide"), ([], "at least one"), ([3], "type int")],
 )
 def test_all_plans_are_checked_before_any_is_scored(
     tiny: kvjax.Model, text: Path, caches: Any, says: str, monkeypatch: pytest.MonkeyPatch
