@@ -6,6 +6,7 @@ B sequences of a batch, D model_dim.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,12 @@ class Held:
     @classmethod
     def empty(cls, model: Model, plan: CachePlan, batch: int, max_len: int) -> Held:
         """Nothing read yet."""
-        shape = CacheShape.of(model.config, batch, max_len, model.dtype)
-        return cls(plan.init(shape), jnp.zeros((batch, shape.model_dim), model.dtype))
+        return _empty(plan, CacheShape.of(model.config, batch, max_len, model.dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "shape"))
+def _empty(plan: CachePlan, shape: CacheShape) -> Held:
+    return Held(plan.init(shape), jnp.zeros((shape.batch, shape.model_dim), shape.dtype))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -148,7 +153,8 @@ def restore_state(folder: str | Path, model: Model, cache: str | CacheSpec | Cac
     check_digests(folder / "arrays", sums)
     arrays = _read(folder / "arrays", _named(expected))
     leaves = [
-        arrays.get(_name(i), jnp.zeros(leaf.shape, leaf.dtype)) for i, leaf in enumerate(jax.tree.leaves(expected))
+        arrays[_name(i)] if leaf.size else jnp.zeros(leaf.shape, leaf.dtype)
+        for i, leaf in enumerate(jax.tree.leaves(expected))
     ]
     return State(model, jax.tree.unflatten(jax.tree.structure(expected), leaves))
 

@@ -1,9 +1,14 @@
-"""Generation: against HF, batched against one by one, sampling against its definition, and what it may allocate."""
+"""Generation: against HF, batched against one by one, and what it may allocate.
+
+Compiling takes most of the time: tests share plans, batches, lengths and buckets of new tokens where they can.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -12,8 +17,10 @@ import numpy as np
 import pytest
 
 import kvjax
+from kvjax.caches.kv import KV
+from kvjax.caches.plan import CachePlan
 from kvjax.generation.decode import bucket, decode_steps, start
-from kvjax.generation.sampling import Sampling, sample
+from kvjax.generation.sampling import Sampling
 from kvjax.generation.states import Held
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
@@ -22,12 +29,10 @@ from kvjax.models.tokenizer import ByteTokenizer
 from kvjax.models.zoo import random_params
 
 PROMPTS = ["The cat", "a much longer prompt, of more than one block of thirty-two tokens", "x"]
-PLANS = ["dense", "k4v4@kivi(sink=2)", "0:k4v2@token;1:k3v2@kivi(rope=pre)", "xcl3@latent(base=0,sink=2)"]
-
-
-@pytest.fixture(scope="module")
-def tiny(goldens: Path) -> Model:
-    return kvjax.load(str(goldens / "llama-linear"), "float32")
+TOKEN = "0:dense;1:k4v2@token"  # every token is stored as it comes
+PLANS = [TOKEN, "0:k4v4@kivi(sink=2);1:k3v2@kivi(rope=pre)", "xcl3@latent(base=0,sink=2)"]
+EIGHT = {"cache": "k8v8@token", "max_new_tokens": 40, "max_len": 128}
+MIXED = {"cache": "0:k8v4@token;1:k4v2", "max_len": 64}  # for two short prompts
 
 
 def in_float64(model: Model) -> Model:
@@ -47,7 +52,7 @@ def test_greedy_is_hf_token_for_token(smollm2: Model, goldens: Path, chat: bool)
     assert np.asarray(made.state.cache.length).tolist() == read
 
 
-@pytest.mark.parametrize("cache,temperature", zip(PLANS, [0.0, 0.8, 0.0, 0.0], strict=True))
+@pytest.mark.parametrize("cache,temperature", zip(PLANS, [0.0, 0.8, 0.0], strict=True))
 def test_a_ragged_batch_is_one_by_one(tiny: Model, cache: str, temperature: float) -> None:
     with jax.enable_x64(True):
         model = in_float64(tiny)
@@ -59,19 +64,18 @@ def test_a_ragged_batch_is_one_by_one(tiny: Model, cache: str, temperature: floa
 
 
 def test_greedy_in_float32_is_one_by_one_too(tiny: Model) -> None:
-    options = {"cache": "k8v8@token", "max_new_tokens": 40, "max_len": 128}
-    together = kvjax.generate(tiny, PROMPTS, **options)
-    assert together.tokens == [kvjax.generate(tiny, prompt, **options).tokens[0] for prompt in PROMPTS]
+    together = kvjax.generate(tiny, PROMPTS, **EIGHT)
+    assert together.tokens == [kvjax.generate(tiny, prompt, **EIGHT).tokens[0] for prompt in PROMPTS]
 
 
 def test_pauses_change_nothing(tiny: Model) -> None:
     options = {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 5, "stop_tokens": []}
     whole = kvjax.generate(tiny, PROMPTS[1], "k4v2", max_new_tokens=30, max_len=128, **options)
-    prefilled = kvjax.generate(tiny, PROMPTS[1], "k4v2", max_new_tokens=11, max_len=128, **options)
+    prefilled = kvjax.generate(tiny, PROMPTS[1], "k4v2", max_new_tokens=17, max_len=128, **options)
     before = jax.tree.map(np.asarray, prefilled.state.held)
     for _ in range(2):  # a state may be gone on from many times
-        rest = kvjax.generate(tiny, "", prefilled.state, max_new_tokens=19, **options)
-        assert prefilled.tokens[0] + rest.tokens[0] == whole.tokens[0]
+        rest = kvjax.generate(tiny, "", prefilled.state, max_new_tokens=17, **options)
+        assert (prefilled.tokens[0] + rest.tokens[0])[:30] == whole.tokens[0]
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, prefilled.state.held))
     pieces = list(kvjax.stream(tiny, PROMPTS[1], "k4v2", max_new_tokens=30, max_len=128, **options))
     assert "".join(text for text, _ in pieces) == whole.text and len(pieces) > 5
@@ -81,20 +85,20 @@ def test_pauses_change_nothing(tiny: Model) -> None:
 def test_a_document_is_read_once_and_asked_many_times(tiny: Model) -> None:
     with jax.enable_x64(True):
         model = in_float64(tiny)
-        document = kvjax.prefill(model, PROMPTS[1], "k8v8@token", max_len=128, chat=False)
+        document = kvjax.prefill(model, PROMPTS[1], TOKEN, max_len=128, chat=False)
         for question in ("why?", "who was it?"):
-            asked = kvjax.generate(model, question, document, max_new_tokens=8)
-            whole = kvjax.generate(model, PROMPTS[1] + question, "k8v8@token", max_new_tokens=8, max_len=128)
+            asked = kvjax.generate(model, question, document, max_new_tokens=40)
+            whole = kvjax.generate(model, PROMPTS[1] + question, TOKEN, max_new_tokens=40, max_len=128)
             assert asked.tokens == whole.tokens
 
 
 def test_stop_tokens_end_each_sequence_by_itself(tiny: Model) -> None:
-    free = kvjax.generate(tiny, PROMPTS, max_new_tokens=24, stop_tokens=[])
-    assert free.stopped == [False] * 3 and [len(each) for each in free.tokens] == [24] * 3
+    free = kvjax.generate(tiny, PROMPTS, **EIGHT, stop_tokens=[])
+    assert free.stopped == [False] * 3 and [len(each) for each in free.tokens] == [40] * 3
     stop = free.tokens[0][3]
-    made = kvjax.generate(tiny, PROMPTS, max_new_tokens=24, stop_tokens=[stop])
+    made = kvjax.generate(tiny, PROMPTS, **EIGHT, stop_tokens=[stop])
     for each, whole, stopped, text in zip(made.tokens, free.tokens, made.stopped, made.texts, strict=True):
-        end = whole.index(stop) + 1 if stop in whole else 24
+        end = whole.index(stop) + 1 if stop in whole else 40
         assert each == whole[:end] and stopped == (stop in whole)
         assert text == tiny.tokenizer.decode(whole[: end - stopped])
     assert made.stopped[0] and len(made.tokens[0]) <= 4
@@ -115,50 +119,6 @@ def test_characters_of_several_tokens_come_whole() -> None:
     model = dataclasses.replace(model, params=params)
     pieces = [text for text, _ in kvjax.stream(model, "a", max_new_tokens=14)]
     assert "".join(pieces) == "é🙂.aé🙂" and not any("\ufffd" in text for text in pieces)
-
-
-# ---- sampling
-
-
-def draws(logits: list[float], count: int = 4000, **cut: float) -> np.ndarray:
-    options = {"temperature": 1.0, "top_k": None, "top_p": None} | cut
-    sampling = Sampling.of(**options, seed=11, batch=count, vocab=len(logits))
-    rows = jnp.broadcast_to(jnp.array(logits, jnp.float32), (count, len(logits)))
-    tokens = jax.jit(sample)(rows, sampling, jnp.full((count,), 7, jnp.int32))
-    return np.bincount(np.asarray(tokens), minlength=len(logits)) / count
-
-
-def test_frequencies_are_the_softmax() -> None:
-    logits = np.log([0.4, 0.1, 0.3, 0.15, 0.05]).tolist()
-    np.testing.assert_allclose(draws(logits), [0.4, 0.1, 0.3, 0.15, 0.05], atol=0.03)
-    hot = np.array([0.4, 0.1, 0.3, 0.15, 0.05]) ** 0.5
-    np.testing.assert_allclose(draws(logits, temperature=2.0), hot / hot.sum(), atol=0.03)
-
-
-@pytest.mark.parametrize(
-    "cut,kept",
-    [
-        ({"top_k": 2}, [0, 2]),
-        ({"top_p": 0.7}, [0, 2]),  # 0.4 + 0.3 reach it
-        ({"top_p": 0.71}, [0, 2, 3]),
-        ({"top_p": 0.01}, [0]),
-        ({"top_k": 3, "top_p": 0.82}, [0, 2]),  # of the three: 0.47 + 0.35
-        ({"top_k": 5, "top_p": 1.0}, [0, 1, 2, 3, 4]),
-    ],
-)
-def test_cuts_keep_the_likeliest(cut: dict[str, float], kept: list[int]) -> None:
-    p = np.array([0.4, 0.1, 0.3001, 0.15, 0.05])
-    expected = np.where(np.isin(np.arange(5), kept), p, 0)
-    found = draws(np.log(p).tolist(), **cut)
-    assert np.flatnonzero(found).tolist() == kept
-    np.testing.assert_allclose(found, expected / expected.sum(), atol=0.03)
-
-
-def test_seeds_and_positions_change_draws() -> None:
-    logits = jnp.zeros((3, 1000))
-    sampling = Sampling.of(1.0, None, None, 0, 3, 1000)
-    tokens = {tuple(np.asarray(sample(logits, sampling, jnp.full((3,), at))).tolist()) for at in range(3)}
-    assert len(tokens) == 3 and all(len(set(each)) == 3 for each in tokens)
 
 
 # ---- cost
@@ -191,38 +151,70 @@ def test_one_program_per_bucket(tiny: Model) -> None:
 # ---- bad input
 
 
+@pytest.fixture(scope="module")
+def weightless(tiny: Model) -> Model:
+    """A model that nothing can be compiled for and run with: what is said is said before."""
+    return dataclasses.replace(tiny, params=None)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "prompt,options,said",
     [
         ("", {}, "empty"),
         ([], {}, "at least one"),
         (["a", ""], {}, "prompt 1 is empty"),
+        ([[1], []], {}, "prompt 1 is empty"),
+        (["a", [1]], {}, "prompts of one kind"),
         ("a" * 30, {"max_len": 20}, "at most max_len=20"),
         ("a" * 200, {"max_new_tokens": 100}, "the model's 256 tokens"),
         ("a", {"max_len": 1000}, "expected 1 to 256"),
+        ("a", {"max_len": 0}, "max_len=0; expected 1 to 256"),
+        ("a", {"max_len": 12.5}, "max_len=12.5; expected 1 to 256"),
         ("a", {"temperature": -1.0}, "temperature"),
         ("a", {"temperature": float("nan")}, "temperature"),
+        ("a", {"temperature": "hot"}, "temperature='hot'; expected 0"),
         ("a", {"top_k": 0, "temperature": 1.0}, "top_k"),
+        ("a", {"top_k": 1.5, "temperature": 1.0}, "top_k=1.5; expected at least 1"),
         ("a", {"top_p": 1.5, "temperature": 1.0}, "top_p"),
+        ("a", {"top_p": 0, "temperature": 1.0}, "top_p"),
         ("a", {"seed": -1}, "seed"),
+        ("a", {"seed": None}, "seed=None; expected 0 to"),
         ("a", {"max_new_tokens": -1}, "max_new_tokens"),
+        ("a", {"max_new_tokens": None}, "max_new_tokens=None; expected 0 or more"),
+        ("a", {"stop_tokens": 5}, "stop_tokens=5; expected a list of token ids"),
+        ("a", {"stop_tokens": [128]}, "a stop token=128; expected 0 to 127"),
+        ("a", {"stop_tokens": "x"}, "stop_tokens='x'; expected a list"),
         ("a", {"cache": "k9v9"}, "key_bits=9; expected 1, 2"),
+        ("a", {"cache": 4}, "the cache is of type int; expected a name, a CacheSpec or a CachePlan"),
     ],
 )
-def test_bad_input_is_said(tiny: Model, prompt: str | list[str], options: dict, said: str) -> None:
-    with pytest.raises(kvjax.KvjaxError, match=said):
-        kvjax.generate(tiny, prompt, **{"max_new_tokens": 2} | options)
+def test_bad_input_is_said(weightless: Model, prompt: str | list[str], options: dict, said: str) -> None:
+    for function in (kvjax.generate, kvjax.stream):  # stream: when it is called, not when it is first read
+        with pytest.raises(kvjax.KvjaxError, match=said):
+            function(weightless, prompt, **{"max_new_tokens": 2} | options)
 
 
-def test_states_are_held_to_their_size(tiny: Model) -> None:
-    state = kvjax.prefill(tiny, ["ab", "abc"], "k4v4", max_len=32)
+def test_what_is_no_model_or_no_argument() -> None:
+    with pytest.raises(kvjax.KvjaxError, match=r"the model is of type str; expected what kvjax\.load gives"):
+        kvjax.generate("smollm2-135m", "a")  # type: ignore[arg-type]
+    for function in (kvjax.generate, kvjax.stream):
+        assert {"max_new_tokens", "top_p", "stop_tokens", "chat"} < set(inspect.signature(function).parameters)
+        with pytest.raises(TypeError, match="max_tokens"):
+            function(None, "a", max_tokens=3)  # type: ignore[call-arg]
+
+
+def test_states_are_held_to_their_size(tiny: Model, goldens: Path) -> None:
+    state = kvjax.prefill(tiny, ["ab", "abc"], **MIXED)
     for prompt, options, said in (
         ("a", {}, "1 prompts for a state of 2"),
-        (["a", "b" * 40], {}, "sequence 1 holds 3 tokens"),
-        (["a", "b"], {"max_len": 64}, "keeps it"),
+        (["a", "b" * 70], {}, "sequence 1 holds 3 tokens"),
+        (["a", "b"], {"max_len": 32}, "keeps it"),
     ):
         with pytest.raises(kvjax.KvjaxError, match=said):
             kvjax.generate(tiny, prompt, state, max_new_tokens=2, **options)
+    other = kvjax.load(str(goldens / "llama-llama3"), "float32")
+    with pytest.raises(kvjax.KvjaxError, match=r"made by another model, <Model .*llama-linear: .*llama-llama3"):
+        kvjax.generate(other, ["a", "b"], state)
 
 
 def test_numbers_that_are_not_finite_are_traced_to_their_layer(tiny: Model) -> None:
@@ -231,17 +223,92 @@ def test_numbers_that_are_not_finite_are_traced_to_their_layer(tiny: Model) -> N
     params["embed"] = params["embed"].at[bad].set(jnp.nan)
     broken = dataclasses.replace(tiny, params=params)
     with pytest.raises(kvjax.KvjaxError, match=r"not finite.*the embedding, at token 2 of sequence 1"):
-        kvjax.generate(broken, ["abcdef", "abz"], "k4v4", max_new_tokens=4)
+        kvjax.generate(broken, ["abcdef", "abz"], **MIXED, max_new_tokens=4)
     params["layer_1"] = params["layer_1"] | {"down": params["layer_1"]["down"].at[3].set(jnp.nan)}
     params["embed"] = tiny.params["embed"]
     with pytest.raises(kvjax.KvjaxError, match=r"not finite.*layer 1, at token 0 of sequence 0"):
-        kvjax.generate(dataclasses.replace(tiny, params=params), "abc", max_new_tokens=4)
+        kvjax.generate(dataclasses.replace(tiny, params=params), ["abc", "d"], **MIXED, max_new_tokens=4)
+
+
+# ---- what the front takes and shows
+
+
+def test_a_cache_may_be_a_name_a_spec_or_a_plan(tiny: Model) -> None:
+    spec, plan = KV(4, 2, mode="token"), kvjax.plan(tiny, "k4v2@token")
+    assert kvjax.plan(tiny, spec) == kvjax.plan(tiny, plan) == plan
+    deeper = dataclasses.replace(tiny.config, layers=3)
+    with pytest.raises(kvjax.KvjaxError, match=r"is for ModelSizes\(layers=3.*this model has ModelSizes\(layers=2"):
+        kvjax.prefill(tiny, "a", CachePlan.cast(spec, deeper))
+
+
+def test_prompts_of_all_kinds_are_read_alike(tiny: Model) -> None:
+    tokenizer = dataclasses.replace(tiny.tokenizer, chat_template="{{ messages[0].content }}")
+    model = dataclasses.replace(tiny, tokenizer=tokenizer)
+    texts = ["abc", "d"]
+    ids = [tokenizer.encode(text) for text in texts]
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    states = [
+        kvjax.prefill(model, prompt, **MIXED) for prompt in (texts, ids, [each.tolist() for each in ids], chats)
+    ]
+    assert all(state.lengths == list(map(len, ids)) for state in states)
+    for state in states[1:]:
+        jax.tree.map(np.testing.assert_array_equal, state.held, states[0].held)
+
+
+def test_logits_are_the_decoders(tiny: Model, goldens: Path) -> None:
+    golden = np.load(goldens / "llama-linear" / "logits.npz")
+    found = kvjax.logits(tiny, golden["tokens"])
+    assert found.shape == golden["logits"].shape and found.dtype == jnp.float32
+    assert np.abs(found - golden["logits"]).max() <= 2e-5 * np.abs(golden["logits"]).max()
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), tiny.params)
+    shown = jax.eval_shape(lambda params: kvjax.logits(dataclasses.replace(tiny, params=params), [1, 2]), half)
+    assert shown.shape == (1, 2, 128) and shown.dtype == jnp.float32
+
+
+def test_logits_of_one_sequence_and_of_a_state(tiny: Model) -> None:
+    ids = [*range(1, 41)]
+    whole = kvjax.logits(tiny, ids)
+    np.testing.assert_array_equal(kvjax.logits(tiny, np.array([ids])), whole)
+    state = kvjax.prefill(tiny, ids[:30], max_len=48)
+    rest = kvjax.logits(tiny, ids[30:], state)
+    assert rest.shape == (1, 10, 128)
+    np.testing.assert_allclose(rest, whole[:, 30:], atol=1e-5 * np.abs(whole).max())
+    assert state.lengths == [30]
+
+
+def test_logits_read_tokens_as_stored_or_as_a_prefill_does(tiny: Model) -> None:
+    ids = [*range(1, 41)]
+    dense, exact = kvjax.logits(tiny, ids), kvjax.logits(tiny, ids, "k2v2@kivi", read="exact")
+    np.testing.assert_allclose(exact, dense, atol=1e-5 * np.abs(dense).max())
+    assert np.abs(kvjax.logits(tiny, ids, "k2v2@kivi") - dense).max() > 0.01 * np.abs(dense).max()
+    for wrong, options, said in (
+        ([[1], [2, 3]], {}, "sequences of 1 and 2 tokens; expected one length"),
+        ([128], {}, "token id 128"),
+        ([1], {"read": "twice"}, "read='twice'; expected stored or exact"),
+    ):
+        with pytest.raises(kvjax.KvjaxError, match=said):
+            kvjax.logits(tiny, wrong, **options)
 
 
 def test_a_cache_says_what_it_is(tiny: Model) -> None:
-    state = kvjax.prefill(tiny, ["abc", "abcdefgh"], "0:k8v4@token;1:k4v2", max_len=64, chat=False)
+    state = kvjax.prefill(tiny, ["abc", "abcdefgh"], **MIXED, chat=False)
     plan, text = state.cache.plan, str(state)
     assert str(state.cache) == text
     for spec in plan.specs:
         assert str(spec) in text and f"{spec.nbytes(state.cache.shape):,}" in text
     assert "3 + 8 tokens held, room for 2 x 64 (9%)" in text
+    assert state.nbytes == plan.nbytes(64, 2, jnp.float32)
+    assert repr(state) == f"<State {plan}: 3 + 8 tokens held, room for 2 x 64, {state.nbytes:,} bytes>"
+    assert repr(state.cache) == f"<Cache {plan}: room for 2 x 64 tokens>"
+
+
+def test_what_a_notebook_shows_is_short(tiny: Model) -> None:
+    assert re.fullmatch(r"<Model .*llama-linear: llama, 2 layers, 78,144 parameters, float32>", repr(tiny))
+    state = kvjax.prefill(tiny, ["ab", "abc"], **MIXED)
+    made = kvjax.Generation(
+        ["x" * 50, "y\n", "z", "w"], [[1] * 50, [1, 2], [3], [4]], [False, True, False, False], state
+    )
+    x = "x" * 40
+    said = f"<Generation '{x}'... (50 tokens), 'y\\n' (2 tokens, stopped), 'z' (1 tokens), and 1 more>"
+    assert repr(made) == said
+    assert re.fullmatch(r"\d+\.\d+.*", kvjax.__version__)
