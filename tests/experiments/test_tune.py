@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 
 from configs.tune import get_config
@@ -47,15 +48,23 @@ DRAWN = {name: getattr(tune_pictures, name) for name in ("front", "heat_map", "c
 Row = dict[str, Any]
 
 
+def compile_quickly(compiled: Path | None) -> None:
+    """Without most optimizations, keeping programs in a folder: tests and the programs they start share them."""
+    jax.config.update("jax_disable_most_optimizations", compiled is not None)
+    jax.config.update("jax_compilation_cache_dir", compiled and str(compiled))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0 if compiled else 1.0)
+    compilation_cache.reset_cache()
+
+
 @pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
+def quick(home: Path) -> Iterator[None]:
     """Programs that compile quickly, and no pictures but of `three`."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    compile_quickly(home / "compiled")
     with pytest.MonkeyPatch.context() as patch:
         for name in DRAWN:
             patch.setattr(tune_pictures, name, lambda *_: None)
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    compile_quickly(None)
 
 
 @pytest.fixture(scope="module")
@@ -467,9 +476,7 @@ def run(name: str, fields: Row, workdir: Path, home: Path, output: Path) -> None
         os.dup2(stream.fileno(), 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
     os.environ["KVJAX_CACHE"] = str(home / "bases")
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_compilation_cache_dir", str(home / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compile_quickly(home / "compiled")
     for picture in DRAWN:
         setattr(tune_pictures, picture, lambda *_: None)
     sys.argv = [name, *(f"--config.{key}={value}" for key, value in fields.items()), f"--workdir={workdir}"]
