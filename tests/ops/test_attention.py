@@ -23,14 +23,17 @@ EXACT_KEYS = (Format(16, "channel", 32, 32), Format(2, "token", 32, 32))
 EXACT = (Format(16, "token", D, 0), Format(16, "token", D, 0))
 FORMATS = {"kivi": KIVI, "token": TOKEN, "odd": ODD, "exact-keys": EXACT_KEYS, "exact": EXACT}
 
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # as exact, compiled far sooner
+quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 
-@functools.partial(jax.jit, static_argnums=(4, 6))
+
+@functools.partial(quick_jit, static_argnums=(4, 6))
 def attend_packed(q, positions, keys, values, first, stop, window, table=None):
     return attention.attend_packed(q, Span(positions, first, stop, window), keys, values, table)
 
 
-attend_exact = jax.jit(attention.attend_exact, static_argnums=5)
-attend_streamed = jax.jit(attention.attend_streamed, static_argnums=(3, 4))
+attend_exact = quick_jit(attention.attend_exact, static_argnums=5)
+attend_streamed = quick_jit(attention.attend_streamed, static_argnums=(3, 4))
 
 
 def random(seed, *shape):
@@ -63,16 +66,16 @@ def history(name, tokens=S):
         if format.residual_length:
             blocks = x.reshape(B, -1, format.residual_length, K, D)
             index = np.broadcast_to(np.arange(blocks.shape[1]), blocks.shape[:2])
-            stores.append(jax.jit(store.write_blocks)(empty, blocks, np.ones(blocks.shape[:3], bool), index))
+            stores.append(quick_jit(store.write_blocks)(empty, blocks, np.ones(blocks.shape[:3], bool), index))
         else:
             zero = np.zeros(B, np.int32)
-            stores.append(jax.jit(store.write_tokens)(empty, x, zero, zero + tokens))
+            stores.append(quick_jit(store.write_tokens)(empty, x, zero, zero + tokens))
     return stores
 
 
 @functools.cache
 def dequantized(name, tokens=S):
-    read = jax.jit(lambda a: store.read_tile(a, 0, a.tokens, jnp.float32).dequantize().swapaxes(1, 2))
+    read = quick_jit(lambda a: store.read_tile(a, 0, a.tokens, jnp.float32).dequantize().swapaxes(1, 2))
     return [np.asarray(read(a)) for a in history(name, tokens)]
 
 

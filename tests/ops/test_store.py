@@ -28,8 +28,10 @@ BLOCK_FORMATS = [  # tokens, groups of several blocks, a block of 24
     Format(16, "token", 16, 32),
     Format(16, "channel", 32, 32),
 ]
-write_tokens = jax.jit(store.write_tokens)
-write_blocks = jax.jit(store.write_blocks)
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # as exact, compiled far sooner
+quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
+write_tokens = quick_jit(store.write_tokens)
+write_blocks = quick_jit(store.write_blocks)
 
 
 def random(seed, *shape):
@@ -42,7 +44,7 @@ def read(packed):
         return np.asarray(_read(packed))
 
 
-@jax.jit
+@quick_jit
 def _read(packed):
     return store.read_tile(packed, 0, packed.tokens, jnp.float64).dequantize().swapaxes(1, 2)
 
@@ -53,7 +55,7 @@ def reading(x, format, mask=None):
         return np.asarray(_reading(x, format, None if mask is None else mask[..., None, None]))
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(quick_jit, static_argnums=1)
 def _reading(x, format, mask):
     if format.bits == 16:
         return x.astype(jnp.float64)
@@ -137,7 +139,7 @@ def test_blocks_read_alone(format):
     else:
         packed = full_store(format)
     whole = read(packed)
-    one = jax.jit(lambda packed, start: store.read_tile(packed, start, 32, jnp.float64).dequantize())
+    one = quick_jit(lambda packed, start: store.read_tile(packed, start, 32, jnp.float64).dequantize())
     with jax.enable_x64(True):
         for start in (0, 32, 64):
             np.testing.assert_array_equal(one(packed, start).swapaxes(1, 2), whole[:, start : start + 32])
@@ -237,7 +239,6 @@ def test_float64_and_bfloat16_inputs(format):
 
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @quick_jit

@@ -18,6 +18,11 @@ INTERPRETED = {
     "tpu": {"mosaic_tpu": False},
 }[jax.default_backend()]
 
+# Kernels are as exact without optimisation, and compile several times sooner.
+QUICK = {"xla_backend_optimization_level": 0} | (
+    {"xla_cpu_use_fusion_emitters": False} if jax.default_backend() == "cpu" else {}
+)
+
 
 def values(seed: int, *shape: int, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import INTERPRETED as KERNELS
-from helpers import packed, stored, values
+from helpers import QUICK, packed, stored, values
 
 from pallas_kernels import native
 from pallas_kernels.layout import MASKED, PLANES, Packed
@@ -57,8 +57,7 @@ def run(name: str, case: Case, tensors):
         implementation=name,
         interpret=KERNELS.get(name, False),
     )
-    # Kernels are as exact without optimisation, and compile sooner.
-    return jax.jit(call, compiler_options={"xla_backend_optimization_level": 0})(*tensors)
+    return jax.jit(call, compiler_options=QUICK)(*tensors)
 
 
 @functools.cache

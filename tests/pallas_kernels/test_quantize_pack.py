@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import INTERPRETED, values
+from helpers import INTERPRETED, QUICK, values
 
 from pallas_kernels.layout import PLANES
 from pallas_kernels.quantize_pack import IMPLEMENTATIONS, quantize_pack
@@ -27,7 +27,7 @@ def run(name: str, x, counted, bits: int, per: str, group: int):
         implementation=name,
         interpret=INTERPRETED.get(name, False),
     )
-    planes, scale, zero = jax.jit(call, compiler_options={"xla_backend_optimization_level": 0})(x, counted)
+    planes, scale, zero = jax.jit(call, compiler_options=QUICK)(x, counted)
     return *planes, scale, zero
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import INTERPRETED, packed, values
+from helpers import INTERPRETED, QUICK, packed, values
 
 from pallas_kernels.remat_attention import IMPLEMENTATIONS, reconstruct, remat_attention
 from pallas_kernels.remat_attention.weights import Rebuild
@@ -70,7 +70,7 @@ def run(name: str, case: Case, dtype=jnp.float32):
         own = keys if case.shared else own  # the same object also within jit
         return remat_attention(q, keys, own, *rest, **settings, interpret=INTERPRETED.get(name, False))
 
-    return jax.jit(call, compiler_options={"xla_backend_optimization_level": 0})(q, keys, own, *rest)
+    return jax.jit(call, compiler_options=QUICK)(q, keys, own, *rest)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
