@@ -1,4 +1,4 @@
-# make test: the suite.  make sweep: the main job.  make lint: style and types.  PYTHON=python3.12 make test works too.
+# make test: the suite.  make test-weekly: its long tests.  make sweep: the main job.  make lint: style and types.  PYTHON=python3.12 make test works too.
 # make aot-tpu, make aot-cuda: the kernels compiled for devices that are not here; each installs into a folder of its own.
 # make device: on a machine with a GPU or TPU and jax for it, parity of the kernels, then their speed. DEVICE=gpu or tpu.
 PYTHON ?= python3
@@ -10,9 +10,12 @@ $(VENV)/installed: pyproject.toml
 	$(RUN) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: test lint sweep readme aot-tpu aot-cuda device
+.PHONY: test test-weekly lint sweep readme aot-tpu aot-cuda device
 test: $(VENV)/installed
 	$(RUN) -m pytest --numprocesses=auto --dist=loadfile
+
+test-weekly: $(VENV)/installed
+	$(RUN) -m pytest --numprocesses=auto --dist=loadfile -m weekly
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

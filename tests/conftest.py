@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -33,6 +34,16 @@ def own_bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bases, "cache_folder", lambda: folder)
         yield
+
+
+@pytest.fixture(scope="session")
+def keeping_programs(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
+    """The environment of processes that tests start again and again: what one has compiled the next one loads."""
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def sweep(workdir: Path, *fields: str) -> subprocess.CompletedProcess[str]:
+def sweep(environment: Mapping[str, str], workdir: Path, *fields: str) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable,
         "-m",
@@ -20,9 +22,8 @@ def sweep(workdir: Path, *fields: str) -> subprocess.CompletedProcess[str]:
         "--config=configs/perplexity.py",
         f"--workdir={workdir}",
     ]
-    return subprocess.run(
-        [*command, *(f"--config.{field}" for field in fields)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command += [f"--config.{field}" for field in fields]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +45,11 @@ def fields(text: Path) -> list[str]:
     ]
 
 
-def test_rows_table_picture_and_resume(tmp_path: Path, fields: list[str]) -> None:
-    first = sweep(tmp_path, *fields)
+def test_rows_table_picture_and_resume(
+    tmp_path: Path, fields: list[str], keeping_programs: Mapping[str, str]
+) -> None:
+    run = functools.partial(sweep, keeping_programs, tmp_path, *fields)
+    first = run()
     assert first.returncode == 0, first.stderr
     results = tmp_path / "results.jsonl"
     rows = [json.loads(line) for line in results.read_text().splitlines()]
@@ -60,12 +64,12 @@ def test_rows_table_picture_and_resume(tmp_path: Path, fields: list[str]) -> Non
     assert {"device", "versions", "git", "seconds", "compile_seconds", "nll_se", "kld_p99"} <= set(mixed)
 
     before = results.read_bytes()
-    again = sweep(tmp_path, *fields)
+    again = run()
     assert again.returncode == 0 and results.read_bytes() == before
 
     # A row lost with its run is made again from the windows on disk, to the last digit; nothing is doubled.
     results.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
-    assert sweep(tmp_path, *fields).returncode == 0
+    assert run().returncode == 0
     remade = [json.loads(line) for line in results.read_text().splitlines()]
     assert remade[:2] == rows[:2] and remade[2]["nll"] == uniform["nll"] and len(remade) == 3
     assert remade[2]["seconds"] == uniform["seconds"]  # of the run that computed it
