@@ -39,7 +39,7 @@ def remainder(x: Int32[Array, "*s"], y: int) -> Int32[Array, "*s"]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class GpuTensor:
     """The static part of a packed tensor, known when a kernel is traced; fields as in `layout.Packed`."""
 
     bits: int
@@ -50,7 +50,7 @@ class Stored:
     channels: int
 
     @classmethod
-    def of(cls, packed: Packed) -> Stored:
+    def of(cls, packed: Packed) -> GpuTensor:
         return cls(packed.bits, packed.per, packed.group, packed.pack, packed.shape[2], packed.shape[3])
 
     @property
@@ -150,7 +150,7 @@ class Cut:
         return self.spans(block) * self.span + tile * self.run + remainder(jnp.arange(self.rows), self.run)
 
 
-def cut(streams: list[Stored], rows: int, block: int | None = None) -> Cut:
+def cut(streams: list[GpuTensor], rows: int, block: int | None = None) -> Cut:
     """Splits blocks of tensors that are read side by side.
 
     Args:

@@ -25,7 +25,7 @@ BLOCK_TOKENS = 4096
 PIECE = 512  # channels dequantised at a time, where there are many
 
 
-class Stream(NamedTuple):
+class PackedRefs(NamedTuple):
     """The arrays of a packed tensor, their block specs or their refs; scale and zero are None where exact."""
 
     planes: tuple[Any, ...]
@@ -33,7 +33,7 @@ class Stream(NamedTuple):
     zero: Any
 
 
-def stream(packed: Packed) -> Stream:
+def stream(packed: Packed) -> PackedRefs:
     """Converts a packed tensor to the arrays that kernels take.
 
     Scales become int16 bits, of shape [B, K, S] where a token has one group. XLA lays [B, K, 1, S] out with heads
@@ -44,11 +44,11 @@ def stream(packed: Packed) -> Stream:
       packed: the tensor.
     """
     if packed.bits == EXACT:
-        return Stream(packed.planes, None, None)
+        return PackedRefs(packed.planes, None, None)
     both: tuple[Any, Any] = (packed.scale, packed.zero)
     arrays = (a.squeeze(2) if _single(packed) else a for a in both)
     bits = (a if a.dtype == jnp.int16 else jax.lax.bitcast_convert_type(a, jnp.int16) for a in arrays)
-    return Stream(packed.planes, *bits)
+    return PackedRefs(packed.planes, *bits)
 
 
 def _single(packed: Packed) -> bool:
@@ -64,7 +64,7 @@ def heads_of(*tensors: Packed) -> int:
     return next(n for n in range(min(8, heads), 0, -1) if heads % n == 0)
 
 
-def stream_specs(packed: Packed, heads: int, block: int, index: Callable[..., tuple[Any, Any, Any]]) -> Stream:
+def stream_specs(packed: Packed, heads: int, block: int, index: Callable[..., tuple[Any, Any, Any]]) -> PackedRefs:
     """Returns the block specs of a packed tensor.
 
     Args:
@@ -79,7 +79,7 @@ def stream_specs(packed: Packed, heads: int, block: int, index: Callable[..., tu
         return pl.BlockSpec((None, heads, count, columns), lambda *step: (*index(*step), 0))
 
     if packed.bits == EXACT:
-        return Stream((rows(block),), None, None)
+        return PackedRefs((rows(block),), None, None)
     planes = tuple(rows(block * width // 8) for width in PLANES[packed.bits])
     if packed.per == "channel":
         scale = rows(block // packed.group)
@@ -88,7 +88,7 @@ def stream_specs(packed: Packed, heads: int, block: int, index: Callable[..., tu
     else:
         shape = (None, heads, channels // packed.group, block)
         scale = pl.BlockSpec(shape, lambda *step: (*index(*step)[:2], 0, index(*step)[2]))
-    return Stream(planes, scale, scale)
+    return PackedRefs(planes, scale, scale)
 
 
 def scale_scratch(packed: Packed, heads: int, block: int) -> Any:
@@ -104,14 +104,14 @@ def scale_scratch(packed: Packed, heads: int, block: int) -> Any:
     return (pltpu.VMEM(shape, jnp.float32), pltpu.VMEM(shape, jnp.float32))
 
 
-def widen_scales(packed: Packed, refs: Stream, scratch: Any) -> None:
+def widen_scales(packed: Packed, refs: PackedRefs, scratch: Any) -> None:
     """Fills the buffers of `scale_scratch`; zero points are adapted to the centred codes that `read` returns."""
     if packed.bits != EXACT:
         scale, zero = widen(refs.scale[...]), widen(refs.zero[...])
         scratch[0][...], scratch[1][...] = scale, zero + scale * float(middle(packed.bits))
 
 
-def of_head(packed: Packed, head: Any, refs: Stream, scratch: Any) -> tuple[tuple[Any, ...], Any]:
+def of_head(packed: Packed, head: Any, refs: PackedRefs, scratch: Any) -> tuple[tuple[Any, ...], Any]:
     """Returns planes [rows, D] and float32 scales [G, block] or [block/group, D] of one head of a block."""
     at = pl.ds(head, 1) if _single(packed) else head
     return tuple(ref.at[head] for ref in refs.planes), tuple(ref.at[at] for ref in scratch)

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float16, Float32, Int32, UInt8
 
-from pallas_kernels.gpu_layout import SMALLEST, Cut, Stored, power_of_two, quotient, remainder
+from pallas_kernels.gpu_layout import SMALLEST, Cut, GpuTensor, power_of_two, quotient, remainder
 from pallas_kernels.layout import Packed
 
 
@@ -61,7 +61,7 @@ class Piece:
         return self.start + jnp.arange(self.width)
 
 
-def piece_width(stored: Stored, widest: int) -> int:
+def piece_width(stored: GpuTensor, widest: int) -> int:
     """Returns the width of pieces of equal size, for a loop over them.
 
     Args:
@@ -79,13 +79,13 @@ def piece_width(stored: Stored, widest: int) -> int:
     return width
 
 
-def piece_at(stored: Stored, width: int, index: Array) -> Piece:
+def piece_at(stored: GpuTensor, width: int, index: Array) -> Piece:
     """Returns piece `index` of pieces that are all `width` wide."""
     group = stored.channels // stored.groups
     return Piece(index * width, width, quotient(index * width, group), max(1, width // group))
 
 
-def pieces(stored: Stored, *, whole: bool) -> list[Piece]:
+def pieces(stored: GpuTensor, *, whole: bool) -> list[Piece]:
     """Splits the channels of a tensor into pieces.
 
     Args:
@@ -112,13 +112,13 @@ def pieces(stored: Stored, *, whole: bool) -> list[Piece]:
     return cut
 
 
-class Stream:
+class SubTiles:
     """A packed tensor [S, D] of one head inside a kernel: sub-tiles of one block as floats.
 
     Bytes and scales are loaded once, even where several sub-tiles use them.
     """
 
-    def __init__(self, refs: Packed, stored: Stored, cut: Cut, block: Array, interpret: bool) -> None:
+    def __init__(self, refs: Packed, stored: GpuTensor, cut: Cut, block: Array, interpret: bool) -> None:
         self.refs, self.stored, self.cut, self.block, self.interpret = refs, stored, cut, block, interpret
         self._loaded: dict = {}
 

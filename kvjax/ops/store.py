@@ -93,7 +93,7 @@ AnyFormat = Format | RowFormat
 
 
 @struct.dataclass
-class Rows:
+class RowStore:
     """The history as the arrays that a `RowFormat` encodes."""
 
     kept: tuple[Shaped[Array, "B K S _"], ...]
@@ -108,7 +108,7 @@ class Rows:
     def heads(self) -> int:
         return self.kept[0].shape[1]
 
-    def write(self, x: Float[Array, "B T K D"], positions: Int[Array, "B T"]) -> Rows:
+    def write(self, x: Float[Array, "B T K D"], positions: Int[Array, "B T"]) -> RowStore:
         """Stores tokens.
 
         Args:
@@ -128,7 +128,7 @@ class Rows:
 
 
 @struct.dataclass
-class Packed:
+class PackedStore:
     """The history in packed form: byte planes (or the exact values), scales and zero points."""
 
     planes: tuple[Array, ...]
@@ -148,7 +148,7 @@ class Packed:
 
 
 @struct.dataclass
-class Unpacked:
+class UnpackedStore:
     """The history with one byte per code.
 
     The code width is data, so that one compiled program serves all widths up to 8 bits.
@@ -170,12 +170,12 @@ class Unpacked:
         return self.codes.shape[1]
 
 
-Stored = Packed | Unpacked | Rows
+Stored = PackedStore | UnpackedStore | RowStore
 
 
-def exact(x: Float[Array, "B K S D"]) -> Packed:
+def exact(x: Float[Array, "B K S D"]) -> PackedStore:
     """Wraps values, unquantised, as a history."""
-    return Packed((x,), None, None, Format(EXACT, "token", 1, 0))
+    return PackedStore((x,), None, None, Format(EXACT, "token", 1, 0))
 
 
 def for_kernels(stored: Stored) -> layout.Packed:
@@ -188,15 +188,15 @@ def for_kernels(stored: Stored) -> layout.Packed:
       The packed tensor.
 
     Raises:
-      NotImplementedError: the history is not a `Packed` one.
+      NotImplementedError: the history is not a `PackedStore` one.
     """
-    if not isinstance(stored, Packed):
+    if not isinstance(stored, PackedStore):
         raise NotImplementedError("other stores and widths that are data are XLA's")
     form = stored.format
     return layout.Packed(stored.planes, stored.scale, stored.zero, form.bits, form.per, form.group, form.pack_size)
 
 
-def unpacked(packed: Packed, levels: Float[Array, ""]) -> Unpacked:
+def unpacked(packed: PackedStore, levels: Float[Array, ""]) -> UnpackedStore:
     """Unpacks a history.
 
     Args:
@@ -207,7 +207,7 @@ def unpacked(packed: Packed, levels: Float[Array, ""]) -> Unpacked:
       The history with one byte per code.
     """
     codes = read_tile(packed, 0, packed.tokens, jnp.uint8).codes
-    return Unpacked(codes, packed.scale, packed.zero, levels, packed.format)
+    return UnpackedStore(codes, packed.scale, packed.zero, levels, packed.format)
 
 
 def capacity(max_len: int, *formats: AnyFormat) -> int:
@@ -224,7 +224,7 @@ def capacity(max_len: int, *formats: AnyFormat) -> int:
     return -(-max_len // pack) * pack
 
 
-def init(format: AnyFormat, batch: int, kv_heads: int, tokens: int, head_dim: int, dtype) -> Packed | Rows:
+def init(format: AnyFormat, batch: int, kv_heads: int, tokens: int, head_dim: int, dtype) -> PackedStore | RowStore:
     """Allocates an empty history.
 
     Args:
@@ -244,12 +244,12 @@ def init(format: AnyFormat, batch: int, kv_heads: int, tokens: int, head_dim: in
 
     if isinstance(format, RowFormat):
         kept = jax.eval_shape(format.encode, rows(tokens, head_dim, dtype))
-        return Rows(tuple(jnp.zeros(a.shape, a.dtype) for a in kept), format)
+        return RowStore(tuple(jnp.zeros(a.shape, a.dtype) for a in kept), format)
     if format.bits == EXACT:
-        return Packed((rows(tokens, head_dim, dtype),), None, None, format)
+        return PackedStore((rows(tokens, head_dim, dtype),), None, None, format)
     planes = tuple(rows(tokens * width // 8, head_dim, jnp.uint8) for width in packing.PLANES[format.bits])
     groups = (head_dim // format.group, tokens) if format.per == "token" else (tokens // format.group, head_dim)
-    return Packed(planes, rows(*groups, jnp.float16), rows(*groups, jnp.float16), format)
+    return PackedStore(planes, rows(*groups, jnp.float16), rows(*groups, jnp.float16), format)
 
 
 def logical_axes(packed: Stored, heads: str | None) -> Stored:
@@ -282,9 +282,9 @@ def write_tokens(
     format, tokens = packed.format, x.shape[1]
     step = jnp.arange(tokens)
     at = jnp.where(step < lengths[:, None], start[:, None] + step, packed.tokens)  # out of range: dropped
-    if isinstance(packed, Rows):
+    if isinstance(packed, RowStore):
         return packed.write(x, at)
-    if isinstance(packed, Unpacked):
+    if isinstance(packed, UnpackedStore):
         q = affine.quantize_to(x, packed.levels, -1, format.group)
         scale, zero = _put_last(packed.scale, q.scale, at), _put_last(packed.zero, q.zero, at)
         return dataclasses.replace(packed, codes=_put(packed.codes, q.codes, at), scale=scale, zero=zero)
@@ -331,12 +331,12 @@ def write_blocks(
     Returns:
       The history with the blocks stored.
     """
-    if isinstance(packed, Rows):
+    if isinstance(packed, RowStore):
         return packed.write(x.reshape(x.shape[0], -1, *x.shape[3:]), _rows(index, x.shape[2]))
     format = packed.format
     blocks = x.swapaxes(2, 3)  # [B, N, K, R, D]
     counted = mask[:, :, None, :, None]
-    if isinstance(packed, Unpacked):
+    if isinstance(packed, UnpackedStore):
         q = affine.quantize_to(blocks, packed.levels, format.group_axis, format.group, counted)
         codes, scale, zero = _put_rows(packed.codes, q.codes, index), *_put_scales(packed, q.scale, q.zero, index)
         return dataclasses.replace(packed, codes=codes, scale=scale, zero=zero)
@@ -369,7 +369,7 @@ def write_blocks(
 
 
 def _put_scales(
-    packed: Packed | Unpacked, scale: Array, zero: Array, index: Int[Array, "B N"]
+    packed: PackedStore | UnpackedStore, scale: Array, zero: Array, index: Int[Array, "B N"]
 ) -> tuple[Array, Array]:
     """Stores scales and zero points of blocks, [B, N, K, R, G] per token or [B, N, K, R/group, D] per channel."""
     if packed.format.per == "channel":
@@ -455,7 +455,7 @@ def read_tile(packed: Stored, start: Int[Array, ""] | int, size: int, dtype) -> 
     Returns:
       The tokens.
     """
-    if isinstance(packed, Rows):
+    if isinstance(packed, RowStore):
         return packed.read(start, size, dtype)
     format = packed.format
 
@@ -463,7 +463,7 @@ def read_tile(packed: Stored, start: Int[Array, ""] | int, size: int, dtype) -> 
         first, count = start * numerator // denominator, size * numerator // denominator
         return jax.lax.dynamic_slice_in_dim(a, first, count, axis)
 
-    if isinstance(packed, Unpacked):
+    if isinstance(packed, UnpackedStore):
         return _tile(rows, packed, rows(packed.codes, 1, 1).astype(dtype))
     if format.bits == EXACT:
         return Tile(rows(packed.planes[0], 1, 1).astype(dtype))
@@ -475,7 +475,7 @@ def read_tile(packed: Stored, start: Int[Array, ""] | int, size: int, dtype) -> 
     return _tile(rows, packed, codes.reshape(*codes.shape[:2], size, codes.shape[-1]).astype(dtype))
 
 
-def _tile(rows: Callable[..., Array], packed: Packed | Unpacked, codes: Float[Array, "B K n D"]) -> Tile:
+def _tile(rows: Callable[..., Array], packed: PackedStore | UnpackedStore, codes: Float[Array, "B K n D"]) -> Tile:
     format = packed.format
     where = (1, 1, 3) if format.per == "token" else (1, format.group, 2)
     scale, zero = rows(packed.scale, *where), rows(packed.zero, *where)

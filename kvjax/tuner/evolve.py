@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -66,12 +67,7 @@ def evolve(
         f"group_{i}": IntDistribution(0, len(candidates[group[0]]) - 1) for i, group in enumerate(groups)
     }
 
-    def plan_of(params: dict[str, int]) -> CachePlan | None:
-        specs: dict[int, CacheSpec] = {}
-        for i, group in enumerate(groups):
-            specs |= dict.fromkeys(group, candidates[group[0]][params[f"group_{i}"]])
-        return try_plan([specs[i] for i in range(model.layers)], model)
-
+    plan_of = functools.partial(_plan_of, groups, candidates, model)
     with _named(journal):
         storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal), _Lock(str(journal))))
         study = optuna.create_study(
@@ -91,6 +87,19 @@ def evolve(
             if plan and figures:
                 trial.set_constraint("bits", 0.0 if bits.fits(plan) else figures[0] - bits.budget)
             study.tell(trial, figures, TrialState.COMPLETE if figures else TrialState.PRUNED)
+
+
+def _plan_of(
+    groups: Sequence[Sequence[int]],
+    candidates: Sequence[Sequence[CacheSpec]],
+    model: ModelShapes,
+    params: dict[str, int],
+) -> CachePlan | None:
+    """The plan of a trial's choices, None where the layers do not go together."""
+    specs: dict[int, CacheSpec] = {}
+    for i, group in enumerate(groups):
+        specs |= dict.fromkeys(group, candidates[group[0]][params[f"group_{i}"]])
+    return try_plan([specs[i] for i in range(model.layers)], model)
 
 
 class _Sampler(NSGAIISampler):

@@ -2,8 +2,8 @@
 
 A window goes through the model layer by layer. All specs that differ only in their widths share one program, that of
 their form (the spec with its widths at 8). It reads and writes the method's own store with one byte per code
-(`store.Unpacked`). A query reads what it would read while decoding (`attention.attend_streamed`), so that one pass
-gives the `streaming` protocol. The lowest layers are not run again where a plan kept before has the same ones.
+(`store.UnpackedStore`). A query reads what it would read while decoding (`attention.attend_streamed`), so that one
+pass gives the `streaming` protocol. The lowest layers are not run again where a plan kept before has the same ones.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def with_levels(cache: LayerCache, levels: Float[Array, "s"]) -> LayerCache:
       levels: largest code of every quantised tensor, see `levels_of`.
 
     Returns:
-      The cache with `store.Unpacked` in place of `store.Packed`.
+      The cache with `store.UnpackedStore` in place of `store.PackedStore`.
     """
     left = iter(range(len(_histories(cache))))
 
@@ -65,10 +65,10 @@ def with_levels(cache: LayerCache, levels: Float[Array, "s"]) -> LayerCache:
 
 
 def _is_quantised(node: Any) -> bool:
-    return isinstance(node, store.Packed) and node.format.bits != store.EXACT
+    return isinstance(node, store.PackedStore) and node.format.bits != store.EXACT
 
 
-def _histories(cache: Any) -> list[store.Packed]:
+def _histories(cache: Any) -> list[store.PackedStore]:
     return [node for node in jax.tree.leaves(cache, is_leaf=_is_quantised) if _is_quantised(node)]
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels.gpu_layout import PROGRAMS, Cut, Stored, cut
+from pallas_kernels.gpu_layout import PROGRAMS, Cut, GpuTensor, cut
 from pallas_kernels.layout import Packed, by_query
 
 LOWEST = -1e20  # the initial running maximum: far above MASKED, so that masked scores have probability 0
@@ -17,11 +17,11 @@ MOST_ROWS = 64  # query rows of a kv head at most
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class AttentionPlan:
     """The static settings of a kernel, known when it is traced."""
 
-    keys: Stored
-    values: Stored
+    keys: GpuTensor
+    values: GpuTensor
     cut: Cut
     tokens: int  # queries of a sequence
     ratio: int  # query heads of a kv head
@@ -52,7 +52,7 @@ class Plan:
         return self.dtype != jnp.float32
 
 
-P = TypeVar("P", bound=Plan)
+P = TypeVar("P", bound=AttentionPlan)
 
 
 def plan_of(
@@ -88,7 +88,7 @@ def plan_of(
     tokens, ratio = q.shape[1], q.shape[2] // keys.shape[1]
     if tokens * ratio > MOST_ROWS:
         raise NotImplementedError(f"{tokens} queries of {ratio} heads; at most {MOST_ROWS} rows a kv head")
-    stored = Stored.of(keys), Stored.of(values)
+    stored = GpuTensor.of(keys), GpuTensor.of(values)
     own = cut(list(stored), 0, settings["block"])
     dtype = jnp.dtype(q.dtype)
     plan = kind(*stored, own, tokens, ratio, settings["splits"], first, window, scale, dtype, interpret)
@@ -108,7 +108,7 @@ def settings_of(q: Float[Array, "B T H D"], keys: Packed, values: Packed, rows: 
       The settings by name.
     """
     (batch, tokens, heads, _), kv_heads = q.shape, keys.shape[1]
-    chosen = cut([Stored.of(keys), Stored.of(values)], rows)
+    chosen = cut([GpuTensor.of(keys), GpuTensor.of(values)], rows)
     splits = min(math.ceil(PROGRAMS / (batch * kv_heads)), math.ceil(keys.shape[2] / (2 * chosen.block)))
     few = tokens * heads // kv_heads <= 32 and q.dtype == jnp.bfloat16
     return {"block": chosen.block, "splits": max(1, splits), "num_warps": 4 if few else 8, "num_stages": 2}

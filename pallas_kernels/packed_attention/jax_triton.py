@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels.gpu_layout import SMALLEST, Stored, power_of_two
+from pallas_kernels.gpu_layout import SMALLEST, GpuTensor, power_of_two
 from pallas_kernels.layout import Packed, by_kv_head
 from pallas_kernels.packed_attention import gpu
 
@@ -46,7 +46,7 @@ def packed_attention(
     jax_triton, kernel = _modules()
     settings = {"block": block, "splits": splits, "num_warps": num_warps, "num_stages": num_stages}
     chosen = defaults(q, keys, values) | {name: value for name, value in settings.items() if value is not None}
-    plan, launch = gpu.plan_of(gpu.Plan, q, keys, values, first, window, scale, interpret, chosen)
+    plan, launch = gpu.plan_of(gpu.AttentionPlan, q, keys, values, first, window, scale, interpret, chosen)
     parts = q.shape[0], keys.shape[1], plan.splits
     shapes = (*parts, plan.rows, values.shape[3]), (*parts, plan.rows)
     output, lse = jax_triton.triton_call(
@@ -91,7 +91,7 @@ def arguments(q: Array, keys: Packed, values: Packed, start: Array, stop: Array)
     """
     arrays = [by_kv_head(q, keys.shape[1]), start.astype(jnp.int32), stop.astype(jnp.int32)]
     for packed in (keys, values):
-        stored = Stored.of(packed)
+        stored = GpuTensor.of(packed)
         if stored.channels < SMALLEST:
             raise NotImplementedError(f"{stored.channels} channels; expected at least {SMALLEST}")
         if stored.groups > 1 and not power_of_two(stored.group):
@@ -115,7 +115,7 @@ def defaults(q: Float[Array, "B T H D"], keys: Packed, values: Packed) -> dict[s
     Returns:
       The settings by name.
     """
-    stored = [s for s in (Stored.of(keys), Stored.of(values)) if not s.exact]
+    stored = [s for s in (GpuTensor.of(keys), GpuTensor.of(values)) if not s.exact]
     widths = {width for s in stored for width in s.widths}
     many = q.shape[1] * q.shape[2] // keys.shape[1] > 16 or q.dtype != jnp.bfloat16
     rows = 16 if many or {1, 4} <= widths else 32 if len(widths) > 1 else 64

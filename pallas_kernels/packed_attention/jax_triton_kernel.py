@@ -1,6 +1,6 @@
 """The kernel of jax_triton.py, in Triton's own language.
 
-Terms (block, span, run, sub-tile) are those of `gpu_layout.Cut`; `P` is the plan, a `gpu.Plan`.
+Terms (block, span, run, sub-tile) are those of `gpu_layout.Cut`; `P` is the plan, a `gpu.AttentionPlan`.
 """
 
 import triton

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from pallas_kernels import mosaic_tpu_common as common
 from pallas_kernels.layout import EXACT, MASKED, Packed, by_kv_head, by_query
-from pallas_kernels.mosaic_tpu_common import LANES, Stream
+from pallas_kernels.mosaic_tpu_common import LANES, PackedRefs
 
 ROWS = 128  # query rows per kv head at most
 CHUNK = 512  # tokens computed at a time
@@ -95,8 +95,8 @@ def _kernel(
     values: Packed,
     bounds,
     q_ref,
-    k_refs: Stream,
-    v_refs: Stream,
+    k_refs: PackedRefs,
+    v_refs: PackedRefs,
     out_ref,
     lse_ref,
     top_ref,

@@ -18,18 +18,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels.gpu_layout import LIFT, LOG2_E, Stored, quotient, remainder
+from pallas_kernels.gpu_layout import LIFT, LOG2_E, GpuTensor, quotient, remainder
 from pallas_kernels.layout import MASKED, Packed, by_kv_head
 from pallas_kernels.packed_attention import gpu
 from pallas_kernels.packed_attention.gpu import LOWEST
-from pallas_kernels.triton_common import Piece, Stream, dot, heads_spec, pieces, share, span
+from pallas_kernels.triton_common import Piece, SubTiles, dot, heads_spec, pieces, share, span
 from pallas_kernels.tuning import attention_class, lookup
 
 MOST_FOLDED = 2  # groups of a token at most, for scales to multiply scores
 MOST_STACKED = 64  # columns of probabilities times scales at most
 
 
-class Plan(gpu.Plan):
+class TritonPlan(gpu.AttentionPlan):
     """The static settings of the kernel, known when it is traced."""
 
     def stacked(self, piece: Piece) -> int:
@@ -85,7 +85,7 @@ def packed_attention(
     if len(given) < len(settings):
         tuned = lookup("packed_attention", attention_class(q.shape, keys, values))
         given = defaults(q, keys, values) | tuned | given
-    plan, launch = gpu.plan_of(Plan, q, keys, values, first, window, scale, interpret, given)
+    plan, launch = gpu.plan_of(TritonPlan, q, keys, values, first, window, scale, interpret, given)
     batch, kv_heads, splits = q.shape[0], keys.shape[1], plan.splits
     rows, width = by_kv_head(q, kv_heads), values.shape[3]
     own = lambda b, k, s: (b, k, s, 0, 0)  # noqa: E731
@@ -128,13 +128,15 @@ def defaults(q: Float[Array, "B T H D"], keys: Packed, values: Packed) -> dict[s
     Returns:
       The settings by name.
     """
-    stored = Stored.of(keys), Stored.of(values)
+    stored = GpuTensor.of(keys), GpuTensor.of(values)
     crowded = any(s.exact for s in stored) and min(width for s in stored for width in s.widths) == 1
     many = q.shape[1] * q.shape[2] // keys.shape[1] > 16 or q.dtype != jnp.bfloat16
     return gpu.settings_of(q, keys, values, 16 if many else 32 if crowded else 64)
 
 
-def _kernel(q_ref, start_ref, stop_ref, keys: Packed, values: Packed, output_ref, lse_ref, *, plan: Plan) -> None:
+def _kernel(
+    q_ref, start_ref, stop_ref, keys: Packed, values: Packed, output_ref, lse_ref, *, plan: TritonPlan
+) -> None:
     start, stop = start_ref[0], stop_ref[0]
     row = jnp.arange(plan.columns)
     query = start + quotient(remainder(row, plan.distinct), plan.ratio)  # positions
@@ -144,8 +146,8 @@ def _kernel(q_ref, start_ref, stop_ref, keys: Packed, values: Packed, output_ref
 
     def step(block, carry):
         highest, total, answers = carry
-        k = Stream(keys, plan.keys, plan.cut, block, plan.interpret)
-        v = Stream(values, plan.values, plan.cut, block, plan.interpret)
+        k = SubTiles(keys, plan.keys, plan.cut, block, plan.interpret)
+        v = SubTiles(values, plan.values, plan.cut, block, plan.interpret)
         scores = [_masked(questions.scores(k, tile), k, tile, query, stop, plan) for tile in range(plan.cut.tiles)]
         new = jnp.maximum(highest, functools.reduce(jnp.maximum, scores).max(0))
         fade = jnp.exp2(highest - new)
@@ -174,7 +176,7 @@ def _kernel(q_ref, start_ref, stop_ref, keys: Packed, values: Packed, output_ref
 class Questions:
     """The queries of a kv head in registers, in the form that the keys need."""
 
-    def __init__(self, q_ref, plan: Plan) -> None:
+    def __init__(self, q_ref, plan: TritonPlan) -> None:
         row = jnp.minimum(remainder(jnp.arange(plan.columns), plan.distinct), plan.rows - 1)
         self.plan = plan
         self.factor: float | Array = plan.scale * LOG2_E
@@ -190,7 +192,7 @@ class Questions:
             self.q = {p: (q.astype(jnp.float32) * inverse[:, None]).astype(jnp.float16) for p, q in self.q.items()}
             self.factor *= size[None, :]
 
-    def scores(self, keys: Stream, tile: int) -> Float32[Array, "rows columns"]:
+    def scores(self, keys: SubTiles, tile: int) -> Float32[Array, "rows columns"]:
         """Scores of a sub-tile, in base 2."""
         if not self.plan.folds_keys:
             make = keys.values if self.plan.keys.exact else keys.dequantized
@@ -207,11 +209,11 @@ class Questions:
 
 def _masked(
     scores: Float32[Array, "rows columns"],
-    keys: Stream,
+    keys: SubTiles,
     tile: int,
     query: Int[Array, "columns"],
     stop: Array,
-    plan: Plan,
+    plan: TritonPlan,
 ) -> Float32[Array, "rows columns"]:
     at = plan.cut.positions(keys.block, tile)[:, None]
     query = query[None, :]
@@ -223,14 +225,16 @@ def _masked(
     return jnp.where(seen, scores, MASKED)
 
 
-def _no_answer(piece: Piece, plan: Plan) -> tuple[Float32[Array, "width stacked"], Float32[Array, "rows stacked"]]:
+def _no_answer(
+    piece: Piece, plan: TritonPlan
+) -> tuple[Float32[Array, "width stacked"], Float32[Array, "rows stacked"]]:
     """Initial sums of probability times code, and of what offsets and zero points add to them, still per token."""
     folds = plan.folds_values(piece)
     columns, rows = (plan.stacked(piece), plan.cut.rows) if folds else (plan.columns, 1)
     return jnp.zeros((piece.width, columns), jnp.float32), jnp.zeros((rows, columns), jnp.float32)
 
 
-def _weigh(answer, fade: Float32[Array, "columns"], p: list[Array], values: Stream, piece: Piece, plan: Plan):
+def _weigh(answer, fade: Float32[Array, "columns"], p: list[Array], values: SubTiles, piece: Piece, plan: TritonPlan):
     """Adds one block to an answer; p has probabilities [rows, columns] of each sub-tile."""
     answer, zeros = answer
     if not plan.folds_values(piece):
@@ -261,7 +265,7 @@ def _repeat(x: Float32[Array, "rows columns"], columns: int) -> Float32[Array, "
     )
 
 
-def _settled(answer, piece: Piece, plan: Plan) -> Float32[Array, "width columns"]:
+def _settled(answer, piece: Piece, plan: TritonPlan) -> Float32[Array, "width columns"]:
     """The sums of probability times value; each channel takes the sums of its group."""
     answer, zeros = answer
     if not plan.folds_values(piece):

@@ -27,7 +27,7 @@ LARGEST = 65504.0  # the largest float16
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class PackPlan:
     """The static settings of a kernel, known when it is traced."""
 
     bits: int
@@ -82,20 +82,20 @@ def quantize_pack(
     return tuple(packed), scale, zero
 
 
-def _plan(bits: int, per: str, group: int, tokens: int, channels: int, interpret: bool) -> Plan:
+def _plan(bits: int, per: str, group: int, tokens: int, channels: int, interpret: bool) -> PackPlan:
     run = tokens * min(PLANES[bits]) // 8
     if per == "channel":
         width = step = min(1 << (channels - 1).bit_length(), WIDE, max(16, MOST // tokens))
-        return Plan(bits, per, group, tokens, channels, width, step, run, interpret)
+        return PackPlan(bits, per, group, tokens, channels, width, step, run, interpret)
     step = group
     while power_of_two(group) and channels % (2 * step) == 0 and 2 * step <= WIDE:
         step *= 2
     width = 1 << (step - 1).bit_length()
     rows = max(1, min(run, MOST // (width * tokens // run)))
-    return Plan(bits, per, group, tokens, channels, width, step, 1 << rows.bit_length() - 1, interpret)
+    return PackPlan(bits, per, group, tokens, channels, width, step, 1 << rows.bit_length() - 1, interpret)
 
 
-def _kernel(x_ref, counted_ref, *out_refs, plan: Plan) -> None:
+def _kernel(x_ref, counted_ref, *out_refs, plan: PackPlan) -> None:
     *plane_refs, scale_ref, zero_ref = out_refs
     parts = plan.run // plan.rows
     first = pl.program_id(2) // parts * plan.step
@@ -123,7 +123,7 @@ def _kernel(x_ref, counted_ref, *out_refs, plan: Plan) -> None:
 
 
 def _per_token(
-    x, counted, row, first, column, inside, scale_ref, zero_ref, plan: Plan
+    x, counted, row, first, column, inside, scale_ref, zero_ref, plan: PackPlan
 ) -> list[Int32[Array, "rows width"]]:
     """Returns the codes of each tile and stores scales and zero points."""
     groups = max(1, plan.step // plan.group)
@@ -140,7 +140,7 @@ def _per_token(
 
 
 def _per_channel(
-    x, counted, row, first, column, inside, scale_ref, zero_ref, plan: Plan
+    x, counted, row, first, column, inside, scale_ref, zero_ref, plan: PackPlan
 ) -> list[Int32[Array, "rows width"]]:
     """Like `_per_token`; a group is several tiles, or a tile holds several groups."""
     together = max(1, plan.group // plan.run)
@@ -171,7 +171,7 @@ def _bounds(
     return jnp.where(valid, values, jnp.inf), jnp.where(valid, values, -jnp.inf)
 
 
-def _scales(low: Float32[Array, "*s"], high: Float32[Array, "*s"], plan: Plan) -> tuple[Array, Array]:
+def _scales(low: Float32[Array, "*s"], high: Float32[Array, "*s"], plan: PackPlan) -> tuple[Array, Array]:
     """Scale and zero point, in float16, of groups with minimum `low` and maximum `high`."""
     empty = low > high
     low, high = jnp.where(empty, 0.0, low), jnp.where(empty, 0.0, high)
@@ -186,7 +186,7 @@ def _codes(
     values: Float32[Array, "rows width"],
     scale: Float16[Array, "rows width"],
     zero: Float16[Array, "rows width"],
-    plan: Plan,
+    plan: PackPlan,
 ) -> Int32[Array, "rows width"]:
     scale, zero = scale.astype(jnp.float32), zero.astype(jnp.float32)
     codes = _divide(values - zero, jnp.where(scale == 0, 1.0, scale), plan)
@@ -199,7 +199,7 @@ def _codes(
     return codes.astype(jnp.int32)
 
 
-def _divide(x: Float32[Array, "*s"], y: Float32[Array, "*s"], plan: Plan) -> Float32[Array, "*s"]:
+def _divide(x: Float32[Array, "*s"], y: Float32[Array, "*s"], plan: PackPlan) -> Float32[Array, "*s"]:
     """The true quotient. In the interpreter, XLA would multiply by the reciprocal of a broadcast value."""
     if plan.interpret:
         return x / jax.lax.optimization_barrier(y)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from pallas_kernels import mosaic_tpu_common as common
 from pallas_kernels.layout import MASKED, Packed, by_kv_head, by_query
-from pallas_kernels.mosaic_tpu_common import LANES, Stream
+from pallas_kernels.mosaic_tpu_common import LANES, PackedRefs
 from pallas_kernels.remat_attention.weights import Rebuild
 
 ROWS = 128  # query rows per kv head at most
@@ -139,7 +139,7 @@ def _kernel(
     values: Packed,
     bounds,
     q_ref,
-    streams: list[Stream],
+    streams: list[PackedRefs],
     up_ref,
     tables,
     bias_ref,
@@ -275,7 +275,7 @@ def reconstruct(
 
 
 def _reconstruct_kernel(
-    delta: Packed, until, below_ref, refs: Stream, up_ref, out_ref, scales, row_ref, *, block, chunk
+    delta: Packed, until, below_ref, refs: PackedRefs, up_ref, out_ref, scales, row_ref, *, block, chunk
 ):
     """Reconstructs one block. Blocks past `until` are skipped, except the first, which is then copied unchanged."""
     step = pl.program_id(2)

@@ -19,10 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from pallas_kernels.gpu_layout import LIFT, LOG2_E, PROGRAMS, Cut, Stored, cut, quotient
+from pallas_kernels.gpu_layout import LIFT, LOG2_E, PROGRAMS, Cut, GpuTensor, cut, quotient
 from pallas_kernels.layout import MASKED, Packed, by_kv_head, by_query
 from pallas_kernels.remat_attention.weights import Rebuild
-from pallas_kernels.triton_common import Stream, dot, piece_at, piece_width, share, span
+from pallas_kernels.triton_common import SubTiles, dot, piece_at, piece_width, share, span
 
 MOST_ROWS = 16  # query rows of a kv head at most
 MOST_COLUMNS = 64  # query rows of one program of the second kernel at most
@@ -32,11 +32,11 @@ WIDE = 128  # channels of a tile of weighted rows or of a reconstruction
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class RematPlan:
     """The static settings of the kernels, known when they are traced."""
 
-    keys: Stored
-    values: Stored
+    keys: GpuTensor
+    values: GpuTensor
     key_cut: Cut
     value_cut: Cut
     tokens: int  # queries of a sequence
@@ -87,13 +87,13 @@ def remat_attention(
         raise NotImplementedError(f"{tokens} queries of {ratio} heads; at most {MOST_ROWS} rows a kv head")
     if head_dim % 2 or head_dim < 32:
         raise NotImplementedError(f"head_dim {head_dim}; expected an even one of at least 32")
-    k, v = Stored.of(keys), Stored.of(values)
+    k, v = GpuTensor.of(keys), GpuTensor.of(values)
     key_cut, value_cut = _cut(k, TOKENS), _cut(v, TOKENS)
     columns = min(MOST_COLUMNS, _padded(kv_heads // groups * tokens * ratio))
     tile = piece_width(v, WIDE)
     programs = batch * groups * (width // tile) * pl.cdiv(kv_heads // groups * tokens * ratio, columns)
     splits = min(pl.cdiv(PROGRAMS, programs), pl.cdiv(v.tokens, 4 * value_cut.block))
-    plan = Plan(
+    plan = RematPlan(
         *(k, v, key_cut, value_cut, tokens, ratio, head_dim, first, window, scale, rebuild.eps, jnp.dtype(q.dtype)),
         *(splits, columns, tile, interpret),
     )
@@ -122,7 +122,7 @@ def reconstruct(
     There is one program per block of tokens and tile of M; it returns at once where all positions are past `until`.
     """
     batch, _, channels = below.shape
-    stored = Stored.of(delta)
+    stored = GpuTensor.of(delta)
     own = _cut(stored, TOKENS)
     spec = pl.BlockSpec((None, *below.shape[1:]), lambda m, t, b: (b, 0, 0))
     return pl.pallas_call(
@@ -142,7 +142,7 @@ def reconstruct(
     )(below, delta, up, until.astype(jnp.int32))
 
 
-def _cut(stored: Stored, tokens: int) -> Cut:
+def _cut(stored: GpuTensor, tokens: int) -> Cut:
     """Splits blocks of `tokens` tokens, or of more where packing needs it."""
     smallest = cut([stored], 0)
     return dataclasses.replace(smallest, repeats=max(smallest.repeats, tokens // smallest.span))
@@ -154,7 +154,7 @@ def _score(
     rebuild: Rebuild,
     start: Int32[Array, "B"],
     stop: Int32[Array, "B"],
-    plan: Plan,
+    plan: RematPlan,
 ) -> tuple[Float32[Array, "B K R S"], Float32[Array, "B K N R"], Float32[Array, "B K N R"]]:
     """Returns masked scores in base 2, and the maximum and the sum of exponentials of each of N blocks."""
     batch, kv_heads, rows, head_dim = q.shape
@@ -208,7 +208,7 @@ def _score_kernel(
     bias: bool,
     norm: bool,
     groups: int,
-    plan: Plan,
+    plan: RematPlan,
 ) -> None:
     *tables, scores_ref, highest_ref, total_ref = refs
     start, stop = start_ref[0], stop_ref[0]
@@ -257,7 +257,7 @@ def _weigh_rows(
     values: Packed,
     start: Int32[Array, "B"],
     stop: Int32[Array, "B"],
-    plan: Plan,
+    plan: RematPlan,
 ) -> Float32[Array, "B G R s"]:
     """Multiplies probabilities by rows, and sums over the splits of the tokens."""
     batch, groups, rows, _ = scores.shape
@@ -293,7 +293,7 @@ def _weigh_kernel(
     tiles: int,
     chunks: int,
     rows: int,
-    plan: Plan,
+    plan: RematPlan,
 ) -> None:
     start, stop = start_ref[0], stop_ref[0]
     index = pl.program_id(0)
@@ -308,7 +308,7 @@ def _weigh_kernel(
     lift = LIFT if dtype == jnp.float16 else 1.0
 
     def step(block, answer):
-        stream = Stream(values, plan.values, plan.value_cut, block, plan.interpret)
+        stream = SubTiles(values, plan.values, plan.value_cut, block, plan.interpret)
         for tile in range(plan.value_cut.tiles):
             at = plan.value_cut.positions(block, tile)
             mask = (row < rows)[:, None] & (at < plan.values.tokens)[None, :]
@@ -324,7 +324,16 @@ def _weigh_kernel(
 
 
 def _reconstruct_kernel(
-    below_ref, delta: Packed, up_ref, until_ref, out_ref, *, stored: Stored, own: Cut, channels: int, interpret: bool
+    below_ref,
+    delta: Packed,
+    up_ref,
+    until_ref,
+    out_ref,
+    *,
+    stored: GpuTensor,
+    own: Cut,
+    channels: int,
+    interpret: bool,
 ) -> None:
     block, until = pl.program_id(1), until_ref[0]
     column = pl.program_id(0) * WIDE + jnp.arange(WIDE)
@@ -341,7 +350,7 @@ def _reconstruct_kernel(
 
 def _product(
     refs: Packed,
-    stored: Stored,
+    stored: GpuTensor,
     own: Cut,
     block: Array,
     up_ref,
@@ -356,7 +365,7 @@ def _product(
 
     def step(index, sums):
         piece = piece_at(stored, width, index)
-        stream = Stream(refs, stored, own, block, interpret)
+        stream = SubTiles(refs, stored, own, block, interpret)
         mask = jnp.broadcast_to(inside[None, :], (width, inside.shape[0]))
         at = piece.channels()[:, None]
         ups = [plgpu.load(up_ref.at[at, c[None, :]], mask=mask, other=0.0).astype(dtype) for c in columns]

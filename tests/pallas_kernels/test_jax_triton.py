@@ -14,7 +14,7 @@ import pytest
 from helpers import INTERPRETED
 from test_packed_attention import Case, run
 
-from pallas_kernels.gpu_layout import Stored, cut
+from pallas_kernels.gpu_layout import GpuTensor, cut
 from pallas_kernels.packed_attention import jax_triton
 
 
@@ -32,7 +32,7 @@ def test_arguments_have_one_order() -> None:
 def test_default_blocks_hold_fewer_tokens_where_more_bytes_are_held(bits, rows: int) -> None:
     case = Case(*bits, head_dim=128, rows=4)
     q, keys, values, *_ = case.tensors(jnp.bfloat16)
-    chosen = cut([Stored.of(keys), Stored.of(values)], 0, jax_triton.defaults(q, keys, values)["block"])
+    chosen = cut([GpuTensor.of(keys), GpuTensor.of(values)], 0, jax_triton.defaults(q, keys, values)["block"])
     assert chosen.rows == max(rows, chosen.run)
 
 

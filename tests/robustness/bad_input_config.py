@@ -1,6 +1,6 @@
 """Bad input of every kind, given to the programs: one clear line each, and nothing half-written.
 
-    python -m experiments.bad_input --config=configs/bad_input.py --workdir=runs/bad_input
+    python -m tests.robustness.bad_input --config=tests/robustness/bad_input_config.py --workdir=runs/bad_input
 
 gives no faults; about six minutes on two CPU cores.
 """

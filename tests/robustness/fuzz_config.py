@@ -1,6 +1,6 @@
 """Damaged checkpoints, plans, results and texts: loaded, or refused with one clear line.
 
-    python -m experiments.fuzz --config=configs/fuzz.py --workdir=runs/fuzz
+    python -m tests.robustness.fuzz --config=tests/robustness/fuzz_config.py --workdir=runs/fuzz
 
 gives no "other" outcome; about half a minute on two CPU cores.
 """
