@@ -9,6 +9,9 @@ from pathlib import Path
 from kvjax.caches import registry
 from kvjax.errors import KvjaxError
 
+# Plugins of pytest that the package itself imports were imported before pytest could rewrite them.
+QUIET = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
+
 
 def main() -> int:
     """Runs the contract suite; the exit code is pytest's, 2 for bad input."""
@@ -46,7 +49,9 @@ def main() -> int:
                 metafunc.parametrize("text", names)
 
     suite = Path(__file__).with_name("contract.py")
-    return pytest.main([str(suite), "-p", "no:cacheprovider", "--import-mode=importlib", *rest], plugins=[Names])
+    return pytest.main(
+        [str(suite), "-p", "no:cacheprovider", "--import-mode=importlib", *QUIET, *rest], plugins=[Names]
+    )
 
 
 if __name__ == "__main__":
