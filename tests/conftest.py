@@ -46,6 +46,16 @@ def keeping_programs(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, s
     }
 
 
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """Programs that are slower and compile sooner, for modules whose assertions do not hang on the last digit."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Model:
     """The real model, in float32."""

@@ -10,6 +10,8 @@ import pytest
 TUTORIAL = Path(__file__).parents[1] / "docs/tutorial.md"
 SHORTER = {'load("smollm2-135m")': 'load("smollm2-135m", layers=4)', "0-2:k8v8;3-29:": "0-2:k8v8;3:"}
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def test_every_block_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -10,11 +10,11 @@ from ml_collections import config_dict
 
 from configs.throughput import KVTUNER_325, KVTUNER_491, get_config
 from experiments import throughput
-from experiments.program import read_rows
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
 from kvjax.models import zoo
 from kvjax.models.config import ModelConfig
+from kvjax.records import read_rows
 
 TINY = {
     "heads": "4/2x64",
@@ -26,6 +26,7 @@ TINY = {
     "rounds": 1,
     "calls": 1,
 }
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture

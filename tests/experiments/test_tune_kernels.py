@@ -13,6 +13,8 @@ from experiments import throughput, tune_kernels
 from pallas_kernels import tuning
 from pallas_kernels.packed_attention import triton
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def test_what_is_measured_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = get_config()
@@ -31,8 +33,8 @@ def test_what_is_measured_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     file.write_text(json.dumps([entry]))
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     used = []
-    plan = triton.Plan
-    monkeypatch.setattr(triton, "Plan", lambda *args: used.append(args[5]) or plan(*args))  # the splits
+    plan = triton.TritonPlan
+    monkeypatch.setattr(triton, "TritonPlan", lambda *args: used.append(args[5]) or plan(*args))  # the splits
     tuning._table.cache_clear()
     triton.packed_attention(*args, first=0, window=None, scale=0.1, interpret=True)
     tuning._table.cache_clear()

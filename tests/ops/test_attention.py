@@ -33,6 +33,7 @@ def attend_packed(q, positions, keys, values, first, stop, window, table=None):
 
 
 attend_exact = quick_jit(attention.attend_exact, static_argnums=5)
+merge = quick_jit(attention.merge)
 attend_streamed = quick_jit(attention.attend_streamed, static_argnums=(3, 4))
 
 
@@ -73,10 +74,14 @@ def history(name, tokens=S):
     return stores
 
 
+@functools.partial(quick_jit, static_argnums=1)
+def read(packed, dtype):
+    return store.read_tile(packed, 0, packed.tokens, dtype).dequantize().swapaxes(1, 2)
+
+
 @functools.cache
-def dequantized(name, tokens=S):
-    read = quick_jit(lambda a: store.read_tile(a, 0, a.tokens, jnp.float32).dequantize().swapaxes(1, 2))
-    return [np.asarray(read(a)) for a in history(name, tokens)]
+def dequantized(name, dtype=jnp.float32):
+    return [np.asarray(read(a, dtype)) for a in history(name)]
 
 
 def check(part, expected, atol=3e-5):
@@ -149,10 +154,9 @@ def test_float64(name):
             positions = start[:, None] + np.arange(tokens, dtype=np.int32)
             q = random(3, B, tokens, 4 * K, D).astype(np.float64)
             part = attend_packed(q, positions, *history(name), 0, stop, None)
-            read = [store.read_tile(a, 0, S, jnp.float64).dequantize().swapaxes(1, 2) for a in history(name)]
             index = np.broadcast_to(np.arange(S), (B, S))
             seen = np.where(index < stop[:, None], index, -1)
-            check(part, reference(q, positions, *read, seen, None), 1e-12)
+            check(part, reference(q, positions, *dequantized(name, jnp.float64), seen, None), 1e-12)
 
 
 EXACT_CASES = [  # keys before the chunk, queries, heads per kv head, window
@@ -218,8 +222,8 @@ def test_merge_of_splits_is_the_whole(tokens):
         attend_packed(q, positions, keys, values, a, np.minimum(b, stop), None)
         for a, b in zip(cuts, [*cuts[1:], S], strict=True)
     ]
-    np.testing.assert_allclose(attention.merge(parts), whole.output, atol=1e-5)
-    np.testing.assert_allclose(attention.merge(parts[::-1]), whole.output, atol=1e-5)
+    np.testing.assert_allclose(merge(parts), whole.output, atol=1e-5)
+    np.testing.assert_allclose(merge(parts[::-1]), whole.output, atol=1e-5)
 
 
 @settings(max_examples=15, deadline=None)
@@ -235,7 +239,7 @@ def test_merge_of_any_partition(seed, parts, scale):
         empty = ~np.isfinite(lse)
         pieces.append(attention.Partial(np.where(empty[..., None], 0, output), np.where(empty, -1e30, lse)))
     whole, _ = reference(q, positions, k, v, index, None)
-    merged = attention.merge([jax.tree.map(jnp.float32, piece) for piece in pieces])
+    merged = merge([jax.tree.map(np.float32, piece) for piece in pieces])
     np.testing.assert_allclose(merged, whole, atol=1e-5)
 
 
@@ -252,7 +256,7 @@ def test_rows_that_see_nothing(name, tokens):
     check(nothing, reference(q, positions, *dequantized(name), seen, None))
     k, v = random(8, B, tokens, K, D), random(9, B, tokens, K, D)
     own = attend_exact(q, positions, k, v, positions, None)
-    np.testing.assert_allclose(attention.merge([nothing, own])[0], own.output[0], atol=1e-6)
+    np.testing.assert_allclose(merge([nothing, own])[0], np.asarray(own.output)[0], atol=1e-6)
 
 
 FAR = 1024  # tokens: no block is larger
