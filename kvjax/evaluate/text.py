@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from kvjax.caches.grammar import split_list
 from kvjax.downloads import Pinned, fetch
 from kvjax.errors import KvjaxError
 from kvjax.files import brief
@@ -64,11 +65,14 @@ def name_of(source: Text) -> str:
 
 
 def split_texts(sources: Text) -> list[Text]:
-    """The texts of a string of names separated by commas; anything else is one text."""
-    if not isinstance(sources, str):
+    """The texts of a string of names separated by commas; anything else is one text.
+
+    Raises:
+      KvjaxError: names that are not separated by single commas.
+    """
+    if not isinstance(sources, str) or any(is_literal(name.strip()) for name in sources.split(",")):
         return [sources]
-    names = [name.strip() for name in sources.split(",")]
-    return [sources] if any(map(is_literal, names)) or not all(names) else list(names)
+    return list(split_list(sources))
 
 
 def is_literal(source: str) -> bool:

@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import ENDS, ROPE, TOKENS, Meaning, expected, make_chunk, run
+from oracle import Meaning, expected, make_chunk, run
 
 from kvjax.caches.base import CacheShape
 from kvjax.caches.registry import parse_spec
 from kvjax.models.rope import make_rope
-from kvjax.testing.layers import both, same_trees, schedule
+from kvjax.testing.layers import ENDS, ROPE, TOKENS, both, same_trees, schedule
 
 TOKEN, KIVI = ("token", 16), ("channel", 32)
 MATRIX = [

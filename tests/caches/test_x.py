@@ -208,7 +208,10 @@ def test_plain_forms_follow_the_model() -> None:
     assert CachePlan.parse("xclr2", CONFIG) == CachePlan.parse(found, CONFIG)
     assert CachePlan.parse("xclr2(sink=0)", CONFIG) == CachePlan.parse(found.replace("sink=4,", ""), CONFIG)
     wide = dataclasses.replace(CONFIG, model_dim=384)
-    assert CachePlan.parse("x4", CONFIG).specs[0].block == 64 and CachePlan.parse("x4", wide).specs[0].block == 128
+    assert (
+        CachePlan.parse("x4", CONFIG).specs[0].residual_length == 64
+        and CachePlan.parse("x4", wide).specs[0].residual_length == 128
+    )
 
 
 def test_a_run_has_its_own_base_and_bits_may_differ_in_it() -> None:
