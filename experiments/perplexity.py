@@ -54,13 +54,14 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     for name in ("bits", "with scales", "real", "x smaller", "nll", "ppl", "KL", "KL p99", "top-1", "seconds"):
         table.add_column(name, justify="right")
     for row in rows:
+        name = row["cache"] + " (simulated)" * row.get("simulated", False)
         bits = [f"{row[key]:.2f}" for key in ("bits_nominal", "bits_asymptotic", "bits_real", "compression")]
         if "error" in row:
-            table.add_row(row["cache"], *bits, row["error"])
+            table.add_row(name, *bits, row["error"])
             continue
         nll = f"{row['nll']:.4f} ± {row['nll_se']:.4f}"
         rest = f"{row['ppl']:.2f}", f"{row['kld']:.4f}", f"{row['kld_p99']:.3f}", f"{row['top1']:.3f}"
-        table.add_row(row["cache"], *bits, nll, *rest, f"{row['seconds']:.1f}")
+        table.add_row(name, *bits, nll, *rest, f"{row['seconds']:.1f}")
     return table
 
 
