@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 
-import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
@@ -89,8 +88,3 @@ def remat_of(chunk: Chunk, key: Float[Array, "G r m"], value: Float[Array, "G s 
     weights, kv_heads = chunk.weights, chunk.k.shape[2]
     k_bias, v_bias = (b if b is None else b.reshape(kv_heads, -1) for b in (weights.k_bias, weights.v_bias))
     return Remat(key, value, k_bias, v_bias, weights.k_norm, weights.norm_eps)
-
-
-def read_dtype(chunk: Chunk):
-    """What stored values are read as."""
-    return jnp.promote_types(chunk.q.dtype, jnp.float32)

@@ -314,8 +314,7 @@ class StoredCache(LayerCache):
         self, source: BlockStore, chunk: Chunk, carry: Any
     ) -> tuple[Float[Array, "B S K d"], Float[Array, "B S K d"]]:
         """Keys and values of all allocated tokens, dequantised, in float32 or wider."""
-        dtype = jnp.promote_types(chunk.q.dtype, jnp.float32)
-        tiles = (store.read_tile(packed, 0, source.tokens, dtype) for packed in source.packed)
+        tiles = (store.read_tile(packed, 0, source.tokens, read_dtype(chunk)) for packed in source.packed)
         return self.rebuild_kv([tile.dequantize().swapaxes(1, 2) for tile in tiles], chunk)
 
     # ---- what is read exactly
@@ -344,3 +343,8 @@ def span(after: BlockStore, chunk: Chunk) -> attention.Span:
 def rope_table(chunk: Chunk, tokens: int) -> tuple[Array, Array]:
     """cos and sin of every allocated position: the same in every layer, so built once."""
     return chunk.rope.table(jnp.arange(tokens), chunk.q.dtype)
+
+
+def read_dtype(chunk: Chunk):
+    """What stored values are read as: float32 or wider."""
+    return jnp.promote_types(chunk.q.dtype, jnp.float32)

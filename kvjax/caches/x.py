@@ -16,8 +16,8 @@ from flax import struct
 from jaxtyping import Array
 
 from kvjax.caches.base import Chunk, KVWeights, LayerShapes
-from kvjax.caches.latents import LatentCache, LatentSpec, read_dtype, remat_of
-from kvjax.caches.stored import BlockStore, Tensors, TensorSpec, Width
+from kvjax.caches.latents import LatentCache, LatentSpec, remat_of
+from kvjax.caches.stored import BlockStore, Tensors, TensorSpec, Width, read_dtype
 from kvjax.errors import KvjaxError
 from kvjax.ops import attention, store
 from kvjax.ops.remat import Latents, Remat

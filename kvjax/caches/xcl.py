@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int
 from kvjax.caches.base import CacheShape, CacheSpec, Chunk, KVWeights, LayerShapes
 from kvjax.caches.cross_layer import CrossLayerSpec
 from kvjax.caches.fields import derived
-from kvjax.caches.latents import LatentCache, LatentSpec, read_dtype, remat_of
-from kvjax.caches.stored import BlockStore, Tensors, TensorSpec, Width
+from kvjax.caches.latents import LatentCache, LatentSpec, remat_of
+from kvjax.caches.stored import BlockStore, Tensors, TensorSpec, Width, read_dtype
 from kvjax.errors import KvjaxError
 from kvjax.ops import attention, store
 from kvjax.ops.reconstruct import reconstruct
