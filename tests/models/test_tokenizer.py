@@ -8,7 +8,8 @@ import pytest
 
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.text import load_text
-from kvjax.models.tokenizer import ByteTokenizer, read_tokenizer
+from kvjax.models.tokenizer import ByteTokenizer
+from kvjax.models.tokenizer_files import read_tokenizer
 
 
 def test_smollm2_ids_are_hf_ids(smollm2, goldens):
