@@ -63,7 +63,7 @@ def render(template: str, conversations: Sequence[Sequence[Message]], **names: A
       KvjaxError: messages that are not JSON, or a template that is wrong, refuses the messages, or needs more time or
         memory than it has.
     """
-    seen = [names | {"messages": _check_messages(each)} for each in conversations]
+    seen = [names | {"messages": check_messages(each)} for each in conversations]
     request = {"template": template, "now": datetime.datetime.now().isoformat(), "conversations": seen}
     try:
         done = subprocess.run(
@@ -119,8 +119,18 @@ def follow_up(template: str, messages: Sequence[Message], ended: str | None, **n
     return rest[len(ended) :] if ended and rest.startswith(ended) else after
 
 
-def _check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages as transformers gives them to a template."""
+def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Checks a conversation and gives its messages as transformers shows them to a template.
+
+    Args:
+      messages: the messages.
+
+    Returns:
+      Them, without keys whose value is None, and reasoning under the names that templates use.
+
+    Raises:
+      KvjaxError: it is not a list of dicts with texts as keys, or it is empty.
+    """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise KvjaxError(f"the chat is {_describe(messages)}; expected a list of messages")
     return [_check_message(i, each) for i, each in enumerate(messages)]

@@ -178,8 +178,8 @@ def _check_text(text: Any) -> str:
 
 def _start_ids(processor: Mapping[str, Any]) -> tuple[int, ...]:
     """The ids that a post-processor puts before a text, from its JSON form."""
-    if processor["type"] == "Sequence":  # the last one works on what the others made
-        return sum((_start_ids(each) for each in reversed(processor["processors"])), ())
+    if processor["type"] == "Sequence":  # after one that adds something, the others see a pair, and add nothing here
+        return next(filter(None, map(_start_ids, processor["processors"])), ())
     if processor["type"] in ("BertProcessing", "RobertaProcessing"):
         return (processor["cls"][1],)
     found: list[int] = []

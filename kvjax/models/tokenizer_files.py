@@ -293,7 +293,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], words:
         backend.add_tokens([AddedToken(_unicode(content), **stated)])
         if (found := backend.token_to_id(_unicode(content))) != int(key):
             raise KvjaxError(
-                f"added token {content!r} has the id {found} in tokenizer.json; tokenizer_config.json: {key}"
+                f"added token {content!r} has the id {found} in tokenizer.json; tokenizer_config.json says {key}"
             )
     lists = [config.get(key) for key in ("additional_special_tokens", "extra_special_tokens")]
     extra = [_content(word) for each in lists if isinstance(each, list) for word in each]
