@@ -44,7 +44,7 @@ def choose(templates: ChatTemplate | None, tools: bool) -> str:
     return templates[name]
 
 
-def render(template: str, conversations: Sequence[Sequence[Message]], **names: Any) -> list[str]:
+def render(template: str, conversations: Sequence[Sequence[Message]], names: Mapping[str, Any]) -> list[str]:
     """Puts conversations into a template.
 
     The template runs in a sandbox within a process of its own, which has SECONDS of computing time and a limit on
@@ -54,7 +54,7 @@ def render(template: str, conversations: Sequence[Sequence[Message]], **names: A
       template: the template, Jinja.
       conversations: the messages of each. As in transformers, a message's keys whose value is None are left out, and
         its reasoning is seen under each name that templates use.
-      **names: what else the template sees: tools, documents, add_generation_prompt, special tokens.
+      names: what else the template sees: tools, documents, add_generation_prompt, special tokens.
 
     Returns:
       One text per conversation.
@@ -63,7 +63,7 @@ def render(template: str, conversations: Sequence[Sequence[Message]], **names: A
       KvjaxError: messages that are not JSON, or a template that is wrong, refuses the messages, or needs more time or
         memory than it has.
     """
-    seen = [names | {"messages": check_messages(each)} for each in conversations]
+    seen = [{**names, "messages": check_messages(each)} for each in conversations]
     request = {"template": template, "now": datetime.datetime.now().isoformat(), "conversations": seen}
     try:
         done = subprocess.run(
@@ -89,7 +89,7 @@ def render(template: str, conversations: Sequence[Sequence[Message]], **names: A
     return answer["texts"]
 
 
-def follow_up(template: str, messages: Sequence[Message], ended: str | None, **names: Any) -> str:
+def follow_up(template: str, messages: Sequence[Message], ended: str | None, names: Mapping[str, Any]) -> str:
     """Puts the messages that follow an answer into a template.
 
     The template sees a short conversation that ends with an answer, then the new messages. What it writes after that
@@ -99,7 +99,7 @@ def follow_up(template: str, messages: Sequence[Message], ended: str | None, **n
       template: the template, Jinja.
       messages: the new messages.
       ended: the stop token that stands after the answer already, None where there is none.
-      **names: what else the template sees.
+      names: what else the template sees.
 
     Returns:
       The text from the end of the answer to where the assistant answers again, without a stop token that stands there
@@ -108,10 +108,10 @@ def follow_up(template: str, messages: Sequence[Message], ended: str | None, **n
     Raises:
       KvjaxError: as `render`, or the template does not show earlier answers.
     """
-    parts = any(isinstance(each.get("content"), list | tuple) for each in messages if isinstance(each, Mapping))
+    parts = any(isinstance(each.get("content"), list | tuple) for each in check_messages(messages))
     said = [("user", "A"), ("assistant", ANSWER)]
     earlier = [{"role": who, "content": [{"type": "text", "text": it}] if parts else it} for who, it in said]
-    text = render(template, [[*earlier, *messages]], **names)[0]
+    text = render(template, [[*earlier, *messages]], names)[0]
     _, found, after = text.partition(ANSWER)
     if not found:
         raise KvjaxError("the chat template leaves earlier answers out, so a chat cannot go on; begin a new one")

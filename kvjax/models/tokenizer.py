@@ -68,6 +68,25 @@ class Tokenizer:
         before = self.start_ids if start and tuple(ids[: len(self.start_ids)]) != self.start_ids else ()
         return np.array([*before, *ids], np.int32)
 
+    def encode_next(self, text: str) -> Int[np.ndarray, "n"]:
+        """Turns a text that follows other tokens into token ids.
+
+        The ids are those of `encode`, without the blank that SentencePiece puts before a text.
+
+        Args:
+          text: the text.
+
+        Returns:
+          Token ids, int32.
+
+        Raises:
+          KvjaxError: as `encode`.
+        """
+        if not adds_space(self.backend):
+            return self.encode(text)
+        line, both = self.encode("\n"), self.encode("\n" + text)  # transformers' way: a line's end takes the blank
+        return both[line.size :] if np.array_equal(both[: line.size], line) else self.encode(text)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Turns ids into text, special tokens included.
 
@@ -99,7 +118,7 @@ class Tokenizer:
         """
         template = chat_template.choose(self.chat_template, tools is not None)
         names = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
-        return chat_template.render(template, [messages], **{**names, **self.words})[0]
+        return chat_template.render(template, [messages], {**self.words, **names})[0]
 
     def follow_up(self, messages: Sequence[Message], ended: str | None = None) -> str:
         """Formats the messages that follow an answer whose tokens stand in a cache.
@@ -111,15 +130,15 @@ class Tokenizer:
           ended: the stop token with which the answer in the cache ends, written out; None where it ends without one.
 
         Returns:
-          The text from the end of the answer to where the assistant answers again: encode it with start=False. It
-          begins with the template's stop token, unless that is `ended`.
+          The text from the end of the answer to where the assistant answers again, for `encode_next`. It begins with
+          the template's stop token, unless that is `ended`.
 
         Raises:
           KvjaxError: as `chat`, or the template does not show earlier answers.
         """
         template = chat_template.choose(self.chat_template, False)
         names = {"tools": None, "documents": None, "add_generation_prompt": True}
-        return chat_template.follow_up(template, messages, ended, **{**names, **self.words})
+        return chat_template.follow_up(template, messages, ended, {**self.words, **names})
 
     def save(self, folder: Path) -> None:
         """Writes the JSON files that `read_tokenizer` reads."""
@@ -144,6 +163,10 @@ class ByteTokenizer:
         """Returns the bytes of the text, int32; `start` adds nothing."""
         return np.frombuffer(_check_text(text).encode(), np.uint8).astype(np.int32)
 
+    def encode_next(self, text: str) -> Int[np.ndarray, "n"]:
+        """Returns the same as `encode`."""
+        return self.encode(text)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Turns bytes into text; other ids and bytes that are not UTF-8 become U+FFFD."""
         return b"".join(bytes([i]) if 0 <= i < 256 else b"\xff" for i in map(int, ids)).decode(errors="replace")
@@ -164,6 +187,12 @@ class ByteTokenizer:
 
 
 AnyTokenizer = Tokenizer | ByteTokenizer
+
+
+def adds_space(backend: tokenizers.Tokenizer) -> bool:
+    """Whether a tokenizer puts a blank before a text, as SentencePiece does."""
+    tokens = backend.encode("a", add_special_tokens=False).tokens
+    return bool(tokens) and tokens[0].startswith(("Ġ", "▁", " "))
 
 
 def _check_text(text: Any) -> str:

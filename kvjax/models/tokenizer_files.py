@@ -15,7 +15,7 @@ from tokenizers import AddedToken, processors
 from kvjax.errors import KvjaxError
 from kvjax.files import brief, read_json
 from kvjax.models.chat_template import ChatTemplate
-from kvjax.models.tokenizer import Tokenizer
+from kvjax.models.tokenizer import Tokenizer, adds_space
 
 _SLOW = "tokenizer.json holds the result: only the slow tokenizer reads it"
 _OTHER = "of another kind of model"
@@ -251,7 +251,7 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
     if "added_tokens_decoder" not in config:
         config |= _known(folder / "special_tokens_map.json", TOKENIZER_CONFIG)
         added = _optional_json(folder / "added_tokens.json")
-        config["added_tokens_decoder"] = {i: {"content": content} for content, i in added.items()}
+        config["added_tokens_decoder"] = {str(i): {"content": content} for content, i in added.items()}
     for key, kind in (("added_tokens_decoder", dict), ("add_bos_token", bool), ("split_special_tokens", bool)):
         if key in config and not isinstance(config[key], kind):
             raise KvjaxError(f"{key} of {folder}'s tokenizer is {config[key]!r}; expected a {kind.__name__}")
@@ -284,9 +284,9 @@ def _unicode(text: str) -> str:
 
 def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], words: Mapping[str, str]) -> None:
     """Tokens that are matched whole in a text, as transformers adds them to those of tokenizer.json."""
-    for key, value in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: str(item[0]).zfill(20)):
+    for key, value in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: item[0].zfill(9)):
         content = _content(value)
-        if content is None or not str(key).isdecimal():
+        if content is None or not (key.isdecimal() and len(key) < 10):
             raise KvjaxError(f"added token {key!r} is {value!r}; expected a token by its id")
         flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
         stated = {flag: bool(value[flag]) for flag in flags if isinstance(value, Mapping) and flag in value}
@@ -304,9 +304,9 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], words:
 
 def _check_spaces(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
     """Refuses an add_prefix_space that tokenizer.json does not follow."""
-    stated, tokens = config.get("add_prefix_space"), backend.encode("a", add_special_tokens=False).tokens
-    if isinstance(stated, bool) and tokens and tokens[0].startswith(("Ġ", "▁", " ")) != stated:
-        does = "does not put" if stated else "puts"
+    stated, adds = config.get("add_prefix_space"), adds_space(backend)
+    if isinstance(stated, bool) and stated != adds:
+        does = "puts" if adds else "does not put"
         raise KvjaxError(f"add_prefix_space of tokenizer_config.json is {stated}, but tokenizer.json {does} a space")
 
 

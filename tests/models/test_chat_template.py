@@ -69,7 +69,7 @@ def test_texts_are_those_of_transformers(name, families):
 )
 def test_environment(template, text):
     messages = [{"role": "user", "content": "<é>"}]
-    assert render(template, [messages, messages], bos_token="<s>", **NAMES) == [text, text]
+    assert render(template, [messages, messages], NAMES | {"bos_token": "<s>"}) == [text, text]
 
 
 CHATML = (
@@ -109,28 +109,28 @@ GEMMA = (
 )
 def test_follow_up(template, stop, after):
     names = NAMES | {"bos_token": "<s>", "eos_token": "</s>"}
-    assert follow_up(template, HELLO, stop, **names) == after
-    whole = follow_up(template, HELLO, None, **names)
-    assert whole.lstrip() == stop + after and follow_up(template, HELLO, "<|other|>", **names) == whole
+    assert follow_up(template, HELLO, stop, names) == after
+    whole = follow_up(template, HELLO, None, names)
+    assert whole.lstrip() == stop + after and follow_up(template, HELLO, "<|other|>", names) == whole
 
 
 def test_follow_up_goes_on_where_a_conversation_ends(families):
     names = NAMES | GOLDENS["words"]
     earlier = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
     for name in ("chatml", "llama3", "gemma3", "mistral_v2v3", "phi_4", "deepseek_v3", "exaone", "qwen_25"):
-        whole = render(families[name], [[*earlier, *HELLO]], **names)[0]
+        whole = render(families[name], [[*earlier, *HELLO]], names)[0]
         before = whole[: whole.index("Me.") + len("Me.")]
-        assert before + follow_up(families[name], HELLO, None, **names) == whole, name
+        assert before + follow_up(families[name], HELLO, None, names) == whole, name
 
 
 def test_parts_are_followed_by_parts(families):
     parts = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
-    assert "Hello" in follow_up(families["llava"], parts, None, **NAMES)
+    assert "Hello" in follow_up(families["llava"], parts, None, NAMES)
 
 
 def test_a_template_without_earlier_answers_cannot_go_on():
     with pytest.raises(KvjaxError, match="leaves earlier answers out"):
-        follow_up("{{ messages[-1].content }}", HELLO, None, **NAMES)
+        follow_up("{{ messages[-1].content }}", HELLO, None, NAMES)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_template_without_earlier_answers_cannot_go_on():
 )
 def test_bad_expressions_are_refused(expression):
     with pytest.raises(KvjaxError, match=r"the chat template cannot be applied: [A-Z]"):
-        render("{{ " + expression + " }}", [HELLO], **NAMES)
+        render("{{ " + expression + " }}", [HELLO], NAMES)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_endless_templates_end(template, monkeypatch):
     monkeypatch.setattr(chat_template, "SECONDS", 1)
     started = time.monotonic()
     with pytest.raises(KvjaxError, match="the chat template"):
-        render(template, [HELLO], **NAMES)
+        render(template, [HELLO], NAMES)
     assert time.monotonic() - started < chat_template.PATIENCE
 
 
@@ -196,14 +196,14 @@ def test_endless_templates_end(template, monkeypatch):
 )
 def test_other_messages_are_refused(messages, said):
     with pytest.raises(KvjaxError, match=said):
-        render("x", [messages], **NAMES)
+        render("x", [messages], NAMES)
 
 
 def test_what_holds_itself_is_refused():
     content: list = []
     content.append(content)
     with pytest.raises(KvjaxError, match="holds what JSON does not"):
-        render("x", [[{"role": "user", "content": content}]], **NAMES)
+        render("x", [[{"role": "user", "content": content}]], NAMES)
 
 
 def test_choice_among_templates():

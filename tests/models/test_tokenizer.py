@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from tokenizers import processors
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.text import load_text
@@ -62,6 +63,32 @@ def test_a_sequence_starts_once_and_does_not_end(backend, processor, start):
     assert tokenizer.encode(written, start=True).tolist() == [*start, *text]
     pieces = [tokenizer.encode("hello ", start=True), tokenizer.encode("world"), tokenizer.encode("")]
     assert np.concatenate(pieces).tolist() == [*start, *text]
+
+
+def characters(normalizer=None, pre_tokenizer=None):
+    backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate("<▁\nabcdehlorw .")}, [], unk_token="<"))
+    if normalizer:
+        backend.normalizer = normalizers.Sequence(normalizer)
+    if pre_tokenizer:
+        backend.pre_tokenizer = pre_tokenizer
+    return backend
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        characters(),
+        characters(pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="always")),
+        characters(pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="first")),
+        characters([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+    ],
+    ids=["bare", "always", "first", "normalizer"],
+)
+@pytest.mark.parametrize("pieces", [("hello ", "world"), ("hello", " world"), ("a", "\nb", "c")])
+def test_pieces_are_the_whole(backend, pieces):
+    tokenizer = Tokenizer(backend)
+    ids = [tokenizer.encode(pieces[0], start=True), *(tokenizer.encode_next(piece) for piece in pieces[1:])]
+    assert np.concatenate(ids).tolist() == tokenizer.encode("".join(pieces), start=True).tolist()
 
 
 @pytest.mark.parametrize("make", [lambda backend: Tokenizer(backend), lambda backend: ByteTokenizer()])
