@@ -7,19 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import TokenType
 from gguf.quants import dequantize
 from jax.typing import DTypeLike
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
-from tokenizers import Tokenizer as Backend
 
 from kvjax.checkpoints.gguf_reader import read_gguf
+from kvjax.checkpoints.gguf_tokenizer import read_tokenizer
 from kvjax.errors import KvjaxError
 from kvjax.files import brief
 from kvjax.models.config import ModelConfig, RopeConfig
 from kvjax.models.params import Names, ParamPath, Params, build_params
 from kvjax.models.rope import make_rope
-from kvjax.models.tokenizer import Tokenizer, read_backend
+from kvjax.models.tokenizer import Tokenizer
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE_FACTORS = "rope_freqs.weight"
@@ -199,67 +197,12 @@ class GGUFFile:
           The tokenizer.
 
         Raises:
-          KvjaxError: the kind is not known and there is no tokenizer.json.
+          KvjaxError: as `gguf_tokenizer.read_tokenizer`.
         """
-        kind, pre = self.get("tokenizer.ggml.model", str), self.get("tokenizer.ggml.pre", str, "default")
-        beside = self.path.parent / "tokenizer.json"
-        if kind == "gpt2" and pre in PRE_TOKENIZERS:
-            try:
-                backend = self._byte_level_bpe(pre)
-            except KvjaxError:
-                raise
-            except Exception as error:  # the library raises nothing narrower
-                raise KvjaxError(f"the tokenizer of {self.path} is damaged: {brief(error)}") from None
-        elif beside.is_file():
-            backend = read_backend(beside)
-        else:
-            raise KvjaxError(
-                f"the tokenizer of {self.path} ({kind}, {pre}) is not supported; put its HF form at {beside}"
-            )
-        ends = (self.get(f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot"))
-        return Tokenizer(
-            backend,
-            bos_id=self.get("tokenizer.ggml.bos_token_id", int),
-            eos_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
-            chat_template=self.get("tokenizer.chat_template", str),
-        )
-
-    def _byte_level_bpe(self, pre: str) -> Backend:
-        tokens = self._need("tokenizer.ggml.tokens", list)
-        merges = [tuple(merge.split(" ")) for merge in self._need("tokenizer.ggml.merges", list)]
-        vocab = {token: i for i, token in enumerate(tokens)}
-        # Llama 3's vocabulary has whole words that no merges lead to.
-        backend = Backend(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
-        backend.pre_tokenizer = PRE_TOKENIZERS[pre]
-        if pre == "qwen2":
-            backend.normalizer = normalizers.NFC()
-        backend.decoder = decoders.ByteLevel()
-        special = (TokenType.CONTROL, TokenType.USER_DEFINED)
-        kinds = zip(tokens, self._need("tokenizer.ggml.token_type", np.ndarray).tolist(), strict=True)
-        backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in kinds if k in special])
-        return backend
+        return read_tokenizer(self.get, self._metadata, self.path)
 
 
 def _split_halves(weight: np.ndarray, heads: int) -> np.ndarray:
     """Reorders rows of q or k [heads * d, in] from GGUF llama's order (adjacent pairs) to half-split order."""
     pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, -1)
     return pairs.swapaxes(1, 2).reshape(weight.shape)
-
-
-def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
-    words = pre_tokenizers.Split(Regex(pattern), "isolated")
-    return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-PRE_TOKENIZERS = {  # by `tokenizer.ggml.pre`
-    "default": _GPT2,
-    "gpt-2": _GPT2,
-    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2]),
-    "llama-bpe": _split(_WORDS % r"\p{N}{1,3}"),
-    "qwen2": _split(_WORDS % r"\p{N}"),
-}

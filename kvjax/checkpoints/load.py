@@ -19,7 +19,8 @@ from kvjax.models import zoo
 from kvjax.models.config import ModelConfig
 from kvjax.models.model import Model
 from kvjax.models.params import Params, keep_layers
-from kvjax.models.tokenizer import AnyTokenizer, ByteTokenizer, read_tokenizer
+from kvjax.models.tokenizer import AnyTokenizer, ByteTokenizer
+from kvjax.models.tokenizer_files import read_tokenizer
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -113,7 +114,11 @@ def _snapshot(name: str) -> Path:
             snapshot_download(
                 name,
                 allow_patterns=["*.safetensors", "*.json", "*.jinja"],
-                ignore_patterns=["*/*", "consolidated*"],  # copies of the same weights in other formats
+                ignore_patterns=[
+                    "*/*.safetensors",
+                    "*/*.json",
+                    "consolidated*",
+                ],  # copies of the same weights in other formats
             )
         )
     except Exception as error:  # from the hub, the network or the file system

@@ -24,7 +24,8 @@ from kvjax.files import brief, check_digests, digests, read_json, write_json
 from kvjax.models.config import ModelConfig, RopeConfig
 from kvjax.models.model import Model
 from kvjax.models.params import Params, check_tensors, keep_layers, param_shapes
-from kvjax.models.tokenizer import AnyTokenizer, ByteTokenizer, Tokenizer, read_tokenizer
+from kvjax.models.tokenizer import AnyTokenizer, ByteTokenizer, Tokenizer
+from kvjax.models.tokenizer_files import read_tokenizer
 
 METADATA = "kvjax.json"
 

@@ -94,7 +94,7 @@ def _describe(value: Any) -> str:
 def _encode_text(model: Model, text: str, chat: bool) -> np.ndarray:
     if chat and model.tokenizer.chat_template is not None and text:
         return _encode_messages(model, [{"role": "user", "content": text}], chat)
-    return model.tokenizer.encode(_check_text(text), special=True)
+    return model.tokenizer.encode(_check_text(text), start=True)
 
 
 def _encode_ids(model: Model, ids: Ids, chat: bool) -> np.ndarray:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.sandbox
 import numpy as np
 import tokenizers
 from jaxtyping import Int
 
 from kvjax.errors import KvjaxError
-from kvjax.files import brief, read_json, write_json
+from kvjax.files import write_json
+from kvjax.models import chat_template
+from kvjax.models.chat_template import ChatTemplate, Message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,58 +25,128 @@ class Tokenizer:
     backend: tokenizers.Tokenizer
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
-    chat_template: str | None = None  # Jinja
+    chat_template: ChatTemplate | None = None
+    words: Mapping[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # the special tokens that templates see by name
 
     def __post_init__(self) -> None:
-        """Raises KvjaxError for invalid ids and for a template that is not a text."""
+        """Raises KvjaxError for invalid ids, and for templates and words that are not texts."""
         ids = self.eos_ids if self.bos_id is None else (self.bos_id, *self.eos_ids)
         if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
             raise KvjaxError(f"the ids of bos and eos are {self.bos_id!r} and {self.eos_ids!r}; expected token ids")
-        if not isinstance(self.chat_template, str | None):
-            raise KvjaxError(f"the chat template is of type {type(self.chat_template).__name__}; expected a text")
+        templates = self.chat_template.values() if isinstance(self.chat_template, Mapping) else [self.chat_template]
+        for each in (*templates, *self.words.values()):
+            if not isinstance(each, str | None):
+                raise KvjaxError(
+                    f"a chat template or special token is of type {type(each).__name__}; expected a text"
+                )
 
-    def encode(self, text: str, special: bool = False) -> Int[np.ndarray, "n"]:
+    @property
+    def start_ids(self) -> tuple[int, ...]:
+        """What stands before the text of a sequence: what the backend's post-processor puts there, mostly bos."""
+        processor = self.backend.post_processor
+        return () if processor is None else _start_ids(json.loads(processor.__getstate__()))
+
+    def encode(self, text: str, start: bool = False) -> Int[np.ndarray, "n"]:
         """Turns a text into token ids.
+
+        No eos is added, whatever the tokenizer's files say of it: every text here is to be gone on from.
 
         Args:
           text: the text.
-          special: adds the special tokens that the tokenizer puts around a text, a leading bos for example.
+          start: the text begins a sequence. What the tokenizer puts there, mostly bos, comes first, unless the text
+            begins with it written out.
 
         Returns:
           Token ids, int32.
-        """
-        return np.array(self.backend.encode(text, add_special_tokens=special).ids, np.int32)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Turns ids into text, special tokens included; bytes that are not UTF-8 become U+FFFD."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
-
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Formats a conversation by the model's chat template, up to where the assistant answers.
-
-        Args:
-          messages: one {"role": "system" | "user" | "assistant", "content": text} per message.
-
-        Returns:
-          The text.
 
         Raises:
-          KvjaxError: the model has no template, or the template refuses the messages.
+          KvjaxError: the text holds half a character.
         """
-        if self.chat_template is None:
-            raise KvjaxError("the model has no chat template; give the text itself, with chat=False")
-        names = {} if self.bos_id is None else {"bos_token": self.backend.id_to_token(self.bos_id)}
-        names |= {"eos_token": self.backend.id_to_token(self.eos_ids[0])} if self.eos_ids else {}
-        try:
-            template = _JINJA.from_string(self.chat_template)
-            return template.render(messages=messages, add_generation_prompt=True, **names)
-        except jinja2.TemplateError as error:
-            raise KvjaxError(f"the chat template cannot be applied: {brief(error)}") from None
+        ids = self.backend.encode(_check_text(text), add_special_tokens=False).ids
+        before = self.start_ids if start and tuple(ids[: len(self.start_ids)]) != self.start_ids else ()
+        return np.array([*before, *ids], np.int32)
+
+    def encode_next(self, text: str) -> Int[np.ndarray, "n"]:
+        """Turns a text that follows other tokens into token ids.
+
+        The ids are those of `encode`, without the blank that SentencePiece puts before a text.
+
+        Args:
+          text: the text.
+
+        Returns:
+          Token ids, int32.
+
+        Raises:
+          KvjaxError: as `encode`.
+        """
+        if not adds_space(self.backend):
+            return self.encode(text)
+        line, both = self.encode("\n"), self.encode("\n" + text)  # transformers' way: a line's end takes the blank
+        return both[line.size :] if np.array_equal(both[: line.size], line) else self.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Turns ids into text, special tokens included.
+
+        Bytes that are not UTF-8 become U+FFFD; ids without a token are left out.
+        """
+        return self.backend.decode([int(i) for i in ids if 0 <= i < 2**32], skip_special_tokens=False)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """Formats a conversation by the model's chat template, as transformers' `apply_chat_template` does.
+
+        Args:
+          messages: one {"role": "system" | "user" | "assistant", "content": text} per message. The content may be a
+            list of parts, {"type": "text", "text": text} each. Other keys, tool_calls for example, are passed on.
+          tools: JSON schemas of functions that the model may call.
+          documents: {"title": ..., "text": ...} each.
+          add_generation_prompt: go on up to where the assistant answers.
+
+        Returns:
+          The text, which holds bos where the template writes it: encode it with start=False.
+
+        Raises:
+          KvjaxError: the model has no template, the template refuses the messages, or it takes too long.
+        """
+        template = chat_template.choose(self.chat_template, tools is not None)
+        names = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
+        return chat_template.render(template, [messages], {**self.words, **names})[0]
+
+    def follow_up(self, messages: Sequence[Message], ended: str | None = None) -> str:
+        """Formats the messages that follow an answer whose tokens stand in a cache.
+
+        What was said earlier need not be known: the template is shown another short conversation instead.
+
+        Args:
+          messages: the new messages, as for `chat`; mostly one of the user.
+          ended: the stop token with which the answer in the cache ends, written out; None where it ends without one.
+
+        Returns:
+          The text from the end of the answer to where the assistant answers again, for `encode_next`. It begins with
+          the template's stop token, unless that is `ended`.
+
+        Raises:
+          KvjaxError: as `chat`, or the template does not show earlier answers.
+        """
+        template = chat_template.choose(self.chat_template, False)
+        names = {"tools": None, "documents": None, "add_generation_prompt": True}
+        return chat_template.follow_up(template, messages, ended, {**self.words, **names})
 
     def save(self, folder: Path) -> None:
         """Writes the JSON files that `read_tokenizer` reads."""
         self.backend.save(str(folder / "tokenizer.json"))
-        write_json(folder / "tokenizer_config.json", {"chat_template": self.chat_template})
+        templates: Any = self.chat_template
+        if isinstance(templates, Mapping):
+            templates = [{"name": name, "template": each} for name, each in templates.items()]
+        write_json(folder / "tokenizer_config.json", {**self.words, "chat_template": templates})
         ids = {"bos_token_id": self.bos_id, "eos_token_id": list(self.eos_ids)}
         write_json(folder / "generation_config.json", ids)
 
@@ -87,111 +157,63 @@ class ByteTokenizer:
 
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
-    chat_template: str | None = None
+    chat_template: ChatTemplate | None = None
 
-    def encode(self, text: str, special: bool = False) -> Int[np.ndarray, "n"]:
-        """Returns the bytes of the text, int32; `special` adds nothing."""
-        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    def encode(self, text: str, start: bool = False) -> Int[np.ndarray, "n"]:
+        """Returns the bytes of the text, int32; `start` adds nothing."""
+        return np.frombuffer(_check_text(text).encode(), np.uint8).astype(np.int32)
+
+    def encode_next(self, text: str) -> Int[np.ndarray, "n"]:
+        """Returns the same as `encode`."""
+        return self.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Turns bytes into text; ids above 255 and bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(bytes([i]) if i < 256 else b"\xff" for i in map(int, ids)).decode(errors="replace")
+        """Turns bytes into text; other ids and bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(bytes([i]) if 0 <= i < 256 else b"\xff" for i in map(int, ids)).decode(errors="replace")
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
         """Raises KvjaxError: there is no chat template."""
-        raise KvjaxError("the model has no chat template; give the text itself, with chat=False")
+        return chat_template.choose(None, tools is not None)
+
+    def follow_up(self, messages: Sequence[Message], ended: str | None = None) -> str:
+        """Raises KvjaxError: there is no chat template."""
+        return chat_template.choose(None, False)
 
 
 AnyTokenizer = Tokenizer | ByteTokenizer
 
 
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def adds_space(backend: tokenizers.Tokenizer) -> bool:
+    """Whether a tokenizer puts a blank before a text, as SentencePiece does."""
+    tokens = backend.encode("a", add_special_tokens=False).tokens
+    return bool(tokens) and tokens[0].startswith(("Ġ", "▁", " "))
 
 
-# A template comes with the checkpoint, so it runs in a sandbox and sees only its arguments.
-_JINJA = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-)
-_JINJA.globals |= {
-    "raise_exception": _refuse,
-    "strftime_now": lambda form: datetime.datetime.now().strftime(form),
-}
-
-
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """Reads the tokenizer of a HF folder.
-
-    It is tokenizer.json, with bos, eos and the chat template from the folder's other files.
-
-    Args:
-      folder: the folder.
-
-    Returns:
-      The tokenizer.
-
-    Raises:
-      KvjaxError: there is no tokenizer.json, or it cannot be read.
-    """
-    backend = read_backend(folder / "tokenizer.json")
-    words = _optional_json(folder / "tokenizer_config.json")
-    # As in transformers, generation_config.json has the last word on where generation ends.
-    ids = _optional_json(folder / "config.json") | _optional_json(folder / "generation_config.json")
-    bos, eos = (_ids(ids.get(f"{x}_token_id"), words.get(f"{x}_token"), backend) for x in ("bos", "eos"))
-    return Tokenizer(backend, bos[0] if bos else None, eos, _chat_template(folder, words))
-
-
-def read_backend(file: Path) -> tokenizers.Tokenizer:
-    """Reads a tokenizer.json.
-
-    Args:
-      file: the file.
-
-    Returns:
-      The tokenizer of the `tokenizers` library, without truncation and padding.
-
-    Raises:
-      KvjaxError: it is missing, or it cannot be read.
-    """
-    if not file.is_file():
-        raise KvjaxError(f"{file} is missing; put the model's tokenizer.json there")
+def _check_text(text: Any) -> str:
+    if not isinstance(text, str):
+        raise KvjaxError(f"the text is of type {type(text).__name__}; expected a str")
     try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
-    except BaseException as error:  # the library raises nothing narrower, and a panic of its Rust is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise KvjaxError(f"{file} is not a tokenizer: {brief(error)}") from None
-    # Files set these for batches of training texts: here they would cut a text, or pad it.
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise KvjaxError(f"the text holds half a character at {error.start}; expected Unicode text") from None
+    return text
 
 
-def _optional_json(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}
-
-
-def _ids(value: int | list[int] | None, word: str | Mapping[str, Any] | None, backend) -> tuple[int, ...]:
-    """Token ids from a *_token_id, or else from a *_token of tokenizer_config.json."""
-    if value is None and word is not None:
-        content = word.get("content") if isinstance(word, Mapping) else word
-        if not isinstance(content, str):
-            raise KvjaxError(f"bos or eos of tokenizer_config.json is {word!r}; expected a token")
-        value = backend.token_to_id(content.encode(errors="replace").decode())  # JSON may hold half a surrogate pair
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
-
-
-def _chat_template(folder: Path, words: Mapping[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise KvjaxError(f"{file} is not UTF-8: byte {error.start} does not decode") from None
-    template = words.get("chat_template")
-    if isinstance(template, list):  # several templates with names
-        named = (each for each in template if isinstance(each, Mapping) and each.get("name") == "default")
-        return next((each.get("template") for each in named), None)
-    return template
+def _start_ids(processor: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids that a post-processor puts before a text, from its JSON form."""
+    if processor["type"] == "Sequence":  # after one that adds something, the others see a pair, and add nothing here
+        return next(filter(None, map(_start_ids, processor["processors"])), ())
+    if processor["type"] in ("BertProcessing", "RobertaProcessing"):
+        return (processor["cls"][1],)
+    found: list[int] = []
+    for piece in processor.get("single", ()):
+        if "SpecialToken" not in piece:
+            break
+        found += processor["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+    return tuple(found)

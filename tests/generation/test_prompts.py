@@ -32,8 +32,8 @@ def encoded(model: Model, prompt: Any, chat: bool = True) -> list[list[int]]:
 def test_texts(chatty: Model) -> None:
     encode = chatty.tokenizer.encode
     assert encoded(chatty, "hello") == [encode("<user>hello|").tolist()]
-    assert encoded(chatty, "hello", chat=False) == [encode("hello", special=True).tolist()]
-    assert encoded(chatty, ("a", "bc", ""), chat=False) == [encode(t, special=True).tolist() for t in ("a", "bc", "")]
+    assert encoded(chatty, "hello", chat=False) == [encode("hello", start=True).tolist()]
+    assert encoded(chatty, ("a", "bc", ""), chat=False) == [encode(t, start=True).tolist() for t in ("a", "bc", "")]
 
 
 @pytest.mark.parametrize(
