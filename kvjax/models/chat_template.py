@@ -64,25 +64,29 @@ def render(template: str, conversations: Sequence[Sequence[Message]], names: Map
         memory than it has.
     """
     seen = [{**names, "messages": check_messages(each)} for each in conversations]
-    request = {"template": template, "now": datetime.datetime.now().isoformat(), "conversations": seen}
     try:
-        done = subprocess.run(
-            [sys.executable, "-P", template_program.__file__, str(SECONDS)],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=PATIENCE * SECONDS,
+        request = json.dumps(
+            {"template": template, "now": datetime.datetime.now().isoformat(), "conversations": seen}
         )
     except (TypeError, ValueError, RecursionError) as error:
         raise KvjaxError(f"the chat holds what JSON does not: {error}") from None
+    return _run(request)
+
+
+def _run(request: str) -> list[str]:
+    """The texts that the program answers with."""
+    program = [sys.executable, "-P", template_program.__file__, str(SECONDS)]
+    try:
+        done = subprocess.run(
+            program, input=request, capture_output=True, text=True, check=False, timeout=PATIENCE * SECONDS
+        )
     except subprocess.TimeoutExpired:
         raise KvjaxError(f"the chat template ran longer than {PATIENCE * SECONDS} s") from None
     except OSError as error:
         raise KvjaxError(f"the chat template cannot be run: {error.strerror or error}") from None
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["no answer"]
-        raise KvjaxError(f"the chat template used up its {SECONDS} s or its memory ({last[0]})")
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        raise KvjaxError(f"the chat template used up its {SECONDS} s of computing or its memory ({last[0]})")
     answer = json.loads(done.stdout)
     if "error" in answer:
         raise KvjaxError(f"the chat template cannot be applied: {answer['error']}")

@@ -131,7 +131,7 @@ class Tokenizer:
 
         Returns:
           The text from the end of the answer to where the assistant answers again, for `encode_next`. It begins with
-          the template's stop token, unless that is `ended`.
+          the template's stop token, unless that is `ended`. It holds bos only where the template writes one per turn.
 
         Raises:
           KvjaxError: as `chat`, or the template does not show earlier answers.

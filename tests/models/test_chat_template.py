@@ -90,6 +90,10 @@ GEMMA = (
     "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
     "{{ m.content | trim }}<end_of_turn>\n{% endfor %}<start_of_turn>model{{ '\n' }}"
 )
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]{% else %}"
+    " {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
+)
 
 
 @pytest.mark.parametrize(
@@ -103,9 +107,10 @@ GEMMA = (
             "<|start_header_id|>assistant<|end_header_id|>\n\n",
         ),
         (MISTRAL, "</s>", "[INST] Hello [/INST]"),
+        (LLAMA2, "</s>", "<s>[INST] Hello [/INST]"),  # as it was trained: one bos per turn
         (GEMMA, "<end_of_turn>", "\n<start_of_turn>user\nHello<end_of_turn>\n<start_of_turn>model\n"),
     ],
-    ids=["chatml", "llama3", "mistral", "gemma"],
+    ids=["chatml", "llama3", "mistral", "llama2", "gemma"],
 )
 def test_follow_up(template, stop, after):
     names = NAMES | {"bos_token": "<s>", "eos_token": "</s>"}
