@@ -8,6 +8,7 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,18 @@ import numpy as np
 
 from kvjax.errors import KvjaxError
 from kvjax.files import brief, write_atomically
+
+VECTOR_UNITS = {  # by the kernel's flag, the best first
+    "amx_tile": "amx",
+    "avx512f": "avx512",
+    "avx2": "avx2",
+    "avx": "avx",
+    "sse2": "sse2",
+    "sve2": "sve2",
+    "sve": "sve",
+    "asimd": "neon",
+    "neon": "neon",
+}
 
 
 def save_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -145,13 +158,34 @@ def provenance() -> dict[str, Any]:
     """Describes where a row comes from.
 
     Returns:
-      The device, the versions of packages and the commit of the checkout.
+      The device (of a CPU: model, vector unit and cores), the versions of packages and the commit of the checkout.
     """
     device = jax.devices()[0]
-    kind = device.device_kind if device.platform != "cpu" else f"cpu, {os.cpu_count()} cores"
+    kind = device.device_kind if device.platform != "cpu" else f"{_cpu()}, {os.cpu_count()} cores"
     packages = ("kvjax", "jax", "jaxlib", "flax", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
     return {"device": kind, "versions": {"python": platform.python_version(), **versions}, "git": _commit()}
+
+
+def _cpu() -> str:
+    file = Path("/proc/cpuinfo")
+    return describe_cpu(file.read_text() if file.exists() else "") or platform.processor() or platform.machine()
+
+
+def describe_cpu(cpuinfo: str) -> str:
+    """Names a CPU's model and its best vector unit, as in "AMD EPYC 7B13, avx2".
+
+    Args:
+      cpuinfo: the text of Linux' /proc/cpuinfo.
+
+    Returns:
+      The two, each where the text has it (the machine's architecture in place of a model); "" of an empty text.
+    """
+    fields: dict[str, str] = dict(re.findall(r"^([^:\n]*?)[ \t]*:[ \t]*(.*?)[ \t]*$", cpuinfo, re.MULTILINE))
+    model = " ".join(fields.get("model name", platform.machine()).split())  # ARM's kernels name no model
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    unit = next((name for flag, name in VECTOR_UNITS.items() if flag in flags), "")
+    return ", ".join(filter(None, (model, unit))) if fields else ""
 
 
 @functools.cache  # a call starts two processes, and the code in memory is that of the start anyway
