@@ -17,9 +17,11 @@ from scipy.stats import spearmanr
 from experiments import closed_loop, pareto, plans, tune_pictures
 from experiments import searches as search_courses
 from kvjax.caches.plan import CachePlan
+from kvjax.evaluate.sweep import COLUMNS
 from kvjax.files import write_atomically
 from kvjax.models.zoo import RANDOM
 from kvjax.records import read_rows
+from kvjax.tables import format_figure
 
 ROOT = Path(__file__).parent.parent
 Row = dict[str, Any]
@@ -32,13 +34,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = 
 
 
 def sweep(rows: list[Row]) -> str:
-    header = ("cache", "bits", "with scales", "real", "× smaller", "nll", "ppl", "KL", "KL p99", "top-1")
+    header = ("cache", "bits", "with scales", "real", "peak", "× smaller", "nll", "ppl", "KL", "KL p99", "top-1")
     return f"{_source(rows)}\n\n" + table(
         header,
         [
             [
                 f"`{row['cache']}`",
-                *(f"{row[key]:.2f}" for key in ("bits_nominal", "bits_asymptotic", "bits_real", "compression")),
+                *(format_figure(row, key, ".2f") for key in COLUMNS.values()),
                 f"{row['nll']:.4f} ± {row['nll_se']:.4f}",
                 *(f"{row['ppl']:.2f}", f"{row['kld']:.4f}", f"{row['kld_p99']:.3f}", f"{row['top1']:.3f}"),
             ]

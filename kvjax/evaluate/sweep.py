@@ -29,12 +29,18 @@ from kvjax.evaluate.perplexity import Score, Scorer, Timing, concatenate, cut_wi
 from kvjax.evaluate.text import Text, name_of, read_ids
 from kvjax.evaluate.vocabulary import DenseRun, TokenScores
 from kvjax.models.model import Model
-from kvjax.tables import align_columns
+from kvjax.tables import align_columns, format_figure
 
 Row = dict[str, Any]
 Progress = Callable[[CachePlan, int, int], None]
 """progress(plan, done, total): how many of its windows are scored; called first with 0."""
-COLUMNS = {"bits": "bits_nominal", "with scales": "bits_asymptotic", "real": "bits_real", "x smaller": "compression"}
+COLUMNS = {
+    "bits": "bits_nominal",
+    "with scales": "bits_asymptotic",
+    "real": "bits_real",
+    "peak": "bits_peak",
+    "x smaller": "compression",
+}
 FIGURES = {"nll": ".4f", "ppl": ".2f", "kld": ".4f", "kld_p99": ".3f", "top1": ".3f", "seconds": ".1f"}
 
 
@@ -57,8 +63,8 @@ class Rows(list[Row]):
         """The rows as plain text."""
         lines = [["cache", *COLUMNS, *FIGURES]]
         for row in self:
-            bits = [f"{row[key]:.2f}" for key in COLUMNS.values()]
-            figures = [row["error"]] if "error" in row else [f"{row[key]:{form}}" for key, form in FIGURES.items()]
+            bits = [format_figure(row, key, ".2f") for key in COLUMNS.values()]
+            figures = [row["error"]] if "error" in row else [format_figure(row, *each) for each in FIGURES.items()]
             lines.append([row["cache"] + " (simulated)" * row["simulated"], *bits, *figures])
         return align_columns(lines, left=1)
 
@@ -250,6 +256,7 @@ class Sweep:
             "bits_nominal": plan.bits_nominal,
             "bits_asymptotic": plan.bits_asymptotic,
             "bits_real": plan.bits_real(context),
+            "bits_peak": plan.bits_peak(context),
             "bytes_per_token": plan.counted_bytes(context) / context,
             "compression": plan.compression(context),
             "simulated": plan.simulated,
