@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -20,6 +21,7 @@ import numpy as np
 from kvjax.errors import KvjaxError
 from kvjax.files import brief, write_atomically
 
+NOT_IN_JSON = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 VECTOR_UNITS = {  # by the kernel's flag, the best first
     "amx_tile": "amx",
     "avx512f": "avx512",
@@ -74,7 +76,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
       file: a file with one JSON object per line.
 
     Returns:
-      The rows; none where there is no file.
+      The rows; none where there is no file. Numbers that JSON does not know come back, see `write_rows`.
 
     Raises:
       KvjaxError: a line is not a JSON object.
@@ -89,7 +91,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
             row = None
         if not isinstance(row, dict):
             raise KvjaxError(f"{file}, line {number}: expected a JSON row; mend the file or name another")
-        rows.append(row)
+        rows.append(_unspell(row))
     return rows
 
 
@@ -140,6 +142,8 @@ def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Replaces a results file.
 
+    JSON knows no infinities and no NaN: they are written as the strings "Infinity", "-Infinity" and "NaN".
+
     Args:
       file: the results file.
       rows: the new rows.
@@ -151,7 +155,27 @@ def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    return b"".join(json.dumps(_spell(row), allow_nan=False).encode() + b"\n" for row in rows)
+
+
+def _spell(value: Any) -> Any:
+    """The value with numbers that JSON does not know as strings."""
+    if isinstance(value, Mapping):
+        return {key: _spell(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spell(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return next(name for name, number in NOT_IN_JSON.items() if str(number) == str(float(value)))
+    return value
+
+
+def _unspell(value: Any) -> Any:
+    """What `_spell` was given."""
+    if isinstance(value, dict):
+        return {key: _unspell(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_unspell(each) for each in value]
+    return NOT_IN_JSON.get(value, value) if isinstance(value, str) else value
 
 
 def provenance() -> dict[str, Any]:
