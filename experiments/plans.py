@@ -4,13 +4,12 @@
 
 Every search shares DIR with the others: what one measured, none measures again. Where the knapsack finds nothing
 better than a uniform plan on the text it is calibrated on, its plan is refined. The plans go to DIR/plans, rows to
-DIR/plans.jsonl, a picture to DIR/plans.png. Differences between two caches are paired: of the same tokens, in
-segments of 128, whose means give the 95 % interval.
+DIR/plans.jsonl, a picture to DIR/plans.png. Differences between two caches are paired: of the same windows,
+whose means give the 95 % interval by Student's t.
 """
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
-from kvjax.evaluate.perplexity import Score
+from kvjax.evaluate.perplexity import Score, mean_and_interval
 from kvjax.evaluate.sweep import identity_of, strip_paths
 from kvjax.files import write_atomically
 from kvjax.models.model import Model
@@ -38,7 +37,6 @@ from kvjax.tuner.search import Search
 from kvjax.tuner.simulate import Simulator
 from kvjax.tuner.space import pareto
 
-SEGMENT = 128  # tokens: neighbours' errors go together
 Row = dict[str, Any]
 
 
@@ -98,7 +96,7 @@ def _best(search: Search, uniform: list[CachePlan]) -> CachePlan:
 
 
 def _judge(config: config_dict.ConfigDict, model: Model, text: str, workdir: Path) -> Evaluations:
-    """Evaluations on a text of its own; `segments` are means of kld and of nll."""
+    """Evaluations on a text of its own; `window_kld` is the mean KL of every window."""
     own = config_dict.ConfigDict(config.to_dict())
     own.update(text=text, windows=config.judged_windows, offset=0)
     windows = calibration(own, model)
@@ -107,19 +105,13 @@ def _judge(config: config_dict.ConfigDict, model: Model, text: str, workdir: Pat
     def evaluate(plan: CachePlan) -> dict[str, Any]:
         made[:] = made or [Simulator(model, windows)]
         scores = made[0].score(plan)
-        segments = {name: _segments(getattr(scores, name)) for name in ("kld", "nll")}
         score = Score.of(scores, windows)
-        return {"kld": score.kld, "nll": score.nll, "top1": score.top1, "segments": segments}
+        by_window = scores.kld.mean(1).tolist()
+        return {"kld": score.kld, "nll": score.nll, "top1": score.top1, "window_kld": by_window}
 
     return Evaluations(
         workdir / "judged", identity_of(model, text, windows, "streaming", own.windows, own.offset), evaluate
     )
-
-
-def _segments(scores: np.ndarray) -> list[float]:
-    """Means of whole segments of each window."""
-    whole = scores[:, : scores.shape[1] // SEGMENT * SEGMENT]
-    return whole.reshape(-1, SEGMENT).mean(1).tolist()
 
 
 def _rows(
@@ -142,8 +134,8 @@ def _rows(
         row |= {"bits_nominal": other.bits_nominal, "bits_asymptotic": other.bits_asymptotic}
         row |= {key: figures[key] for key in ("kld", "nll", "top1")}
         row |= {"nll_increase": figures["nll"] - dense["nll"], "nll_dense": dense["nll"]}
-        better = np.subtract(figures["segments"]["kld"], judge(plan)["segments"]["kld"])
-        row |= {"better_by": float(better.mean()), "ci95": 1.96 * float(better.std(ddof=1)) / math.sqrt(len(better))}
+        better = np.subtract(figures["window_kld"], judge(plan)["window_kld"])
+        row["better_by"], row["ci95"] = mean_and_interval(better[:, None])
         rows.append(row)
     return rows
 
