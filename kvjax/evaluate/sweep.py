@@ -25,7 +25,7 @@ from kvjax.caches.base import CacheSpec
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
-from kvjax.evaluate.perplexity import Score, Scorer, Timing, concatenate, cut_windows
+from kvjax.evaluate.perplexity import Score, Scorer, Timing, concatenate, cut_windows, standard_error
 from kvjax.evaluate.text import Text, name_of, read_ids
 from kvjax.evaluate.vocabulary import DenseRun, TokenScores
 from kvjax.models.model import Model
@@ -224,14 +224,19 @@ class Sweep:
         return row
 
     def row(self, plan: CachePlan, progress: Callable[[int], None]) -> Row:
-        """The result row of one plan; `progress(done)` is told the number of finished windows."""
+        """The result row of one plan; `progress(done)` is told the number of finished windows.
+
+        `nll_increase_se` is the standard error of the plan's nll less the dense run's, token by token.
+        """
         try:
             score, timing = self.score(plan, progress)
+            paired = score.per_token.nll - self.score(self.dense, lambda done: None)[0].per_token.nll
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return self.describe(plan) | {"error": "out of memory"} | records.provenance()
-        return self.describe(plan) | score.figures | dataclasses.asdict(timing) | records.provenance()
+        figures = score.figures | {"nll_increase_se": standard_error(np.asarray(paired))}
+        return self.describe(plan) | figures | dataclasses.asdict(timing) | records.provenance()
 
     def score(self, plan: CachePlan, progress: Callable[[int], None]) -> tuple[Score, Timing]:
         """The score of one plan, and the seconds it took; `progress` as for `row`."""
