@@ -30,6 +30,7 @@ from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score, mean_and_interval
 from kvjax.evaluate.sweep import identity_of, strip_paths
+from kvjax.evaluate.text import check_disjoint, check_unseen
 from kvjax.files import write_atomically
 from kvjax.models.model import Model
 from kvjax.tuner.evaluations import Evaluations
@@ -41,11 +42,16 @@ Row = dict[str, Any]
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
+    check_unseen(config.judged_on, config.text)
     model = load(config.model, config.dtype)
-    found = _search(config, model, workdir)
+    windows = calibration(config, model)
+    judged = {text: _judged(config, model, text) for text in split_list(config.judged_on)}
+    for each in judged.values():
+        check_disjoint(each, windows)
+    found = _search(config, model, windows, workdir)
     rows = []
-    for text in split_list(config.judged_on):
-        judge = _judge(config, model, text, workdir)
+    for text, each in judged.items():
+        judge = _judge(model, text, each, workdir)
         plans = list(dict.fromkeys(plan for _, _, plan, uniform in found for plan in [plan, *uniform]))
         with Bars() as bars:
             for count, plan in enumerate(plans, 1):
@@ -58,11 +64,18 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     Console(width=160).print(_table(rows))
 
 
+def _judged(config: config_dict.ConfigDict, model: Model, text: str) -> np.ndarray:
+    """The windows [w, n] of a text to judge on."""
+    own = config_dict.ConfigDict(config.to_dict())
+    own.update(text=text, windows=config.judged_windows, offset=0)
+    return calibration(own, model)
+
+
 def _search(
-    config: config_dict.ConfigDict, model: Model, workdir: Path
+    config: config_dict.ConfigDict, model: Model, windows: np.ndarray, workdir: Path
 ) -> list[tuple[str, float, CachePlan, list[CachePlan]]]:
     """Name, budget, plan and the uniform plans that fit the budget, of every search."""
-    windows, shared, found = calibration(config, model), None, []
+    shared, found = None, []
     for name, candidates in config.searches.items():
         for budget in map(float, config.budgets.split(",")):
             own = config_dict.ConfigDict(config.to_dict())
@@ -95,11 +108,8 @@ def _best(search: Search, uniform: list[CachePlan]) -> CachePlan:
     return min([*filter(search.bits.fits, plans), *uniform], key=search.loss)
 
 
-def _judge(config: config_dict.ConfigDict, model: Model, text: str, workdir: Path) -> Evaluations:
+def _judge(model: Model, text: str, windows: np.ndarray, workdir: Path) -> Evaluations:
     """Evaluations on a text of its own; `window_kld` is the mean KL of every window."""
-    own = config_dict.ConfigDict(config.to_dict())
-    own.update(text=text, windows=config.judged_windows, offset=0)
-    windows = calibration(own, model)
     made: list[Simulator] = []
 
     def evaluate(plan: CachePlan) -> dict[str, Any]:
@@ -109,9 +119,7 @@ def _judge(config: config_dict.ConfigDict, model: Model, text: str, workdir: Pat
         by_window = scores.kld.mean(1).tolist()
         return {"kld": score.kld, "nll": score.nll, "top1": score.top1, "window_kld": by_window}
 
-    return Evaluations(
-        workdir / "judged", identity_of(model, text, windows, "streaming", own.windows, own.offset), evaluate
-    )
+    return Evaluations(workdir / "judged", identity_of(model, text, windows, "streaming"), evaluate)
 
 
 def _rows(
@@ -132,6 +140,8 @@ def _rows(
         figures = judge(other)
         row = common | {"kind": "uniform" if other in uniform and rows else "searched", "cache": str(other)}
         row |= {"bits_nominal": other.bits_nominal, "bits_asymptotic": other.bits_asymptotic}
+        context = judge.identity["context"]
+        row |= {"bits_real": other.bits_real(context), "bits_peak": other.bits_peak(context)}
         row |= {key: figures[key] for key in ("kld", "nll", "top1")}
         row |= {"nll_increase": figures["nll"] - dense["nll"], "nll_dense": dense["nll"]}
         better = np.subtract(figures["window_kld"], judge(plan)["window_kld"])

@@ -195,11 +195,14 @@ def searched(rows: list[Row]) -> str:
         if row["kind"] == "searched":
             other = plans.best_uniform(rows, row)
             assert other
-            bits = f"{row['budget']:g}", f"{row['bits_asymptotic']:.2f}"
+            bits = (
+                f"{row['budget']:g}",
+                *(format_figure(row, f"bits_{kind}", ".2f") for kind in ("asymptotic", "real")),
+            )
             than = f"`{other['cache']}`", f"{other['kld']:.5f}", plans.difference(other)
             nll = f"{100 * row['nll_increase'] / row['nll_dense']:.2f} %"
             lines.append([row["text"], row["search"], *bits, f"{row['kld']:.5f}", nll, f"{row['top1']:.3f}", *than])
-    figures = ("budget", "with scales", "KL", "nll", "top-1")
+    figures = ("budget", "with scales", "real", "KL", "nll", "top-1")
     header = ("judged on", "search", *figures, "best uniform", "its KL", "better by")
     judged = f"{describe_source(rows)} {_calibration(rows)}\n\n{table(header, lines)}"
     least = "Nearly lossless, KL ≤ .01 and nll + 1 % at most, on both texts: the fewest bits of these budgets."
