@@ -91,7 +91,7 @@ def forward(rows: list[Row]) -> str:
 
 
 def xquant(rows: list[Row]) -> str:
-    header = ("cache", "bits with scales", "nll", "KL", "top-1", "nll, essays", "KL, essays")
+    header = ("cache", *BITS, "nll", "KL", "top-1", "nll, essays", "KL, essays")
     first, other = ([row for row in rows if (row["text"] == "demo") == demo] for demo in (False, True))
     lines = []
     for row, its in zip(first, other, strict=True):
@@ -103,13 +103,20 @@ def xquant(rows: list[Row]) -> str:
             f"{its['nll']:.4f}",
             f"{its['kld']:.4f}",
         )
-        lines.append([f"`{row['cache']}`", f"{row['bits_asymptotic']:.2f}", *figures])
+        lines.append([f"`{row['cache']}`", *_bits(row), *figures])
     return f"{describe_source(rows)}\n\n" + table(header, lines)
 
 
+BITS = {"bits with scales": "bits_asymptotic", "real": "bits_real", "peak": "bits_peak"}
+
+
+def _bits(row: Row) -> list[str]:
+    return [format_figure(row, key, ".2f") for key in BITS.values()]
+
+
 def beyond(rows: list[Row]) -> str:
-    lines = [[f"`{r['cache']}`", f"{r['bits_asymptotic']:.3f}", f"{r['nll']:.4f}", f"{r['kld']:.4f}"] for r in rows]
-    return f"{describe_source(rows)}\n\n" + table(("cache", "bits with scales", "nll", "KL"), lines)
+    lines = [[f"`{r['cache']}`", *_bits(r), f"{r['nll']:.4f}", f"{r['kld']:.4f}"] for r in rows]
+    return f"{describe_source(rows)}\n\n" + table(("cache", *BITS, "nll", "KL"), lines)
 
 
 PAPER = {  # the KV column of XQuant's tables 1 and 4
@@ -384,6 +391,8 @@ TABLES: dict[str, Tables] = {
         "agreement": ("agreement.jsonl", agreement),
         "xquant-gqa": ("xquant-gqa.jsonl", xquant),
         "xquant-mha": ("xquant-mha.jsonl", xquant),
+        "xquant-equal": ("xquant-equal.jsonl", xquant),
+        "xquant-equal-mha": ("xquant-equal-mha.jsonl", xquant),
         "latents": ("latents.jsonl", latents),
     },
     "docs/tuning.md": {
@@ -424,8 +433,10 @@ PICTURES: dict[str, tuple[str, Callable[[list[Row], Path], None]]] = {  # by nam
 
 
 def clean_rows(file: str) -> list[Row]:
-    """The rows of a file in results/. Raises KvjaxError for rows that no commit reproduces."""
+    """The rows of a file in results/. Raises KvjaxError where there are none or no commit reproduces them."""
     rows = read_rows(ROOT / "results" / file)
+    if not rows:
+        raise KvjaxError(f"no rows: {file}; expected it in results/")
     check_clean(file, rows)
     return rows
 

@@ -11,6 +11,7 @@ import pytest
 from experiments import report
 from experiments.sources import check_clean, describe_source
 from kvjax.errors import KvjaxError
+from kvjax.records import read_rows
 
 PAGE = "before\n<!-- t -->\nold\n<!-- end -->\nafter\n"
 
@@ -53,7 +54,28 @@ def test_a_table_is_written_and_a_refused_one_stays(root: Path, monkeypatch: pyt
     assert (root / "page.md").read_text() == written + PAGE.replace("t -->", "u -->")
 
 
-def test_every_page_has_its_tables() -> None:
+def test_every_page_has_its_tables_and_every_table_is_made_of_its_rows() -> None:
     for page, tables in report.TABLES.items():
         text = (report.ROOT / page).read_text(encoding="utf-8")
-        assert all(f"<!-- {name} -->\n" in text for name in tables)
+        for name, (file, render) in tables.items():
+            assert f"<!-- {name} -->\n" in text
+            rows = read_rows(report.ROOT / "results" / file) if file else []
+            if rows or not file:
+                assert "\n| --- |" in "\n" + render(rows)
+
+
+def test_bits_stand_beside_one_another_where_rows_have_them() -> None:
+    figures = {"cache": "xcl2", "bits_asymptotic": 2.7, "bits_real": 3.76, "nll": 3.0, "kld": 0.1, "top1": 0.9}
+    rows = [row("a") | figures | {"text": text, "bits_peak": 4.56} for text in ("wikitext-2", "demo")]
+    *_, last = report.xquant(rows).splitlines()
+    assert last == "| `xcl2` | 2.70 | 3.76 | 4.56 | 3.0000 | 0.1000 | 0.900 | 3.0000 | 0.1000 |"
+    *_, last = report.xquant([{key: each[key] for key in each if key != "bits_peak"} for each in rows]).splitlines()
+    assert last.startswith("| `xcl2` | 2.70 | 3.76 |  | 3.0000 |")
+
+
+def test_a_missing_result_file_is_named(root: Path) -> None:
+    with pytest.raises(KvjaxError, match=r"no rows: v\.jsonl"):
+        report.clean_rows("v.jsonl")
+    (root / "results/v.jsonl").write_text("")
+    with pytest.raises(KvjaxError, match=r"no rows: v\.jsonl"):
+        report.clean_rows("v.jsonl")
