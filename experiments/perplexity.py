@@ -22,7 +22,7 @@ from experiments import pareto, program
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.evaluate.sweep import COLUMNS
-from kvjax.tables import format_figure
+from kvjax.tables import format_figure, format_with_error
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
@@ -42,7 +42,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
 
         rows = kvjax.sweep(model, config.text, names, **sizes, folder=workdir, progress=progress)
     wide = Console()
-    wide.width = max(wide.width, 140)  # a narrow terminal folds lines, not numbers
+    wide.width = max(wide.width, 150)  # a narrow terminal folds lines, not numbers
     wide.print(_table(rows))
     pareto.draw(rows, workdir / "pareto.png")
     print(f"rows: {workdir / 'results.jsonl'}\nplot: {workdir / 'pareto.png'}")
@@ -53,7 +53,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     title = "{model} ({dtype}), {text}: {windows} windows of {context} tokens, {protocol}".format(**first)
     table = Table(title=title, title_justify="left")
     table.add_column("cache", overflow="fold")
-    for name in (*COLUMNS, "nll", "ppl", "KL", "KL p99", "top-1", "seconds"):
+    for name in (*COLUMNS, "KL", "KL p99", "top-1", "nll", "ppl", "seconds"):
         table.add_column(name, justify="right")
     for row in rows:
         name = row["cache"] + " (simulated)" * row.get("simulated", False)
@@ -61,9 +61,9 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         if "error" in row:
             table.add_row(name, *bits, row["error"])
             continue
-        nll = f"{row['nll']:.4f} ± {row['nll_se']:.4f}"
-        rest = f"{row['ppl']:.2f}", f"{row['kld']:.4f}", f"{row['kld_p99']:.3f}", f"{row['top1']:.3f}"
-        table.add_row(name, *bits, nll, *rest, f"{row['seconds']:.1f}")
+        kld, nll = (format_with_error(row, key, ".4f") for key in ("kld", "nll"))
+        rest = f"{row['ppl']:.2f}", f"{row['seconds']:.1f}"
+        table.add_row(name, *bits, kld, f"{row['kld_p99']:.3f}", f"{row['top1']:.3f}", nll, *rest)
     return table
 
 

@@ -10,6 +10,7 @@ whose means give the 95 % interval by Student's t.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,13 @@ def _judge(model: Model, text: str, windows: np.ndarray, workdir: Path) -> Evalu
         scores = made[0].score(plan)
         score = Score.of(scores, windows)
         by_window = scores.kld.mean(1).tolist()
-        return {"kld": score.kld, "nll": score.nll, "top1": score.top1, "window_kld": by_window}
+        return {
+            "kld": score.kld,
+            "nll": score.nll,
+            "top1": score.top1,
+            "kld_se": score.kld_se,
+            "window_kld": by_window,
+        }
 
     return Evaluations(workdir / "judged", identity_of(model, text, windows, "streaming"), evaluate)
 
@@ -142,7 +149,7 @@ def _rows(
         row |= {"bits_nominal": other.bits_nominal, "bits_asymptotic": other.bits_asymptotic}
         context = judge.identity["context"]
         row |= {"bits_real": other.bits_real(context), "bits_peak": other.bits_peak(context)}
-        row |= {key: figures[key] for key in ("kld", "nll", "top1")}
+        row |= {key: figures[key] for key in ("kld", "kld_se", "nll", "top1")}
         row |= {"nll_increase": figures["nll"] - dense["nll"], "nll_dense": dense["nll"]}
         better = np.subtract(figures["window_kld"], judge(plan)["window_kld"])
         row["better_by"], row["ci95"] = mean_and_interval(better[:, None])
@@ -158,8 +165,8 @@ def draw(rows: list[Row], file: Path) -> None:
         here = [row for row in rows if row["text"] == text]
         for name in dict.fromkeys(row["search"] for row in here):
             mine = [row for row in here if row["kind"] == "searched" and row["search"] == name]
-            own = sorted((row["bits_asymptotic"], row["kld"]) for row in mine)
-            axis.plot(*zip(*own, strict=True), "o-", ms=4, label=name)
+            own = sorted((row["bits_asymptotic"], row["kld"], row.get("kld_se", math.nan)) for row in mine)
+            axis.errorbar(*zip(*own, strict=True), fmt="o-", ms=4, capsize=2, elinewidth=1, label=name)
         uniform = {row["cache"]: (row["bits_asymptotic"], row["kld"]) for row in here if row["kind"] == "uniform"}
         best = pareto(uniform.items(), lambda item: item[1][0], lambda item: item[1][1])
         axis.plot(*zip(*uniform.values(), strict=True), "x", color="tab:gray", ms=4)
@@ -172,7 +179,8 @@ def draw(rows: list[Row], file: Path) -> None:
         axis.margins(x=0.16)
         axis.set_ylabel("KL divergence from the dense run (nats per token)")
         axis.grid(alpha=0.3, which="both")
-    axes[0][0].legend(title="searched", fontsize=8)
+    bars = any("kld_se" in row for row in rows)
+    axes[0][0].legend(title="searched" + ", bars: one standard error" * bars, fontsize=8)
     save_figure(figure, file)
 
 

@@ -25,7 +25,7 @@ from kvjax.evaluate.sweep import COLUMNS
 from kvjax.files import write_atomically
 from kvjax.models.zoo import RANDOM
 from kvjax.records import read_rows
-from kvjax.tables import format_figure
+from kvjax.tables import format_figure, format_with_error
 
 ROOT = Path(__file__).parent.parent
 Row = dict[str, Any]
@@ -38,15 +38,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = 
 
 
 def sweep(rows: list[Row]) -> str:
-    header = ("cache", "bits", "with scales", "real", "peak", "× smaller", "nll", "ppl", "KL", "KL p99", "top-1")
+    header = ("cache", "bits", "with scales", "real", "peak", "× smaller", "KL", "KL p99", "top-1", "nll", "ppl")
     return f"{describe_source(rows)}\n\n" + table(
         header,
         [
             [
                 f"`{row['cache']}`",
                 *(format_figure(row, key, ".2f") for key in COLUMNS.values()),
-                f"{row['nll']:.4f} ± {row['nll_se']:.4f}",
-                *(f"{row['ppl']:.2f}", f"{row['kld']:.4f}", f"{row['kld_p99']:.3f}", f"{row['top1']:.3f}"),
+                *(format_with_error(row, "kld", ".4f"), f"{row['kld_p99']:.3f}", f"{row['top1']:.3f}"),
+                *(format_with_error(row, "nll", ".4f"), f"{row['ppl']:.2f}"),
             ]
             for row in rows
         ],
@@ -56,11 +56,11 @@ def sweep(rows: list[Row]) -> str:
 def reference(rows: list[Row]) -> str:
     single, double = ([row for row in rows if row["dtype"] == dtype] for dtype in ("float32", "float64"))
     in_float64 = {row["cache"]: row for row in double}
-    header = ("cache", "nll float64", "KL float64", "nll float32", "KL float32", "top-1 float32")
+    header = ("cache", "KL float64", "nll float64", "KL float32", "nll float32", "top-1 float32")
     lines = []
     for row in single:
         wide = in_float64[row["cache"]]
-        figures = [f"{each['nll']:.4f} {each['kld']:.5f}".split() for each in (wide, row)]
+        figures = [f"{each['kld']:.5f} {each['nll']:.4f}".split() for each in (wide, row)]
         lines.append([f"`{row['cache']}`", *figures[0], *figures[1], f"{row['top1']:.3f}"])
     return f"{describe_source(rows)}\n\n" + table(header, lines)
 
@@ -91,17 +91,14 @@ def forward(rows: list[Row]) -> str:
 
 
 def xquant(rows: list[Row]) -> str:
-    header = ("cache", *BITS, "nll", "KL", "top-1", "nll, essays", "KL, essays")
+    header = ("cache", *BITS, "KL", "top-1", "nll", "KL, essays", "nll, essays")
     first, other = ([row for row in rows if (row["text"] == "demo") == demo] for demo in (False, True))
     lines = []
     for row, its in zip(first, other, strict=True):
         assert row["cache"] == its["cache"]
         figures = (
-            f"{row['nll']:.4f}",
-            f"{row['kld']:.4f}",
-            f"{row['top1']:.3f}",
-            f"{its['nll']:.4f}",
-            f"{its['kld']:.4f}",
+            *(f"{row['kld']:.4f}", f"{row['top1']:.3f}", f"{row['nll']:.4f}"),
+            *(f"{its['kld']:.4f}", f"{its['nll']:.4f}"),
         )
         lines.append([f"`{row['cache']}`", *_bits(row), *figures])
     return f"{describe_source(rows)}\n\n" + table(header, lines)
@@ -115,8 +112,8 @@ def _bits(row: Row) -> list[str]:
 
 
 def beyond(rows: list[Row]) -> str:
-    lines = [[f"`{r['cache']}`", *_bits(r), f"{r['nll']:.4f}", f"{r['kld']:.4f}"] for r in rows]
-    return f"{describe_source(rows)}\n\n" + table(("cache", *BITS, "nll", "KL"), lines)
+    lines = [[f"`{r['cache']}`", *_bits(r), f"{r['kld']:.4f}", f"{r['nll']:.4f}"] for r in rows]
+    return f"{describe_source(rows)}\n\n" + table(("cache", *BITS, "KL", "nll"), lines)
 
 
 PAPER = {  # the KV column of XQuant's tables 1 and 4

@@ -24,3 +24,9 @@ def align_columns(rows: Sequence[Sequence[str]], left: int) -> str:
 def format_figure(row: Mapping[str, Any], key: str, form: str) -> str:
     """A number of a result row, in a format; "" where the row has none, as rows of earlier versions may."""
     return "" if row.get(key) is None else f"{row[key]:{form}}"
+
+
+def format_with_error(row: Mapping[str, Any], key: str, form: str) -> str:
+    """A number of a result row ± its standard error, which rows of earlier versions may lack."""
+    error = format_figure(row, f"{key}_se", form)
+    return format_figure(row, key, form) + f" ± {error}" * bool(error)

@@ -41,7 +41,7 @@ COLUMNS = {
     "peak": "bits_peak",
     "x smaller": "compression",
 }
-FIGURES = {"nll": ".4f", "ppl": ".2f", "kld": ".4f", "kld_p99": ".3f", "top1": ".3f", "seconds": ".1f"}
+FIGURES = {"kld": ".4f", "kld_p99": ".3f", "top1": ".3f", "nll": ".4f", "ppl": ".2f", "seconds": ".1f"}
 
 
 class Rows(list[Row]):
