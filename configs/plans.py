@@ -1,12 +1,14 @@
 """Searched plans at several budgets against uniform caches, on texts that the search never saw, see docs/tuning.md.
 
-    python -m experiments.plans --config=configs/plans.py --config.text=FILE --workdir=runs/plans
-    python -m experiments.plans --config=configs/plans.py:widths --config.text=FILE --workdir=runs/widths
-    python -m experiments.plans --config=configs/plans.py:families --config.text=FILE --workdir=runs/families
+    python -m experiments.plans --config=configs/plans.py --workdir=runs/plans
+    python -m experiments.plans --config=configs/plans.py:widths --workdir=runs/widths
+    python -m experiments.plans --config=configs/plans.py:families --workdir=runs/families
 
 The first compares KVTuner's pairs in both modes with the uniform pairs that fit each budget, the second those of 2 to
-6 bits; the third searches key-value pairs, latents of X and XQuant-CL alone and together. Ten to thirty minutes each
-on two CPU cores. Judged on WikiText-2's test split and the demo essays: calibrate on something else.
+6 bits; the third searches key-value pairs, latents of X and XQuant-CL alone and together, all with 4 exact sinks and
+64 tokens of residual. Ten to thirty minutes each on two CPU cores. Calibrated on the demo essays and judged on
+WikiText-2's test split. To judge on both, calibrate on a third text: --config.text=FILE
+--config.judged_on=wikitext-2,demo.
 """
 
 from ml_collections import config_dict
@@ -24,8 +26,8 @@ SEARCHES = {
     "pairs": {"kivi": pairs("kivi", (2, 4, 8)), "token": pairs("token", (2, 4, 8))},
     "widths": {"kivi, 2 to 6 bits": pairs("kivi", WIDTHS[:5]), "token, 2 to 6 bits": pairs("token", WIDTHS[:5])},
     "families": {
-        "K and V": pairs("kivi", (2, 3, 4, 8)),
-        "X latents": ",".join(f"x{b}@latent" for b in WIDTHS),
+        "K and V": pairs("kivi(residual=64,sink=4)", (2, 3, 4, 8)),
+        "X latents": ",".join(f"x{b}@latent(sink=4)" for b in WIDTHS),
         "XQuant-CL": ",".join(f"xclr{b}" for b in WIDTHS),
     },
 }
@@ -41,7 +43,7 @@ def get_config(variant: str = "pairs") -> config_dict.ConfigDict:
             "searches": SEARCHES[variant],  # candidates by the search's name
             "budgets": BUDGETS[variant],
             "budget_of": "asymptotic" if variant == "families" else "nominal",  # bits
-            "judged_on": "wikitext-2,demo",
+            "judged_on": "wikitext-2",  # texts that are not calibrated on, separated by commas
             "judged_windows": 4,  # of each text, of `context` tokens
         }
     )

@@ -21,6 +21,8 @@ import kvjax
 from experiments import pareto, program
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
+from kvjax.evaluate.sweep import COLUMNS
+from kvjax.tables import format_figure, format_with_error
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
@@ -40,7 +42,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
 
         rows = kvjax.sweep(model, config.text, names, **sizes, folder=workdir, progress=progress)
     wide = Console()
-    wide.width = max(wide.width, 130)  # a narrow terminal folds lines, not numbers
+    wide.width = max(wide.width, 150)  # a narrow terminal folds lines, not numbers
     wide.print(_table(rows))
     pareto.draw(rows, workdir / "pareto.png")
     print(f"rows: {workdir / 'results.jsonl'}\nplot: {workdir / 'pareto.png'}")
@@ -51,17 +53,17 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     title = "{model} ({dtype}), {text}: {windows} windows of {context} tokens, {protocol}".format(**first)
     table = Table(title=title, title_justify="left")
     table.add_column("cache", overflow="fold")
-    for name in ("bits", "with scales", "real", "x smaller", "nll", "ppl", "KL", "KL p99", "top-1", "seconds"):
+    for name in (*COLUMNS, "KL", "KL p99", "top-1", "nll", "ppl", "seconds"):
         table.add_column(name, justify="right")
     for row in rows:
         name = row["cache"] + " (simulated)" * row.get("simulated", False)
-        bits = [f"{row[key]:.2f}" for key in ("bits_nominal", "bits_asymptotic", "bits_real", "compression")]
+        bits = [format_figure(row, key, ".2f") for key in COLUMNS.values()]
         if "error" in row:
             table.add_row(name, *bits, row["error"])
             continue
-        nll = f"{row['nll']:.4f} ± {row['nll_se']:.4f}"
-        rest = f"{row['ppl']:.2f}", f"{row['kld']:.4f}", f"{row['kld_p99']:.3f}", f"{row['top1']:.3f}"
-        table.add_row(name, *bits, nll, *rest, f"{row['seconds']:.1f}")
+        kld, nll = (format_with_error(row, key, ".4f") for key in ("kld", "nll"))
+        rest = f"{row['ppl']:.2f}", f"{row['seconds']:.1f}"
+        table.add_row(name, *bits, kld, f"{row['kld_p99']:.3f}", f"{row['top1']:.3f}", nll, *rest)
     return table
 
 

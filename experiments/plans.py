@@ -4,8 +4,8 @@
 
 Every search shares DIR with the others: what one measured, none measures again. Where the knapsack finds nothing
 better than a uniform plan on the text it is calibrated on, its plan is refined. The plans go to DIR/plans, rows to
-DIR/plans.jsonl, a picture to DIR/plans.png. Differences between two caches are paired: of the same tokens, in
-segments of 128, whose means give the 95 % interval.
+DIR/plans.jsonl, a picture to DIR/plans.png. Differences between two caches are paired: of the same windows,
+whose means give the 95 % interval by Student's t.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
-from kvjax.evaluate.perplexity import Score
+from kvjax.evaluate.perplexity import Score, mean_and_interval
 from kvjax.evaluate.sweep import identity_of, strip_paths
+from kvjax.evaluate.text import check_disjoint, check_unseen
 from kvjax.files import write_atomically
 from kvjax.models.model import Model
 from kvjax.tuner.evaluations import Evaluations
@@ -38,16 +39,20 @@ from kvjax.tuner.search import Search
 from kvjax.tuner.simulate import Simulator
 from kvjax.tuner.space import pareto
 
-SEGMENT = 128  # tokens: neighbours' errors go together
 Row = dict[str, Any]
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
+    check_unseen(config.judged_on, config.text)
     model = load(config.model, config.dtype)
-    found = _search(config, model, workdir)
+    windows = calibration(config, model)
+    judged = {text: _judged(config, model, text) for text in split_list(config.judged_on)}
+    for each in judged.values():
+        check_disjoint(each, windows)
+    found = _search(config, model, windows, workdir)
     rows = []
-    for text in split_list(config.judged_on):
-        judge = _judge(config, model, text, workdir)
+    for text, each in judged.items():
+        judge = _judge(model, text, each, workdir)
         plans = list(dict.fromkeys(plan for _, _, plan, uniform in found for plan in [plan, *uniform]))
         with Bars() as bars:
             for count, plan in enumerate(plans, 1):
@@ -60,11 +65,18 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     Console(width=160).print(_table(rows))
 
 
+def _judged(config: config_dict.ConfigDict, model: Model, text: str) -> np.ndarray:
+    """The windows [w, n] of a text to judge on."""
+    own = config_dict.ConfigDict(config.to_dict())
+    own.update(text=text, windows=config.judged_windows, offset=0)
+    return calibration(own, model)
+
+
 def _search(
-    config: config_dict.ConfigDict, model: Model, workdir: Path
+    config: config_dict.ConfigDict, model: Model, windows: np.ndarray, workdir: Path
 ) -> list[tuple[str, float, CachePlan, list[CachePlan]]]:
     """Name, budget, plan and the uniform plans that fit the budget, of every search."""
-    windows, shared, found = calibration(config, model), None, []
+    shared, found = None, []
     for name, candidates in config.searches.items():
         for budget in map(float, config.budgets.split(",")):
             own = config_dict.ConfigDict(config.to_dict())
@@ -97,29 +109,24 @@ def _best(search: Search, uniform: list[CachePlan]) -> CachePlan:
     return min([*filter(search.bits.fits, plans), *uniform], key=search.loss)
 
 
-def _judge(config: config_dict.ConfigDict, model: Model, text: str, workdir: Path) -> Evaluations:
-    """Evaluations on a text of its own; `segments` are means of kld and of nll."""
-    own = config_dict.ConfigDict(config.to_dict())
-    own.update(text=text, windows=config.judged_windows, offset=0)
-    windows = calibration(own, model)
+def _judge(model: Model, text: str, windows: np.ndarray, workdir: Path) -> Evaluations:
+    """Evaluations on a text of its own; `window_kld` is the mean KL of every window."""
     made: list[Simulator] = []
 
     def evaluate(plan: CachePlan) -> dict[str, Any]:
         made[:] = made or [Simulator(model, windows)]
         scores = made[0].score(plan)
-        segments = {name: _segments(getattr(scores, name)) for name in ("kld", "nll")}
         score = Score.of(scores, windows)
-        return {"kld": score.kld, "nll": score.nll, "top1": score.top1, "segments": segments}
+        by_window = scores.kld.mean(1).tolist()
+        return {
+            "kld": score.kld,
+            "nll": score.nll,
+            "top1": score.top1,
+            "kld_se": score.kld_se,
+            "window_kld": by_window,
+        }
 
-    return Evaluations(
-        workdir / "judged", identity_of(model, text, windows, "streaming", own.windows, own.offset), evaluate
-    )
-
-
-def _segments(scores: np.ndarray) -> list[float]:
-    """Means of whole segments of each window."""
-    whole = scores[:, : scores.shape[1] // SEGMENT * SEGMENT]
-    return whole.reshape(-1, SEGMENT).mean(1).tolist()
+    return Evaluations(workdir / "judged", identity_of(model, text, windows, "streaming"), evaluate)
 
 
 def _rows(
@@ -140,10 +147,12 @@ def _rows(
         figures = judge(other)
         row = common | {"kind": "uniform" if other in uniform and rows else "searched", "cache": str(other)}
         row |= {"bits_nominal": other.bits_nominal, "bits_asymptotic": other.bits_asymptotic}
-        row |= {key: figures[key] for key in ("kld", "nll", "top1")}
+        context = judge.identity["context"]
+        row |= {"bits_real": other.bits_real(context), "bits_peak": other.bits_peak(context)}
+        row |= {key: figures[key] for key in ("kld", "kld_se", "nll", "top1")}
         row |= {"nll_increase": figures["nll"] - dense["nll"], "nll_dense": dense["nll"]}
-        better = np.subtract(figures["segments"]["kld"], judge(plan)["segments"]["kld"])
-        row |= {"better_by": float(better.mean()), "ci95": 1.96 * float(better.std(ddof=1)) / math.sqrt(len(better))}
+        better = np.subtract(figures["window_kld"], judge(plan)["window_kld"])
+        row["better_by"], row["ci95"] = mean_and_interval(better[:, None])
         rows.append(row)
     return rows
 
@@ -156,8 +165,8 @@ def draw(rows: list[Row], file: Path) -> None:
         here = [row for row in rows if row["text"] == text]
         for name in dict.fromkeys(row["search"] for row in here):
             mine = [row for row in here if row["kind"] == "searched" and row["search"] == name]
-            own = sorted((row["bits_asymptotic"], row["kld"]) for row in mine)
-            axis.plot(*zip(*own, strict=True), "o-", ms=4, label=name)
+            own = sorted((row["bits_asymptotic"], row["kld"], row.get("kld_se", math.nan)) for row in mine)
+            axis.errorbar(*zip(*own, strict=True), fmt="o-", ms=4, capsize=2, elinewidth=1, label=name)
         uniform = {row["cache"]: (row["bits_asymptotic"], row["kld"]) for row in here if row["kind"] == "uniform"}
         best = pareto(uniform.items(), lambda item: item[1][0], lambda item: item[1][1])
         axis.plot(*zip(*uniform.values(), strict=True), "x", color="tab:gray", ms=4)
@@ -170,7 +179,8 @@ def draw(rows: list[Row], file: Path) -> None:
         axis.margins(x=0.16)
         axis.set_ylabel("KL divergence from the dense run (nats per token)")
         axis.grid(alpha=0.3, which="both")
-    axes[0][0].legend(title="searched", fontsize=8)
+    bars = any("kld_se" in row for row in rows)
+    axes[0][0].legend(title="searched" + ", bars: one standard error" * bars, fontsize=8)
     save_figure(figure, file)
 
 

@@ -6,8 +6,10 @@ import functools
 import importlib.metadata
 import io
 import json
+import math
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +20,19 @@ import numpy as np
 
 from kvjax.errors import KvjaxError
 from kvjax.files import brief, write_atomically
+
+NOT_IN_JSON = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+VECTOR_UNITS = {  # by the kernel's flag, the best first
+    "amx_tile": "amx",
+    "avx512f": "avx512",
+    "avx2": "avx2",
+    "avx": "avx",
+    "sse2": "sse2",
+    "sve2": "sve2",
+    "sve": "sve",
+    "asimd": "neon",
+    "neon": "neon",
+}
 
 
 def save_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -61,7 +76,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
       file: a file with one JSON object per line.
 
     Returns:
-      The rows; none where there is no file.
+      The rows; none where there is no file. Numbers that JSON does not know come back, see `write_rows`.
 
     Raises:
       KvjaxError: a line is not a JSON object.
@@ -76,7 +91,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
             row = None
         if not isinstance(row, dict):
             raise KvjaxError(f"{file}, line {number}: expected a JSON row; mend the file or name another")
-        rows.append(row)
+        rows.append(_unspell(row))
     return rows
 
 
@@ -127,6 +142,8 @@ def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Replaces a results file.
 
+    JSON knows no infinities and no NaN: they are written as the strings "Infinity", "-Infinity" and "NaN".
+
     Args:
       file: the results file.
       rows: the new rows.
@@ -138,20 +155,61 @@ def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    return b"".join(json.dumps(_spell(row), allow_nan=False).encode() + b"\n" for row in rows)
+
+
+def _spell(value: Any) -> Any:
+    """The value with numbers that JSON does not know as strings."""
+    if isinstance(value, Mapping):
+        return {key: _spell(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spell(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return next(name for name, number in NOT_IN_JSON.items() if str(number) == str(float(value)))
+    return value
+
+
+def _unspell(value: Any) -> Any:
+    """What `_spell` was given."""
+    if isinstance(value, dict):
+        return {key: _unspell(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_unspell(each) for each in value]
+    return NOT_IN_JSON.get(value, value) if isinstance(value, str) else value
 
 
 def provenance() -> dict[str, Any]:
     """Describes where a row comes from.
 
     Returns:
-      The device, the versions of packages and the commit of the checkout.
+      The device (of a CPU: model, vector unit and cores), the versions of packages and the commit of the checkout.
     """
     device = jax.devices()[0]
-    kind = device.device_kind if device.platform != "cpu" else f"cpu, {os.cpu_count()} cores"
+    kind = device.device_kind if device.platform != "cpu" else f"{_cpu()}, {os.cpu_count()} cores"
     packages = ("kvjax", "jax", "jaxlib", "flax", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
     return {"device": kind, "versions": {"python": platform.python_version(), **versions}, "git": _commit()}
+
+
+def _cpu() -> str:
+    file = Path("/proc/cpuinfo")
+    return describe_cpu(file.read_text() if file.exists() else "") or platform.processor() or platform.machine()
+
+
+def describe_cpu(cpuinfo: str) -> str:
+    """Names a CPU's model and its best vector unit, as in "AMD EPYC 7B13, avx2".
+
+    Args:
+      cpuinfo: the text of Linux' /proc/cpuinfo.
+
+    Returns:
+      The two, each where the text has it (the machine's architecture in place of a model); "" of an empty text.
+    """
+    fields: dict[str, str] = dict(re.findall(r"^([^:\n]*?)[ \t]*:[ \t]*(.*?)[ \t]*$", cpuinfo, re.MULTILINE))
+    model = " ".join(fields.get("model name", platform.machine()).split())  # ARM's kernels name no model
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    unit = next((name for flag, name in VECTOR_UNITS.items() if flag in flags), "")
+    return ", ".join(filter(None, (model, unit))) if fields else ""
 
 
 @functools.cache  # a call starts two processes, and the code in memory is that of the start anyway

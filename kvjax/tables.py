@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def align_columns(rows: Sequence[Sequence[str]], left: int) -> str:
@@ -18,3 +19,14 @@ def align_columns(rows: Sequence[Sequence[str]], left: int) -> str:
         return "  ".join(cell.ljust(widths[i]) if i < left else cell.rjust(widths[i]) for i, cell in enumerate(row))
 
     return "\n".join(line(row).rstrip() for row in rows)
+
+
+def format_figure(row: Mapping[str, Any], key: str, form: str) -> str:
+    """A number of a result row, in a format; "" where the row has none, as rows of earlier versions may."""
+    return "" if row.get(key) is None else f"{row[key]:{form}}"
+
+
+def format_with_error(row: Mapping[str, Any], key: str, form: str) -> str:
+    """A number of a result row ± its standard error, which rows of earlier versions may lack."""
+    error = format_figure(row, f"{key}_se", form)
+    return format_figure(row, key, form) + f" ± {error}" * bool(error)

@@ -185,8 +185,17 @@ class CachePlan:
 
     def bits_real(self, context: int, batch: int = 1) -> float:
         """Bytes per element of `context` tokens in bits, what is unquantised counted as 16 bits."""
-        elements = batch * context * 2 * self.model.kv_heads * self.model.head_dim * self.model.layers
-        return 8 * self.counted_bytes(context, batch) / elements
+        return 8 * self.counted_bytes(context, batch) / self._elements(context, batch)
+
+    def bits_peak(self, context: int, batch: int = 1) -> float:
+        """`bits_real`, and what a decode step holds beside the cache, in bits per element of `context` tokens.
+
+        That is the carry across layers (XQuant-CL's accumulator) at 16 bits a value. Weights, activations of the new
+        token and attention's tiles are not counted: they do not grow with the context.
+        """
+        carry = jax.eval_shape(lambda: self.init_carry(self.shape(batch, context, REAL_DTYPE)))
+        nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(carry))
+        return self.bits_real(context, batch) + 8 * nbytes / self._elements(context, batch)
 
     def nbytes(self, context: int, batch: int = 1, dtype: Any = REAL_DTYPE) -> int:
         """Allocated bytes of all layers for `batch` sequences of `context` tokens, `dtype` what is unquantised."""
@@ -214,6 +223,10 @@ class CachePlan:
             f" {self.bits_real(context, batch):.2f} real bits per element, {self.compression(context, batch):.2f} x"
         )
         return f"{align_columns(rows, left=2)}\n{total}"
+
+    def _elements(self, context: int, batch: int) -> int:
+        """Elements of K and V of all layers."""
+        return batch * context * 2 * self.model.kv_heads * self.model.head_dim * self.model.layers
 
     def _layers(self) -> dict[CacheSpec, list[int]]:
         """The layers of each spec, in order of appearance."""

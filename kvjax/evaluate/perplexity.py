@@ -202,20 +202,24 @@ class Score:
 
     Attributes:
       nll: mean negative log-likelihood, nats a token.
-      nll_se: the standard error of `nll` over tokens.
-      ppl: exp(nll).
+      nll_se: the standard error of `nll`.
+      ppl: exp(nll); inf beyond the largest float.
       kld: mean KL(dense || plan) per token, nats.
+      kld_se: the standard error of `kld`.
       kld_p99: the 99th percentile of KL(dense || plan), nats.
       top1: share of tokens whose argmax is the dense run's.
       tokens: scored tokens.
       windows: the token ids, [w, c]; position 0 of a window is not scored.
       per_token: nll, KL and agreement of each scored token, [w, c - 1].
+
+    Standard errors are those of `standard_error`: over the means of windows.
     """
 
     nll: float
     nll_se: float
     ppl: float
     kld: float
+    kld_se: float
     kld_p99: float
     top1: float
     tokens: int
@@ -225,16 +229,25 @@ class Score:
     @classmethod
     def of(cls, scores: vocabulary.TokenScores, windows: Int[np.ndarray, "w c"]) -> Score:
         """The figures of scores per token, [w, c - 1] a field."""
-        nll, kld, agree = (np.ravel(a) for a in (scores.nll, scores.kld, scores.agree))
+        nll, kld = np.asarray(scores.nll), np.asarray(scores.kld)
         mean = float(nll.mean())
-        error = float(nll.std(ddof=1) / math.sqrt(nll.size)) if nll.size > 1 else math.nan
-        kld_p99, top1 = float(np.percentile(kld, 99)), float(agree.mean())
-        return cls(mean, error, math.exp(mean), float(kld.mean()), kld_p99, top1, nll.size, windows, scores)
+        return cls(
+            nll=mean,
+            nll_se=standard_error(nll),
+            ppl=perplexity(mean),
+            kld=float(kld.mean()),
+            kld_se=standard_error(kld),
+            kld_p99=float(np.percentile(kld, 99)),
+            top1=float(scores.agree.mean()),
+            tokens=nll.size,
+            windows=windows,
+            per_token=scores,
+        )
 
     @property
     def figures(self) -> dict[str, Any]:
         """The numbers by name, as result rows have them."""
-        names = ("nll", "nll_se", "ppl", "kld", "kld_p99", "top1", "tokens")
+        names = ("nll", "nll_se", "ppl", "kld", "kld_se", "kld_p99", "top1", "tokens")
         return {name: getattr(self, name) for name in names}
 
     def __repr__(self) -> str:
@@ -252,7 +265,7 @@ class Score:
         if not np.array_equal(self.windows, other.windows):
             raise KvjaxError("the scores are of other tokens; expected two plans on the same windows of one text")
         nll, kld = (getattr(self.per_token, n) - getattr(other.per_token, n) for n in ("nll", "kld"))
-        return Comparison(*_mean_and_interval(nll), *_mean_and_interval(kld), self.tokens)
+        return Comparison(*mean_and_interval(nll), *mean_and_interval(kld), self.tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,8 +279,7 @@ class Comparison:
       kld_interval: half the width of its 95 % interval.
       tokens: compared tokens.
 
-    The intervals are Student's t over the means of windows, since tokens of a window depend on one another; over
-    tokens where there is one window.
+    The intervals are those of `mean_and_interval`.
     """
 
     nll: float
@@ -277,12 +289,35 @@ class Comparison:
     tokens: int
 
 
-def _mean_and_interval(difference: Float[np.ndarray, "w t"]) -> tuple[float, float]:
-    samples = difference.mean(1) if len(difference) > 1 else difference[0]
-    if len(samples) < 2:
-        return float(difference.mean()), math.nan
-    error = samples.std(ddof=1) / math.sqrt(len(samples))
-    return float(difference.mean()), float(scipy.special.stdtrit(len(samples) - 1, 0.975) * error)
+def perplexity(nll: float) -> float:
+    """exp(nll), of nats per token; inf beyond the largest float."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
+
+
+def standard_error(values: Float[np.ndarray, "w t"]) -> float:
+    """The standard error of the mean of a value per token; NaN of one value.
+
+    It is over the means of windows, since tokens of a window depend on one another. Where there is one window it is
+    over its tokens as if they were independent, and so too small.
+    """
+    samples = _samples(values)
+    return float(samples.std(ddof=1) / math.sqrt(len(samples))) if len(samples) > 1 else math.nan
+
+
+def mean_and_interval(values: Float[np.ndarray, "w t"]) -> tuple[float, float]:
+    """The mean of a value per token, and half the width of its 95 % interval by Student's t.
+
+    The interval is that of `standard_error`, with a degree of freedom less than there are windows.
+    """
+    width = scipy.special.stdtrit(max(len(_samples(values)) - 1, 1), 0.975)
+    return float(values.mean()), float(width * standard_error(values))
+
+
+def _samples(values: Float[np.ndarray, "w t"]) -> Float[np.ndarray, "n"]:
+    return values.mean(1) if len(values) > 1 else values[0]
 
 
 def concatenate(a: vocabulary.TokenScores, b: vocabulary.TokenScores) -> vocabulary.TokenScores:

@@ -25,17 +25,23 @@ from kvjax.caches.base import CacheSpec
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
-from kvjax.evaluate.perplexity import Score, Scorer, Timing, concatenate, cut_windows
+from kvjax.evaluate.perplexity import Score, Scorer, Timing, concatenate, cut_windows, standard_error
 from kvjax.evaluate.text import Text, name_of, read_ids
 from kvjax.evaluate.vocabulary import DenseRun, TokenScores
 from kvjax.models.model import Model
-from kvjax.tables import align_columns
+from kvjax.tables import align_columns, format_figure
 
 Row = dict[str, Any]
 Progress = Callable[[CachePlan, int, int], None]
 """progress(plan, done, total): how many of its windows are scored; called first with 0."""
-COLUMNS = {"bits": "bits_nominal", "with scales": "bits_asymptotic", "real": "bits_real", "x smaller": "compression"}
-FIGURES = {"nll": ".4f", "ppl": ".2f", "kld": ".4f", "kld_p99": ".3f", "top1": ".3f", "seconds": ".1f"}
+COLUMNS = {
+    "bits": "bits_nominal",
+    "with scales": "bits_asymptotic",
+    "real": "bits_real",
+    "peak": "bits_peak",
+    "x smaller": "compression",
+}
+FIGURES = {"kld": ".4f", "kld_p99": ".3f", "top1": ".3f", "nll": ".4f", "ppl": ".2f", "seconds": ".1f"}
 
 
 class Rows(list[Row]):
@@ -57,8 +63,8 @@ class Rows(list[Row]):
         """The rows as plain text."""
         lines = [["cache", *COLUMNS, *FIGURES]]
         for row in self:
-            bits = [f"{row[key]:.2f}" for key in COLUMNS.values()]
-            figures = [row["error"]] if "error" in row else [f"{row[key]:{form}}" for key, form in FIGURES.items()]
+            bits = [format_figure(row, key, ".2f") for key in COLUMNS.values()]
+            figures = [row["error"]] if "error" in row else [format_figure(row, *each) for each in FIGURES.items()]
             lines.append([row["cache"] + " (simulated)" * row["simulated"], *bits, *figures])
         return align_columns(lines, left=1)
 
@@ -218,14 +224,19 @@ class Sweep:
         return row
 
     def row(self, plan: CachePlan, progress: Callable[[int], None]) -> Row:
-        """The result row of one plan; `progress(done)` is told the number of finished windows."""
+        """The result row of one plan; `progress(done)` is told the number of finished windows.
+
+        `nll_increase_se` is the standard error of the plan's nll less the dense run's, token by token.
+        """
         try:
             score, timing = self.score(plan, progress)
+            paired = score.per_token.nll - self.score(self.dense, lambda done: None)[0].per_token.nll
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return self.describe(plan) | {"error": "out of memory"} | records.provenance()
-        return self.describe(plan) | score.figures | dataclasses.asdict(timing) | records.provenance()
+        figures = score.figures | {"nll_increase_se": standard_error(np.asarray(paired))}
+        return self.describe(plan) | figures | dataclasses.asdict(timing) | records.provenance()
 
     def score(self, plan: CachePlan, progress: Callable[[int], None]) -> tuple[Score, Timing]:
         """The score of one plan, and the seconds it took; `progress` as for `row`."""
@@ -250,6 +261,7 @@ class Sweep:
             "bits_nominal": plan.bits_nominal,
             "bits_asymptotic": plan.bits_asymptotic,
             "bits_real": plan.bits_real(context),
+            "bits_peak": plan.bits_peak(context),
             "bytes_per_token": plan.counted_bytes(context) / context,
             "compression": plan.compression(context),
             "simulated": plan.simulated,

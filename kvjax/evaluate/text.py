@@ -6,9 +6,11 @@ import contextlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
+from numpy.lib.stride_tricks import sliding_window_view
 
 from kvjax.caches.grammar import split_list
 from kvjax.downloads import Pinned, fetch
@@ -23,6 +25,7 @@ DEMO = Pinned(  # Paul Graham's essays, the usual filler of needle tests
     size=644147,
     sha256="1074bce916d9354f8e6e37496cd1356419e7bef8b0946eecec37c7cc9a9bb5a4",
 )
+SHARED_RUN = 32  # tokens in a row that two texts do not share by chance
 ALIASES = {"wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1:test"}
 
 
@@ -73,6 +76,48 @@ def split_texts(sources: Text) -> list[Text]:
     if not isinstance(sources, str) or any(is_literal(name.strip()) for name in sources.split(",")):
         return [sources]
     return list(split_list(sources))
+
+
+def check_unseen(judged: Text, calibrated_on: Text) -> None:
+    """Checks by their names that no text is both calibrated on and judged; nothing is read.
+
+    Args:
+      judged: texts that figures are stated for, see `split_texts`.
+      calibrated_on: texts that plans are chosen by.
+
+    Raises:
+      KvjaxError: the two share a text.
+    """
+    seen = [_same_for_all_names(text) for text in split_texts(calibrated_on)]
+    for text in split_texts(judged):
+        if isinstance(text, str | Path) and _same_for_all_names(text) in seen:
+            raise KvjaxError(f"{text} is both calibrated on and judged; expected to judge on a text that is not seen")
+
+
+def _same_for_all_names(source: Text) -> Any:
+    """A file's path, the parts of a data set's name, else the text itself."""
+    if not isinstance(source, str | Path):
+        return None
+    return Path(source).resolve() if _exists(Path.is_file, source) else _parse_dataset(str(source)) or str(source)
+
+
+def check_disjoint(judged: Int[np.ndarray, "w c"], calibrated_on: Int[np.ndarray, "v d"]) -> None:
+    """Checks that windows of tokens share no run of tokens, whatever their texts are called.
+
+    Args:
+      judged: token ids that figures are stated for.
+      calibrated_on: token ids that plans are chosen by.
+
+    Raises:
+      KvjaxError: a window of one holds 32 tokens in a row (all, where it is shorter) of a window of the other.
+    """
+    run = min(SHARED_RUN, judged.shape[1], calibrated_on.shape[1])
+    runs = lambda ids: {part.tobytes() for part in sliding_window_view(ids.astype(np.int32), run, 1).reshape(-1, run)}  # noqa: E731
+    if shared := runs(judged) & runs(calibrated_on):
+        raise KvjaxError(
+            f"judged windows share {len(shared)} runs of {run} tokens with those that plans are calibrated on;"
+            " expected windows that are not seen"
+        )
 
 
 def is_literal(source: str) -> bool:

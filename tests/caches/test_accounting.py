@@ -54,3 +54,10 @@ def test_bytes_are_the_compilers(text: str) -> None:
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers)) == plan.nbytes(256, 2, jnp.float32)
     compiled = jax.jit(lambda cache: jax.tree.map(lambda a: a + 1, cache)).lower(cache).compile()
     assert compiled.memory_analysis().argument_size_in_bytes == plan.nbytes(256, 2, jnp.float32) + cache.length.nbytes
+
+
+@pytest.mark.parametrize("text,extra", [("dense", 0), ("x4", 0), ("xcl4", 1), ("0-15:xcl4;16-31:x4", 1)])
+def test_peak_bits_hold_the_accumulator(text: str, extra: float) -> None:
+    """4096 channels of 16 bits once, over 2 x 1024 elements in each of 32 layers: one bit an element."""
+    plan = CachePlan.parse(text, GQA)
+    assert plan.bits_peak(1024, 2) - plan.bits_real(1024, 2) == pytest.approx(extra)

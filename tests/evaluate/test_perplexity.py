@@ -17,8 +17,16 @@ from kvjax.caches.plan import CachePlan
 from kvjax.calibrate.bases import load_bases
 from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
-from kvjax.evaluate.perplexity import Score, Scorer, cut_windows, hidden_states
+from kvjax.evaluate.perplexity import (
+    Score,
+    Scorer,
+    cut_windows,
+    hidden_states,
+    mean_and_interval,
+    standard_error,
+)
 from kvjax.evaluate.text import load_text
+from kvjax.evaluate.vocabulary import TokenScores
 from kvjax.models.decoder import Decoder
 from kvjax.models.model import Model
 
@@ -153,6 +161,7 @@ from kvjax.caches.plan import CachePlan
 from kvjax.calibrate.bases import load_bases
 from kvjax.evaluate.perplexity import hidden_states
 from kvjax.evaluate.text import load_text
+from kvjax.evaluate.vocabulary import TokenScores
 from kvjax.models.decoder import Decoder
 name, spec = sys.argv[1:]
 model = load(name, "float64")
@@ -188,3 +197,19 @@ def test_real_model_streaming_is_decode_in_float64(name: str, plan: str) -> None
     command = [sys.executable, "-c", REAL_FLOAT64, name, plan]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_standard_errors_and_intervals_are_over_windows() -> None:
+    """Student's t from a table of its quantiles: 4.3027 for 2 degrees of freedom, 12.706 for 1."""
+    values = np.repeat([[1.0], [2.0], [6.0]], 5, 1)  # within a window nothing differs
+    assert standard_error(values) == pytest.approx(np.sqrt(7 / 3))
+    assert mean_and_interval(values) == pytest.approx((3.0, 4.3027 * np.sqrt(7 / 3)), rel=1e-4)
+    assert mean_and_interval(values[1:, :1]) == pytest.approx((4.0, 12.7062 * 2), rel=1e-4)
+    assert standard_error(np.array([[1.0, 2.0, 6.0]])) == pytest.approx(np.sqrt(7 / 3))  # one window: its tokens
+    assert np.isnan(mean_and_interval(np.ones((1, 1)))[1])
+
+
+def test_a_perplexity_beyond_floats_is_infinite() -> None:
+    nll = np.full((2, 3), 1e4)
+    score = Score.of(TokenScores(nll, nll, np.zeros((2, 3))), np.zeros((2, 4), int))
+    assert score.ppl == np.inf and score.figures["nll"] == 1e4 and "ppl inf" in repr(score)

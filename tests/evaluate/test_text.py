@@ -1,11 +1,13 @@
 """Where texts come from, and what is refused."""
 
+from pathlib import Path
+
 import datasets
 import numpy as np
 import pytest
 
 from kvjax.errors import KvjaxError
-from kvjax.evaluate.text import is_literal, load_text, name_of, read_ids
+from kvjax.evaluate.text import check_disjoint, check_unseen, is_literal, load_text, name_of, read_ids
 from kvjax.models.tokenizer import ByteTokenizer
 
 
@@ -98,3 +100,29 @@ def test_ids():
 def test_ids_that_are_refused(ids):
     with pytest.raises(KvjaxError, match=r"expected (0 to 255|a text)"):
         read_ids(ids, ByteTokenizer(), 256)
+
+
+def test_a_text_is_not_both_calibrated_on_and_judged(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("a text")
+    check_unseen("wikitext-2", "demo")
+    check_unseen("Salesforce/wikitext:wikitext-2-raw-v1:validation,demo", "wikitext-2")
+    check_unseen([1, 2], [1, 2])  # ids have no name: see check_disjoint
+    for judged, seen in [
+        ("wikitext-2,demo", "demo"),
+        ("Salesforce/wikitext:wikitext-2-raw-v1", "wikitext-2"),
+        (file, f"demo,{tmp_path}/../{tmp_path.name}/a.txt"),
+        ("a literal text", "a literal text"),
+    ]:
+        with pytest.raises(KvjaxError, match="is both calibrated on and judged"):
+            check_unseen(judged, seen)
+
+
+def test_windows_that_share_a_run_of_tokens_are_refused() -> None:
+    ids = np.random.default_rng(0).integers(0, 50_000, 400)
+    check_disjoint(ids[:200].reshape(2, 100), ids[200:].reshape(4, 50))
+    check_disjoint(ids[:200].reshape(2, 100), ids[169:369].reshape(1, 200))  # 31 tokens
+    with pytest.raises(KvjaxError, match="share 1 runs of 32 tokens"):
+        check_disjoint(ids[:200].reshape(2, 100), ids[168:368].reshape(1, 200))
+    with pytest.raises(KvjaxError, match="share 1 runs of 10 tokens"):
+        check_disjoint(ids[:10][None], ids[None])

@@ -58,7 +58,12 @@ def test_rows_table_picture_and_resume(
     assert all(name[:20] in first.stdout for name in names)
     assert (tmp_path / "pareto.png").stat().st_size > 10_000
     dense, mixed, uniform = rows
-    assert dense["kld"] == 0 and dense["top1"] == 1 and dense["compression"] == 1 and dense["bits_real"] == 16
+    assert (
+        dense["kld"] == 0
+        and dense["top1"] == 1
+        and dense["compression"] == 1
+        and dense["bits_real"] == dense["bits_peak"] == 16
+    )
     assert dense["tokens"] == 5 * 47 and uniform["kld"] > 0 and mixed["kld"] > 0
     assert mixed["bits_nominal"] == pytest.approx((8 + 2) / 2)
     assert {"device", "versions", "git", "seconds", "compile_seconds", "nll_se", "kld_p99"} <= set(mixed)

@@ -1,0 +1,81 @@
+"""Tables of the docs: what they say of their rows, and which rows they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments import report
+from experiments.sources import check_clean, describe_source
+from kvjax.errors import KvjaxError
+from kvjax.records import read_rows
+
+PAGE = "before\n<!-- t -->\nold\n<!-- end -->\nafter\n"
+
+
+def row(git: str | None, device: str = "A, 2 cores", jax: str = "1") -> dict[str, Any]:
+    return {"device": device, "versions": {"python": "3", "kvjax": "0", "jax": jax}, "git": git}
+
+
+def test_a_source_names_every_commit_device_and_version_once_in_order() -> None:
+    rows = [row("b"), row("a", jax="2"), row("b", "B, 4 cores")]
+    assert describe_source(rows) == "Device: A, 2 cores; B, 4 cores; python 3, jax 1 and 2; commits b, a."
+    assert describe_source(rows[:1]) == "Device: A, 2 cores; python 3, jax 1; commit b."
+
+
+def test_rows_that_no_commit_reproduces_are_refused() -> None:
+    check_clean("some.jsonl", [row("a"), row("b")])
+    with pytest.raises(KvjaxError, match=r"dirty rows: some.jsonl: 2 of 3 \(lines 2, 3\)"):
+        check_clean("some.jsonl", [row("a"), row("b+"), row(None)])
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with one page, whose tables `t` and `u` have rows of a commit and rows of none."""
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/t.jsonl").write_text(json.dumps(row("a")) + "\n")
+    (tmp_path / "results/u.jsonl").write_text(json.dumps(row("b+")) + "\n")
+    (tmp_path / "page.md").write_text(PAGE + PAGE.replace("t -->", "u -->"))
+    return tmp_path
+
+
+def test_a_table_is_written_and_a_refused_one_stays(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = {name: (f"{name}.jsonl", describe_source) for name in ("u", "t")}
+    monkeypatch.setattr(report, "TABLES", {"page.md": tables})
+    monkeypatch.setattr(report, "PICTURES", {"p": ("u.jsonl", lambda rows, file: pytest.fail("drawn"))})
+    monkeypatch.setattr(report, "write_bad_inputs", lambda: None)
+    with pytest.raises(SystemExit, match=r"^dirty rows: u.jsonl: 1 of 1 \(lines 1\)[^\n]*$"):
+        report.main()
+    written = PAGE.replace("old", describe_source([row("a")]))
+    assert (root / "page.md").read_text() == written + PAGE.replace("t -->", "u -->")
+
+
+def test_every_page_has_its_tables_and_every_table_is_made_of_its_rows() -> None:
+    for page, tables in report.TABLES.items():
+        text = (report.ROOT / page).read_text(encoding="utf-8")
+        for name, (file, render) in tables.items():
+            assert f"<!-- {name} -->\n" in text
+            rows = read_rows(report.ROOT / "results" / file) if file else []
+            if rows or not file:
+                assert "\n| --- |" in "\n" + render(rows)
+
+
+def test_bits_stand_beside_one_another_where_rows_have_them() -> None:
+    figures = {"cache": "xcl2", "bits_asymptotic": 2.7, "bits_real": 3.76, "nll": 3.0, "kld": 0.1, "top1": 0.9}
+    rows = [row("a") | figures | {"text": text, "bits_peak": 4.56} for text in ("wikitext-2", "demo")]
+    *_, last = report.xquant(rows).splitlines()
+    assert last == "| `xcl2` | 2.70 | 3.76 | 4.56 | 0.1000 | 0.900 | 3.0000 | 0.1000 | 3.0000 |"
+    *_, last = report.xquant([{key: each[key] for key in each if key != "bits_peak"} for each in rows]).splitlines()
+    assert last.startswith("| `xcl2` | 2.70 | 3.76 |  | 0.1000 |")
+
+
+def test_a_missing_result_file_is_named(root: Path) -> None:
+    with pytest.raises(KvjaxError, match=r"no rows: v\.jsonl"):
+        report.clean_rows("v.jsonl")
+    (root / "results/v.jsonl").write_text("")
+    with pytest.raises(KvjaxError, match=r"no rows: v\.jsonl"):
+        report.clean_rows("v.jsonl")

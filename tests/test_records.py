@@ -1,0 +1,62 @@
+"""Result rows: numbers that JSON does not know, and what describes the machine."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from pathlib import Path
+
+import pytest
+
+from kvjax.records import append_row, describe_cpu, provenance, read_rows
+
+EPYC = """processor\t: 0
+model\t\t: 1
+model name\t: AMD EPYC 7B13
+flags\t\t: fpu sse2 avx avx2 sha_ni
+
+processor\t: 1
+model\t\t: 1
+model name\t: AMD EPYC 7B13
+flags\t\t: fpu sse2 avx avx2 sha_ni
+"""
+ARM = "processor\t: 0\nFeatures\t: fp asimd sve\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n"
+
+
+@pytest.mark.parametrize(
+    "text,says",
+    [
+        (EPYC, "AMD EPYC 7B13, avx2"),
+        (EPYC.replace("avx2", "avx2 avx512f"), "AMD EPYC 7B13, avx512"),
+        (EPYC.replace("avx2", "avx2 avx512f amx_tile"), "AMD EPYC 7B13, amx"),
+        ("model name : Intel(R)  Xeon(R) CPU @ 2.20GHz\nflags : fpu mmx\n", "Intel(R) Xeon(R) CPU @ 2.20GHz"),
+        (ARM, f"{platform.machine()}, sve"),
+        (ARM.replace(" sve", ""), f"{platform.machine()}, neon"),
+        ("", ""),
+    ],
+)
+def test_a_cpu_is_named_by_its_model_and_vector_unit(text: str, says: str) -> None:
+    assert describe_cpu(text) == says
+
+
+def test_the_device_says_more_than_cpu() -> None:
+    device = provenance()["device"]
+    assert device.endswith(" cores") and not device.startswith("cpu")
+
+
+def test_rows_are_strict_json_and_come_back(tmp_path: Path) -> None:
+    file, row = (
+        tmp_path / "rows.jsonl",
+        {"ppl": math.inf, "low": -math.inf, "list": [1.5, {"a": math.inf}], "no": None},
+    )
+    append_row(file, row | {"nll_se": math.nan})
+    json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    (found,) = read_rows(file)
+    assert math.isnan(found.pop("nll_se")) and found == row
+
+
+def test_rows_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"nll_se": NaN, "ppl": Infinity}\n')
+    (row,) = read_rows(tmp_path / "rows.jsonl")
+    assert math.isnan(row["nll_se"]) and row["ppl"] == math.inf
