@@ -20,7 +20,7 @@ def get_config() -> config_dict.ConfigDict:
         budget_asymptotic=0.0,  # bits with scales; counts instead where it is not 0
         method="knapsack",  # or nsga2, refine (a knapsack's plan, made better)
         error="predicted",  # of single layers, for the knapsack: or kld (measured, slower), e_o
-        prune="nominal",  # candidates by the front of bits (or asymptotic) and e_o, layer by layer; none
+        prune="kl",  # candidates of a layer, for nsga2: the front of bits and KL; paper (of bits and e_o), none
         cluster="group",  # for nsga2: noise as one group, or singletons; none
         objective="kld",  # or nll, top1, agreement (of greedy answers), gsm8k
         problems="",  # GSM8K's file: agreement's prompts, gsm8k's problems

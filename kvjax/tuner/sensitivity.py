@@ -42,6 +42,7 @@ from kvjax.tuner.simulate import Simulator, Streamed, levels_of, run_layer
 
 TINY = 1e-8  # added to norms that are divided by
 ROWS = 128  # tokens whose logits are held at a time
+RELATIVE = "norms per token and head"  # what rows say of e_k, e_v and e_o
 ERRORS = ("e_k", "e_v", "e_a", "e_o", "predicted")
 
 
@@ -184,7 +185,9 @@ def _late_attention(
     return a, jnp.einsum("bhtn,bnhd->bthd", a, v)
 
 
-def relative_error(exact: Float[Array, "*tokens heads d"], other: Float[Array, "*tokens heads d"]) -> Float[Array, ""]:
+def relative_error(
+    exact: Float[Array, "*tokens heads d"], other: Float[Array, "*tokens heads d"]
+) -> Float[Array, ""]:
     """The norm of the error over the norm of the exact vector, averaged over tokens and heads."""
     error, size = jnp.linalg.norm(exact - other, axis=-1), jnp.linalg.norm(exact, axis=-1)
     return jnp.mean(error / (size + TINY))
