@@ -13,6 +13,7 @@ def get_config() -> config_dict.ConfigDict:
     return config_dict.create(
         model="smollm2-135m",  # a name, a path or a hub name, see kvjax.load
         text="demo",  # to calibrate on: files, demo, wikitext-2 or hub data sets, separated by commas
+        judged_on="",  # another text, which judges the chosen plan; not judged where empty
         mode="kivi",  # of the default candidates: kivi or token
         candidates="",  # caches, see kvjax.caches.plan; {2, 4, 8} bits of K and V where empty
         plugins="",  # modules or Python files that register more caches, separated by commas

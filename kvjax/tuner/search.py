@@ -24,7 +24,7 @@ from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score, cut_windows
-from kvjax.evaluate.text import Text, read_ids, split_texts
+from kvjax.evaluate.text import Text, name_of, read_ids, split_texts
 from kvjax.models.model import Model
 from kvjax.tuner import sensitivity
 from kvjax.tuner.evaluations import Evaluations, locked
@@ -57,6 +57,11 @@ def calibration(model: Model, text: Text, context: int, windows: int, offset: in
     """
     texts = (read_ids(each, model.tokenizer, model.config.vocab_size) for each in split_texts(text))
     return np.concatenate([cut_windows(ids, context, windows, offset) for ids in texts])
+
+
+def names_of(text: Text) -> str:
+    """What result rows call the texts of a search."""
+    return ",".join(map(name_of, split_texts(text)))
 
 
 class Search:

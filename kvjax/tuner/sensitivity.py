@@ -185,9 +185,7 @@ def _late_attention(
     return a, jnp.einsum("bhtn,bnhd->bthd", a, v)
 
 
-def relative_error(
-    exact: Float[Array, "*tokens heads d"], other: Float[Array, "*tokens heads d"]
-) -> Float[Array, ""]:
+def relative_error(exact: Float[Array, "*tokens H d"], other: Float[Array, "*tokens H d"]) -> Float[Array, ""]:
     """The norm of the error over the norm of the exact vector, averaged over tokens and heads."""
     error, size = jnp.linalg.norm(exact - other, axis=-1), jnp.linalg.norm(exact, axis=-1)
     return jnp.mean(error / (size + TINY))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
 import pytest
 import yaml
 
@@ -24,6 +26,7 @@ from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
 from kvjax.models.model import Model
 from kvjax.tuner import search as searches
+from kvjax.tuner.judge import check_texts_differ
 from kvjax.tuner.search import Search
 from kvjax.tuner.settings import SearchSettings
 from kvjax.tuner.tune import Tuning
@@ -151,6 +154,40 @@ def test_a_lost_evaluation_is_made_again(made: Path, model: Model, text: str, tm
     assert timeless(tuning.rows) == timeless(rows_of(made))
     assert (folder / "evaluations" / lost.name).exists()
     assert (folder / "sensitivity.jsonl").read_bytes() == (made / "sensitivity.jsonl").read_bytes()
+
+
+# ---- judged on a text that it never saw
+
+
+def test_the_card_says_how_good_the_plan_is_elsewhere(made: Path, model: Model, text: str, tmp_path: Path) -> None:
+    """The figures of packed caches on the judged text."""
+    other = tmp_path / "other.txt"
+    other.write_text("Pack my box with five dozen liquor jugs! " * 20)
+    folder = tmp_path / "folder"
+    shutil.copytree(made, folder)
+    tuning = kvjax.tune(model, text, **ASKED, **PLACE, judged_on=other, folder=folder)
+    judged, scored = tuning.card["judged"], kvjax.score(model, other, tuning.plan, **PLACE)
+    assert judged["text"] == "other.txt" and judged["tokens_sha256"] != tuning.card["calibration"]["tokens_sha256"]
+    for name in ("kld", "nll", "top1"):
+        assert judged[name] == pytest.approx(getattr(scored, name), rel=1e-3)
+    assert judged["kld"] != tuning.card["expected"]["kld"]
+    card = yaml.safe_load((made / "plan.yaml").read_text())["card"]
+    assert "judged" not in card and tuning.card["expected"] == card["expected"]
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+def test_refuses_to_judge_on_what_it_calibrated_on(model: Model, text: str, tmp_path: Path) -> None:
+    again = tmp_path / "another-name.txt"
+    again.write_text(Path(text).read_text())
+    with pytest.raises(KvjaxError, match=r"another-name\.txt is both calibrated on and judged on; expected another"):
+        kvjax.tune(model, text, **ASKED, **PLACE, judged_on=again, folder=tmp_path / "out")
+    ids = list(range(100, 200))
+    with pytest.raises(KvjaxError, match=r"^token ids is both calibrated on and judged on"):
+        check_texts_differ(ids, np.array(ids))
+    with pytest.raises(KvjaxError, match="is both calibrated on"):
+        check_texts_differ(f"{again},demo", "demo")
+    check_texts_differ(text, "demo")
+    check_texts_differ(ids, ids[1:])
 
 
 # ---- what is refused, before anything is computed
