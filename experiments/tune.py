@@ -2,10 +2,10 @@
 
     python -m experiments.tune --config=configs/tune.py --config.budget=3.25 --workdir=DIR
 
-Leaves DIR/plan.yaml, DIR/front.jsonl and pictures. With --config.judged_on=TEXT, the plan's card also says how good it
-is on that text, which must be another than the one calibrated on. Every stage goes on where it was cut off: errors of
-layers are rows of DIR/sensitivity.jsonl, evaluated plans lie in DIR/evaluations, NSGA-II's trials in DIR/journal.log,
-which more processes may share (--config.worker=1, ...).
+Leaves DIR/plan.yaml, DIR/front.jsonl and pictures. With --config.judged_on=TEXT, the plan's card also says how good
+it is on that text, which must be another than the one calibrated on. Every stage goes on where it was cut off: errors
+of layers are rows of DIR/sensitivity.jsonl, evaluated plans lie in DIR/evaluations, NSGA-II's trials in
+DIR/journal.log, which more processes may share (--config.worker=1, ...).
 """
 
 from __future__ import annotations
