@@ -306,7 +306,8 @@ def _lossless(row: Row) -> bool:
 
 def searches(rows: list[Row]) -> str:
     header, lines = search_courses.summary(rows)
-    return f"{_source(rows)} {_calibration(rows)}\n\n" + table(header, lines)
+    judged = "Judged on {judged_windows} × {context} tokens of {judged_on}.".format(**rows[0])
+    return f"{_source(rows)} {_calibration(rows)} {judged}\n\n" + table(header, lines)
 
 
 def search_speed(rows: list[Row]) -> str:

@@ -451,6 +451,7 @@ CASES = (
     _tune("a context beyond the model's, calibrating", "the model's 256", "--config.context=300"),
     _tune("too few tokens to calibrate on", "expected at least 1280", "--config.windows=20"),
     _tune("one of two texts is missing", "no text 'nowhere.txt'", "--config.text=text.txt,nowhere.txt"),
+    _tune("a text to judge on that was calibrated on", "calibrated on and judged on", "--config.judged_on=text.txt"),
     _tune("candidates with an empty name", "single commas", "--config.candidates=k4v4,,k2v2"),
     _tune("an unknown candidate", "expected dense, k{key_bits}v{value_bits}", "--config.candidates=k4v4,zip"),
     _tune("a plan for a candidate", "expected dense, k{key_bits}v{value_bits}", "--config.candidates=0:k4v4;1:k2v2"),
