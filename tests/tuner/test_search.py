@@ -159,7 +159,9 @@ def test_a_lost_evaluation_is_made_again(made: Path, model: Model, text: str, tm
 # ---- judged on a text that it never saw
 
 
-def test_the_card_says_how_good_the_plan_is_elsewhere(made: Path, model: Model, text: str, tmp_path: Path) -> None:
+def test_the_card_says_how_good_the_plan_is_elsewhere(
+    made: Path, model: Model, text: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """The figures of packed caches on the judged text."""
     other = tmp_path / "other.txt"
     other.write_text("Pack my box with five dozen liquor jugs! " * 20)
@@ -173,6 +175,13 @@ def test_the_card_says_how_good_the_plan_is_elsewhere(made: Path, model: Model, 
     assert judged["kld"] != tuning.card["expected"]["kld"]
     card = yaml.safe_load((made / "plan.yaml").read_text())["card"]
     assert "judged" not in card and tuning.card["expected"] == card["expected"]
+    config = get_config()
+    config.update({"model": model.name, "text": text, "judged_on": str(other)} | PLACE | ASKED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "draw", lambda *_: None)
+        program.main(config, folder)
+    assert yaml.safe_load((folder / "plan.yaml").read_text())["card"]["judged"] == judged
+    assert f"judged on other.txt: KL {judged['kld']:.5f}" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("nothing_is_computed")
