@@ -221,7 +221,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
         axis.grid(alpha=0.3, which="both")
     axes[1].legend(fontsize=8)
     seeds = len({row["seed"] for row in rows})
-    title = "{model}, searched on {text}, {windows} × {context} tokens; {seeds} seeds: median and range"
+    title = "{model}, searched on {text}, {windows} × {context} tokens; seeds: {seeds} (median and range)"
     figure.suptitle(title.format(**rows[0], seeds=seeds), fontsize=10)
     save_figure(figure, file)
 
