@@ -13,6 +13,7 @@ def get_config() -> config_dict.ConfigDict:
     return config_dict.create(
         model="smollm2-135m",  # a name, a path or a hub name, see kvjax.load
         text="demo",  # to calibrate on: files, demo, wikitext-2 or hub data sets, separated by commas
+        judged_on="",  # another text, which judges the chosen plan; not judged where empty
         mode="kivi",  # of the default candidates: kivi or token
         candidates="",  # caches, see kvjax.caches.plan; {2, 4, 8} bits of K and V where empty
         plugins="",  # modules or Python files that register more caches, separated by commas
@@ -20,7 +21,7 @@ def get_config() -> config_dict.ConfigDict:
         budget_asymptotic=0.0,  # bits with scales; counts instead where it is not 0
         method="knapsack",  # or nsga2, refine (a knapsack's plan, made better)
         error="predicted",  # of single layers, for the knapsack: or kld (measured, slower), e_o
-        prune="nominal",  # candidates by the front of bits (or asymptotic) and e_o, layer by layer; none
+        prune="kl",  # candidates of a layer, for nsga2: the front of bits and KL; paper (of bits and e_o), none
         cluster="group",  # for nsga2: noise as one group, or singletons; none
         objective="kld",  # or nll, top1, agreement (of greedy answers), gsm8k
         problems="",  # GSM8K's file: agreement's prompts, gsm8k's problems

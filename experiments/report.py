@@ -318,19 +318,9 @@ def _lossless(row: Row) -> bool:
 
 
 def searches(rows: list[Row]) -> str:
-    by_name = {
-        name: [row for row in rows if row["search"] == name] for name in dict.fromkeys(r["search"] for r in rows)
-    }
-    volumes = ("hypervolume", "hypervolume_log")
-    goal = {v: max(own[-1][v] for name, own in by_name.items() if name.startswith("NSGA")) for v in volumes}
-    lines = []
-    for name, own in by_name.items():
-        reached = (next((str(row["evaluations"]) for row in own if row[v] >= goal[v]), "never") for v in volumes)
-        spent = str(own[-1]["evaluations"]), f"{own[-1]['sensitivity']:.1f}"
-        lines.append([name, *spent, f"{own[-1]['hypervolume']:.3f}", f"{own[-1]['hypervolume_log']:.2f}", *reached])
-    header = ("search", "plans evaluated", "sensitivity", "hypervolume", "of log10 KL")
-    more = ("NSGA-II's best reached after", "of log10 KL")
-    return f"{describe_source(rows)} {_calibration(rows)}\n\n" + table((*header, *more), lines)
+    header, lines = search_courses.summary(rows)
+    judged = "Judged on {judged_windows} × {context} tokens of {judged_on}.".format(**rows[0])
+    return f"{describe_source(rows)} {_calibration(rows)} {judged}\n\n" + table(header, lines)
 
 
 def search_speed(rows: list[Row]) -> str:

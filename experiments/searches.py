@@ -1,115 +1,249 @@
-"""Searches for the same budget on the same evaluations: the hypervolume of their fronts, evaluation by evaluation.
+"""Searches for the same budget, with as many evaluations each, over several seeds, judged on a text they never saw.
 
     python -m experiments.searches --config=configs/searches.py --workdir=DIR
 
-The objectives are nominal bits and KL divergence, or its logarithm; the reference point is the budget and the KL of
-the worst uniform cache. Writes DIR/searches.jsonl and draws DIR/searches.png.
+A search makes at most `trials` evaluations, those that measuring the layers' errors costs among them. A seed draws
+NSGA-II's trials and the predictions' tokens. The plan of least KL within each of `judged_budgets` is then judged on
+other texts. A row of DIR/searches.jsonl is one search with one seed. What is there is not searched again, and a
+search that was cut off goes on. Prints medians and ranges over the seeds, and draws DIR/searches.png.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
 from ml_collections import config_dict
+from rich.console import Console
+from rich.table import Table
 
 from experiments import program
 from experiments.pareto import save_figure
 from experiments.tune import Bars, calibration, make_search
 from kvjax import records
+from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import load
+from kvjax.errors import KvjaxError
+from kvjax.evaluate.sweep import kept_in
+from kvjax.tuner.evaluations import Evaluations
+from kvjax.tuner.judge import make_judge
 from kvjax.tuner.search import Search
 from kvjax.tuner.space import hypervolume
 
 SEARCHES: dict[str, dict[str, str]] = {
     "NSGA-II": {"method": "nsga2", "prune": "none", "cluster": "none"},
-    "NSGA-II, pruned and clustered": {"method": "nsga2", "prune": "nominal", "cluster": "group"},
-    "knapsack, predicted errors": {"method": "knapsack", "error": "predicted"},
+    "NSGA-II, pruned by e_o, clustered (KVTuner)": {"method": "nsga2", "prune": "paper", "cluster": "group"},
+    "NSGA-II, pruned by KL, clustered": {"method": "nsga2", "prune": "kl", "cluster": "group"},
+    "NSGA-II, pruned by KL": {"method": "nsga2", "prune": "kl", "cluster": "none"},
+    "knapsack, predicted KL": {"method": "knapsack", "error": "predicted"},
     "knapsack, e_o": {"method": "knapsack", "error": "e_o"},
 }
+RIVAL = "NSGA-II"  # what the rivals' names begin with
+NOISE = 1e-7  # of a KL in float32, in nats
 Row = dict[str, Any]
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
-    file = workdir / "searches.jsonl"
-    if not file.exists():
-        records.append_rows(file, _compare(config, workdir))
-    rows = records.read_rows(file)
-    draw(rows, workdir / "searches.png")
-    for name in SEARCHES:
-        last = [row for row in rows if row["search"] == name][-1]
-        volumes = f"hypervolume {last['hypervolume']:.4f}, of log10 KL {last['hypervolume_log']:.3f}"
-        print(f"{name:32s} {last['evaluations']:4d} evaluations + {last['sensitivity']:.1f}: {volumes}")
-
-
-def _compare(config: config_dict.ConfigDict, workdir: Path) -> list[Row]:
+    budgets = _budgets(config)
     model = load(config.model, config.dtype)
+    sizes = config.context, config.judged_windows
     windows = calibration(config, model)
+    judge = make_judge(model, config.text, windows, config.judged_on, *sizes, workdir / "judgements")
     first = make_search(config, model, windows, workdir)
-    worst = max(first.evaluations(plan)["kld"] for plan in first.uniform)
-    start, compiled = time.perf_counter(), records.CompileSeconds()
-    with Bars() as first.progress:
-        first.errors()
-    seconds = time.perf_counter() - start - compiled.total()
-    rows = []
-    for name, settings in SEARCHES.items():
-        own = config_dict.ConfigDict({**config.to_dict(), **settings})
-        search = make_search(own, model, windows, workdir)
-        search.share(first)
-        with Bars() as search.progress:
-            plans = search.plans()
-        one = _seconds_an_evaluation(search, plans)
-        uses = own.method == "knapsack" or own.prune != "none"
-        extra = {"search": name, "sensitivity": seconds / one if uses else 0.0, "seconds_an_evaluation": one}
-        identity = {"experiment": "searches", **search.identity, "budget": own.budget, "seed": own.seed}
-        rows += [identity | extra | row | records.provenance() for row in _course(search, plans, worst)]
-    return rows
+    file, asked = workdir / "searches.jsonl", _asked(first, judge, config)
+    for seed in range(config.seed, config.seed + config.seeds):
+        for name in SEARCHES:
+            point = asked | {"search": name, "seed": seed}
+            if records.find_row(file, point) is None:
+                row = _run(first, name, seed, _sensitivity(first, workdir / "costs.jsonl"), judge, budgets)
+                records.append_row(file, point | row | records.provenance())
+    rows = [row for row in records.read_rows(file) if asked.items() <= row.items()]
+    draw(rows, workdir / "searches.png")
+    Console(width=200).print(_table(rows))
 
 
-def _course(search: Search, plans: list[CachePlan], worst: float) -> list[Row]:
-    """The hypervolume after every evaluation that was not made before; trials that repeat a plan cost nothing."""
-    points: list[tuple[float, float]] = []
-    rows = []
-    for count, plan in enumerate(dict.fromkeys(plans), 1):
-        bits, kld = plan.bits_nominal, search.evaluations(plan)["kld"]
-        points.append((bits, kld))
-        logs = [(b, math.log10(k)) for b, k in points]
-        volumes = {
-            "hypervolume": hypervolume(points, (search.bits.budget, worst)),
-            "hypervolume_log": hypervolume(logs, (search.bits.budget, math.log10(worst))),
-        }
-        rows.append({"evaluations": count, "cache": str(plan), "bits_nominal": bits, "kld": kld, **volumes})
-    return rows
+def _budgets(config: config_dict.ConfigDict) -> list[float]:
+    try:
+        budgets = [float(budget) for budget in split_list(config.judged_budgets)]
+    except ValueError:
+        raise KvjaxError(f"judged_budgets={config.judged_budgets!r}; expected numbers of bits") from None
+    most = config.budget_asymptotic or config.budget
+    if not all(0 < budget <= most for budget in budgets):
+        raise KvjaxError(f"judged_budgets={config.judged_budgets}; expected bits of at most the budget, {most:g}")
+    if config.seeds < 1:
+        raise KvjaxError(f"seeds={config.seeds}; expected at least 1")
+    return budgets
 
 
-def _seconds_an_evaluation(search: Search, plans: list[CachePlan]) -> float:
-    """The median: the first ones compile."""
-    seconds = sorted(search.evaluations(plan)["seconds"] for plan in plans)
-    return seconds[len(seconds) // 2]
+def _asked(first: Search, judge: Evaluations, config: config_dict.ConfigDict) -> Row:
+    """What the rows of a comparison share."""
+    judged = {f"judged_{key}": judge.identity[key] for key in ("tokens_sha256", "windows")}
+    return {
+        "experiment": "searches",
+        **first.identity,
+        "candidates": ",".join(map(str, first.candidates)),
+        "budget": first.bits.budget,
+        "budget_of": first.bits.kind,
+        "trials": config.trials,
+        "judged_on": judge.identity["text"],
+        **judged,
+        "judged_budgets": config.judged_budgets,
+    }
 
 
-def draw(rows: list[Row], file: Path) -> None:
-    """Hypervolume by evaluations, and the fronts."""
+# ---- one search
+
+
+def _run(
+    first: Search, name: str, seed: int, sensitivity: float, judge: Evaluations, budgets: Sequence[float]
+) -> Row:
+    """One search with one seed: bits and KL of its plans in order, and its choices on the judged text."""
+    settings = SEARCHES[name]
+    cost = 0.0 if settings.get("prune") == settings.get("cluster") == "none" else sensitivity
+    count = max(1, first.settings.trials - math.ceil(cost))
+    asked: dict[str, Any] = {**settings, "seed": seed, "trials": count, "points": count}
+    search = Search(
+        dataclasses.replace(first.settings, **asked), first.model, first.windows, first.identity, first.folder
+    )
+    search.share(first)
+    with Bars() as search.progress:
+        plans = list(dict.fromkeys(search.plans()))
+    evaluated = {plan: (search.bits.of_plan(plan), search.evaluations(plan)["kld"]) for plan in plans}
+    reference = first.bits.budget, max(first.evaluations(plan)["kld"] for plan in first.uniform)
+    judged = [row for budget in budgets if (row := _judged(evaluated, budget, judge))]
+    return {"sensitivity": cost, "reference": reference, "evaluated": list(evaluated.values()), "judged": judged}
+
+
+def _judged(evaluated: dict[CachePlan, tuple[float, float]], budget: float, judge: Evaluations) -> Row | None:
+    """The plan that a search would choose for a budget, on the judged text; None where no plan fits."""
+    within = [plan for plan, (bits, _) in evaluated.items() if bits <= budget + 1e-9]
+    if not within:
+        return None
+    plan = min(within, key=lambda plan: evaluated[plan][1])
+    bits, kld = evaluated[plan]
+    return {"budget": budget, "cache": str(plan), "bits": bits, "kld_calibrated": kld, "kld": judge(plan)["kld"]}
+
+
+def _sensitivity(search: Search, file: Path) -> float:
+    """What measuring the errors of all layers costs, in evaluations of a plan; timed once, when all is compiled."""
+    point = {"experiment": "sensitivity cost", **search.identity, "candidates": ",".join(map(str, search.candidates))}
+    row = records.find_row(file, point)
+    if row is None:
+        one = statistics.median(search.evaluations(plan)["seconds"] for plan in search.uniform)
+        search.errors()
+        with kept_in(None) as folder:
+            again = Search(search.settings, search.model, search.windows, search.identity, folder)
+            again.share(search)
+            start = time.perf_counter()
+            again.errors()
+            seconds = time.perf_counter() - start
+        row = point | {"seconds": seconds, "seconds_an_evaluation": one, "evaluations": seconds / one}
+        records.append_row(file, row | records.provenance())
+    return float(row["evaluations"])
+
+
+# ---- what the rows say
+
+
+def course(row: Row) -> list[float]:
+    """The hypervolume of bits and log10 KL after every evaluation; the reference is the row's."""
+    points = [(bits, math.log10(max(kld, NOISE))) for bits, kld in row["evaluated"]]
+    bits, kld = row["reference"]
+    return [hypervolume(points[:count], (bits, math.log10(kld))) for count in range(1, len(points) + 1)]
+
+
+def summary(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of a table: medians over the seeds, ranges in brackets."""
+    by_name = _by_name(rows)
+    courses = {name: [course(row) for row in own] for name, own in by_name.items()}
+    goal = max((each[-1] for name in courses if name.startswith(RIVAL) for each in courses[name]), default=math.inf)
+    budgets = sorted({each["budget"] for row in rows for each in row["judged"]})
+    lines = []
+    for name, own in by_name.items():
+        counts = [len(row["evaluated"]) for row in own]
+        reached = [next((i for i, v in enumerate(each, 1) if v >= goal), math.inf) for each in courses[name]]
+        median = statistics.median_high(reached)
+        figures = [
+            spread([each[-1] for each in courses[name]], ".2f"),
+            "never" if median == math.inf else f"{median}",
+        ]
+        figures += [spread(_klds(own, budget), ".4f") for budget in budgets]
+        lines.append([name, str(len(own)), spread(counts, "g"), f"{own[0]['sensitivity']:.1f}", *figures])
+    header = ["search", "seeds", "plans evaluated", "sensitivity", "hypervolume", f"{RIVAL}'s best reached after"]
+    return [*header, *(f"unseen KL at {budget:g} bits" for budget in budgets)], lines
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """The median, and the range where there is one."""
+    if not values:
+        return "none"
+    low, middle, high = (f"{value:{form}}" for value in (min(values), statistics.median(values), max(values)))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def _klds(rows: Sequence[Row], budget: float) -> list[float]:
+    """On the judged text, of the plans chosen for a budget."""
+    return [each["kld"] for row in rows for each in row["judged"] if each["budget"] == budget]
+
+
+def _by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    return {name: own for name in SEARCHES if (own := [row for row in rows if row["search"] == name])}
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    header, lines = summary(rows)
+    title = "{model}, calibrated on {text}, judged on {judged_on}".format(**rows[0])
+    table = Table(*header, title=title, title_justify="left")
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def draw(rows: Sequence[Row], file: Path) -> None:
+    """Hypervolume by evaluations, and the chosen plans on the judged text: medians, and ranges over the seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(12.4, 4.8), layout="constrained")
-    for name, marker in zip(SEARCHES, "so^v", strict=True):
-        own = [row for row in rows if row["search"] == name]
-        spent = [row["evaluations"] + row["sensitivity"] for row in own]
-        axes[0].plot(spent, [row["hypervolume_log"] for row in own], "-" + marker, ms=4, markevery=0.1, label=name)
-        points = sorted((row["bits_nominal"], row["kld"]) for row in own)
-        front = [p for i, p in enumerate(points) if all(p[1] < q[1] for q in points[:i])]
-        axes[1].plot(*zip(*front, strict=True), marker, ms=5, ls="-", lw=1, drawstyle="steps-post", label=name)
+    for (name, own), marker in zip(_by_name(rows).items(), "soD^v*", strict=False):
+        _draw_courses(axes[0], own, marker)
+        _draw_judged(axes[1], own, name, marker)
     axes[0].set(xscale="log", xlabel="evaluations of the model (sensitivity counted in them)")
-    axes[0].set(ylabel="hypervolume of nominal bits and log10 KL")
-    axes[1].set(yscale="log", xlabel="nominal bits", ylabel="KL divergence from the dense run (nats per token)")
+    axes[0].set(ylabel="hypervolume of bits and log10 KL, calibrated text")
+    axes[1].set(yscale="log", xlabel="budget, {budget_of} bits".format(**rows[0]))
+    axes[1].set(ylabel="KL from the dense run on {judged_on} (nats per token)".format(**rows[0]))
     for axis in axes:
         axis.grid(alpha=0.3, which="both")
-    axes[1].legend()
-    figure.suptitle("{model}, {text}, {windows} × {context} tokens of each text".format(**rows[0]), fontsize=10)
+    axes[1].legend(fontsize=8)
+    seeds = len({row["seed"] for row in rows})
+    title = "{model}, searched on {text}, {windows} × {context} tokens; seeds: {seeds} (median and range)"
+    figure.suptitle(title.format(**rows[0], seeds=seeds), fontsize=10)
     save_figure(figure, file)
+
+
+def _draw_courses(axis: Axes, rows: Sequence[Row], marker: str) -> None:
+    """A line, and a band over the seeds; a search that has ended keeps its last value."""
+    courses = [course(row) for row in rows]
+    longest = max(map(len, courses))
+    values = np.array([each + each[-1:] * (longest - len(each)) for each in courses])
+    spent = rows[0]["sensitivity"] + np.arange(1, longest + 1)
+    (line,) = axis.plot(spent, np.median(values, 0), "-" + marker, ms=4, markevery=0.1)
+    axis.fill_between(spent, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def _draw_judged(axis: Axes, rows: Sequence[Row], name: str, marker: str) -> None:
+    """A point per budget, with a bar over the seeds."""
+    budgets = sorted({each["budget"] for row in rows for each in row["judged"]})
+    klds = [_klds(rows, budget) for budget in budgets]
+    middle = np.array([statistics.median(each) for each in klds])
+    reach = np.abs(np.array([[min(each) for each in klds], [max(each) for each in klds]]) - middle)
+    axis.errorbar(budgets, middle, reach, fmt="-" + marker, ms=4, lw=1, capsize=2, label=name)
 
 
 if __name__ == "__main__":

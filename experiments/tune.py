@@ -2,9 +2,10 @@
 
     python -m experiments.tune --config=configs/tune.py --config.budget=3.25 --workdir=DIR
 
-Leaves DIR/plan.yaml, DIR/front.jsonl and pictures. Every stage goes on where it was cut off: errors of layers are
-rows of DIR/sensitivity.jsonl, evaluated plans lie in DIR/evaluations, NSGA-II's trials in DIR/journal.log, which more
-processes may share (--config.worker=1, ...).
+Leaves DIR/plan.yaml, DIR/front.jsonl and pictures. With --config.judged_on=TEXT, the plan's card also says how good
+it is on that text, which must be another than the one calibrated on. Every stage goes on where it was cut off: errors
+of layers are rows of DIR/sensitivity.jsonl, evaluated plans lie in DIR/evaluations, NSGA-II's trials in
+DIR/journal.log, which more processes may share (--config.worker=1, ...).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from kvjax.evaluate.sweep import identity_of
 from kvjax.files import write_atomically
 from kvjax.models.model import Model
 from kvjax.tuner import search as tuner
+from kvjax.tuner.judge import make_judge
 from kvjax.tuner.search import Search
 from kvjax.tuner.settings import SearchSettings
 from kvjax.tuner.tune import Tuning
@@ -42,14 +44,19 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         jax.config.update("jax_enable_x64", True)
     model = load(config.model, config.dtype)
     windows = calibration(config, model)
-    search = make_search(config, model, windows, workdir)
+    search, judge = make_search(config, model, windows, workdir), None
+    if config.judged_on:
+        sizes = config.context, config.windows
+        judge = make_judge(model, config.text, windows, config.judged_on, *sizes, workdir / "judgements")
     with Bars() as search.progress:
-        tuning = Tuning.of(search)
+        tuning = Tuning.of(search, judge)
     tuning.save(workdir / "plan.yaml")
     _write_presets(tuning.plan, workdir)
     records.write_rows(workdir / "front.jsonl", tuning.rows)
     draw(search, tuning.rows, workdir)
     Console(width=150).print(_table(tuning.rows))
+    if judged := tuning.card.get("judged"):
+        print("judged on {text}: KL {kld:.5f}, nll {nll:.4f}, top-1 {top1:.3f}".format(**judged))
     print(f"plan: {workdir / 'plan.yaml'}\nfront: {workdir / 'front.jsonl'}\npictures: {workdir}/*.png")
 
 

@@ -28,10 +28,10 @@ from experiments.pareto import save_figure
 ERRORS = {
     "kld": "KL of the model with this layer quantised alone (nats per token)",
     "predicted": "its prediction from one backward pass (nats per token)",
-    "e_k": "relative error of the keys e_k",
-    "e_v": "relative error of the values e_v",
+    "e_k": "relative error of the keys e_k (of norms)",
+    "e_v": "relative error of the values e_v (of norms)",
     "e_a": "error of the attention weights e_a",
-    "e_o": "relative error of the attention output e_o",
+    "e_o": "relative error of the attention output e_o (of norms)",
 }
 KINDS = ("search", "uniform", "chosen")
 SEARCH, UNIFORM, CHOSEN = "#0072B2", "#D55E00", "#F0E442"  # of Okabe and Ito's colours, told apart by all

@@ -91,7 +91,7 @@ def check_unseen(judged: Text, calibrated_on: Text) -> None:
     seen = [_same_for_all_names(text) for text in split_texts(calibrated_on)]
     for text in split_texts(judged):
         if isinstance(text, str | Path) and _same_for_all_names(text) in seen:
-            raise KvjaxError(f"{text} is both calibrated on and judged; expected to judge on a text that is not seen")
+            raise KvjaxError(f"{text} is both calibrated on and judged on; expected another text to judge on")
 
 
 def _same_for_all_names(source: Text) -> Any:

@@ -11,6 +11,7 @@ from kvjax.caches.plan import CachePlan
 from kvjax.caches.registry import plugins_of
 from kvjax.errors import KvjaxError
 from kvjax.files import write_atomically
+from kvjax.tuner.evaluations import Evaluations
 from kvjax.tuner.search import Row, Search
 from kvjax.tuner.space import pareto
 
@@ -18,18 +19,23 @@ EXPECTED = ("kld", "nll", "top1", "bits_nominal", "bits_asymptotic", "bits_real"
 CALIBRATION = ("text", "tokens_sha256", "context", "windows", "offset", "dtype")
 
 
-def make_card(search: Search, rows: list[Row], seconds: float) -> dict[str, Any]:
+def make_card(search: Search, rows: list[Row], seconds: float, judge: Evaluations | None = None) -> dict[str, Any]:
     """The card of the plan that a search chose.
 
     Args:
       search: the search that ended.
       rows: `search.front`'s, the chosen one last.
       seconds: that the search took.
+      judge: evaluates the plan on a text that the search did not see.
+
+    Raises:
+      KvjaxError: what the judge raises.
     """
     *others, chosen = rows
     identity, settings = search.identity, search.settings
     front = pareto(others, lambda row: row["bits_asymptotic"], lambda row: row["kld"])
-    plugins = plugins_of(CachePlan.parse(chosen["cache"], search.model.config).specs)
+    plan = CachePlan.parse(chosen["cache"], search.model.config)
+    plugins = plugins_of(plan.specs)
     return {
         "model": identity["model"],
         "model_sha256": identity["model_sha256"],
@@ -43,6 +49,7 @@ def make_card(search: Search, rows: list[Row], seconds: float) -> dict[str, Any]
             "seconds": round(seconds, 1),
         },
         "expected": {key: chosen[key] for key in EXPECTED},
+        **({"judged": {key: judge.identity[key] for key in CALIBRATION} | judge(plan)} if judge else {}),
         "front": [[row["bits_asymptotic"], row["kld"]] for row in front],
         "made_with": {key: chosen[key] for key in ("device", "versions", "git")},
     }

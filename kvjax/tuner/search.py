@@ -24,7 +24,7 @@ from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score, cut_windows
-from kvjax.evaluate.text import Text, read_ids, split_texts
+from kvjax.evaluate.text import Text, name_of, read_ids, split_texts
 from kvjax.models.model import Model
 from kvjax.tuner import sensitivity
 from kvjax.tuner.evaluations import Evaluations, locked
@@ -34,7 +34,7 @@ from kvjax.tuner.objective import make_objective
 from kvjax.tuner.refine import refine
 from kvjax.tuner.settings import ANSWERS, SearchSettings
 from kvjax.tuner.simulate import Simulator
-from kvjax.tuner.space import Bits, cluster, default_candidates, pareto, resolved
+from kvjax.tuner.space import Bits, cluster, default_candidates, halving_order, pareto, resolved
 
 SAMPLES = 2  # draws of every token's prediction, for the prediction of KL
 Row = dict[str, Any]
@@ -57,6 +57,11 @@ def calibration(model: Model, text: Text, context: int, windows: int, offset: in
     """
     texts = (read_ids(each, model.tokenizer, model.config.vocab_size) for each in split_texts(text))
     return np.concatenate([cut_windows(ids, context, windows, offset) for ids in texts])
+
+
+def names_of(text: Text) -> str:
+    """What result rows call the texts of a search."""
+    return ",".join(map(name_of, split_texts(text)))
 
 
 class Search:
@@ -162,7 +167,8 @@ class Search:
         """The rows of a file and, appended to it, those that it lacked."""
         layers, specs = self.model.config.layers, self._places()
         common = {"experiment": "sensitivity", **self.identity, "samples": SAMPLES, "seed": self.settings.seed}
-        needed = {"layer", "cache", "bits_asymptotic", "e_o", self.settings.error}
+        common["relative_errors"] = sensitivity.RELATIVE
+        needed = {"layer", "cache", "bits_asymptotic", "e_o", "predicted", self.settings.error}
         rows = [row for row in records.read_rows(file) if common.items() <= row.items() and needed <= row.keys()]
         found = {(row["layer"], row["cache"]): row for row in rows}
         names = {spec: cross_layer.label(spec) for spec in specs}
@@ -223,6 +229,7 @@ class Search:
         front = self.knapsack_front()
         ends = self.bits.of_plan(front[-1]), min(self.bits.of_plan(front[0]), self.bits.budget)
         targets = np.linspace(*ends, self.settings.points)
+        targets = targets[halving_order(len(targets))]  # few evaluations cover the front, too
         spread = [min(front, key=lambda plan, t=t: abs(self.bits.of_plan(plan) - t)) for t in targets]  # type: ignore[misc]
         return list(dict.fromkeys([self._for_budget(front), *spread]))
 
@@ -247,7 +254,7 @@ class Search:
         """Every layer's candidates, most bits first: pruned or not, the plan's own is one."""
         choices = []
         for layer, spec in enumerate(start.specs):
-            names = {str(spec), *map(str, self._pruned(layer, self.bits.of, self.settings.error))}
+            names = {str(spec), *map(str, self._pruned(layer, self.bits, self._nats))}
             some = [each for each in self.candidates if str(each) in names]
             choices.append(sorted(some, key=lambda each: self.bits.of(self._top(each)), reverse=True))
         return choices
@@ -266,10 +273,7 @@ class Search:
     def groups(self) -> tuple[list[list[int]], list[list[CacheSpec]]]:
         """Layers that share a choice, and every layer's choice."""
         layers = range(self.model.config.layers)
-        choices = [list(self.candidates) for _ in layers]
-        if self.settings.prune != "none":
-            bits = dataclasses.replace(self.bits, kind=self.settings.prune)
-            choices = [self._pruned(layer, bits.of, "e_o") for layer in layers]
+        choices = [self._choice(layer) for layer in layers]
         if self.settings.cluster == "none":
             return [[layer] for layer in layers], choices
         errors = [[self._row(layer, spec)["e_o"] for spec in choices[layer]] for layer in layers]
@@ -281,8 +285,24 @@ class Search:
         kept = [[cross_layer.label(self._top(spec)) for spec in choices[group[0]]] for group in groups]
         return [{"layers": group, "candidates": names} for group, names in zip(groups, kept, strict=True)]
 
-    def _pruned(self, layer: int, bits: Callable[[CacheSpec], float], error: str) -> list[CacheSpec]:
-        return pareto(self.candidates, lambda spec: bits(self._top(spec)), lambda spec: self._row(layer, spec)[error])
+    def _choice(self, layer: int) -> list[CacheSpec]:
+        """The candidates that NSGA-II has at a layer."""
+        if self.settings.prune == "none":
+            return list(self.candidates)
+        if self.settings.prune == "paper":
+            return self._pruned(layer, dataclasses.replace(self.bits, kind="nominal"), "e_o")
+        return self._pruned(layer, self.bits, self._nats)
+
+    @property
+    def _nats(self) -> str:
+        """The error that prunes: a layer's KL, measured where the search measures it; e_o drops the better pairs."""
+        return "kld" if self.settings.error == "kld" else "predicted"
+
+    def _pruned(self, layer: int, bits: Bits, error: str) -> list[CacheSpec]:
+        """The candidates that no other beats in both bits and error at a layer, most bits first."""
+        return pareto(
+            self.candidates, lambda spec: bits.of(self._top(spec)), lambda spec: self._row(layer, spec)[error]
+        )
 
     def _top(self, candidate: CacheSpec) -> CacheSpec:
         """The candidate where all layers have it, at the top: above the base of a run."""

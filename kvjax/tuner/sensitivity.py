@@ -2,11 +2,15 @@
 
 Everything is measured on a full-precision run, so that no error accumulates (KVTuner, section 4 and appendix B).
 
-    e_k = mean |K - K̂| / |K|    e_v likewise    e_a = mean |a - â|    e_o = mean |o - ô| / |o|
+    e_k = mean ‖k - k̂‖ / ‖k‖    e_v likewise    e_a = mean |a - â|    e_o = mean ‖o - ô‖ / ‖o‖
 
-with â = softmax(q K̂ᵀ / √d) and ô = â V̂. Every key and value is read as stored. The queries are those of the decoding
-phase, which is here the second half of a window. `kld` is the KL divergence of the whole model with this layer
-quantised.
+with â = softmax(q K̂ᵀ / √d) and ô = â V̂. The norms are Euclidean, over the head_dim values of one head and token; the
+means are over tokens and heads. Every key and value is read as stored. The queries are those of the decoding phase,
+which is here the second half of a window. `kld` is the KL divergence of the whole model with this layer quantised.
+
+KVTuner's equations divide element by element, |o - ô| / |o|. That mean does not exist for values whose density is
+positive at 0 (it grows with the logarithm of the sample, so a few elements near 0 decide it). A ratio of norms has a
+mean, ranks layers better, and has the magnitudes of the paper's Table 9.
 
 `predicted` estimates `kld` for all layers and candidates from one backward pass. Let g be the gradient of
 Σ_t log p(y_t) with respect to the layer's attention output, with y_t drawn from the predictions of the dense run, and
@@ -36,8 +40,9 @@ from kvjax.ops import attention
 from kvjax.ops.rotate import rotate_heads
 from kvjax.tuner.simulate import Simulator, Streamed, levels_of, run_layer
 
-TINY = 1e-8  # added to denominators
+TINY = 1e-8  # added to norms that are divided by
 ROWS = 128  # tokens whose logits are held at a time
+RELATIVE = "norms per token and head"  # what rows say of e_k, e_v and e_o
 ERRORS = ("e_k", "e_v", "e_a", "e_o", "predicted")
 
 
@@ -153,10 +158,10 @@ class _Probe:
             k, v = (_by_position(x[0], positions[0], self.shape.max_len) for x in (k, v))
             a_hat, o_hat = _late_attention(chunk, k[None], v[None])
             return {
-                "e_k": _relative(own[0][0], k),
-                "e_v": _relative(own[1][0], v),
+                "e_k": relative_error(own[0][0], k),
+                "e_v": relative_error(own[1][0], v),
                 "e_a": jnp.abs(a - a_hat).sum() / seen,
-                "e_o": _relative(o, o_hat),
+                "e_o": relative_error(o, o_hat),
                 "predicted": 0.5 * (moved**2).sum(1).mean() / (moved.shape[1] - 1),
             }
 
@@ -180,8 +185,10 @@ def _late_attention(
     return a, jnp.einsum("bhtn,bnhd->bthd", a, v)
 
 
-def _relative(exact: Array, other: Array) -> Array:
-    return jnp.mean(jnp.abs(exact - other) / (jnp.abs(exact) + TINY))
+def relative_error(exact: Float[Array, "*tokens H d"], other: Float[Array, "*tokens H d"]) -> Float[Array, ""]:
+    """The norm of the error over the norm of the exact vector, averaged over tokens and heads."""
+    error, size = jnp.linalg.norm(exact - other, axis=-1), jnp.linalg.norm(exact, axis=-1)
+    return jnp.mean(error / (size + TINY))
 
 
 # ---- gradients

@@ -14,7 +14,7 @@ CHOICES = {
     "mode": ("kivi", "token"),
     "method": ("knapsack", "nsga2", "refine"),
     "error": ("predicted", "kld", "e_o"),
-    "prune": ("nominal", "asymptotic", "none"),
+    "prune": ("kl", "paper", "none"),
     "cluster": ("group", "singletons", "none"),
     "objective": ("kld", "nll", "top1", "agreement", "gsm8k"),
 }
@@ -37,7 +37,8 @@ class SearchSettings:
       budget_asymptotic: bits with scales; counts instead of `budget` where it is not 0.
       method: knapsack, nsga2, or refine (a knapsack's plan, made better).
       error: of single layers, for the knapsack: predicted, kld (measured, slower) or e_o.
-      prune: candidates by the front of nominal or asymptotic bits and e_o, layer by layer; or none.
+      prune: every layer's candidates, for nsga2: kl keeps the front of bits and KL; paper keeps that of nominal bits
+        and e_o, as KVTuner does; or none.
       cluster: of layers, for nsga2: noise as one group, or singletons; or none.
       objective: what is made small: kld or nll; or large: top1, agreement (of greedy answers), gsm8k.
       problems: GSM8K's file: agreement's prompts, gsm8k's problems.
@@ -55,7 +56,7 @@ class SearchSettings:
     budget_asymptotic: float = 0.0
     method: str = "knapsack"
     error: str = "predicted"
-    prune: str = "nominal"
+    prune: str = "kl"
     cluster: str = "group"
     objective: str = "kld"
     problems: str = ""

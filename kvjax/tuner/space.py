@@ -1,6 +1,7 @@
 """The space of plans: the candidate caches of each layer, how bits are counted, pruning and clustering.
 
-Pruning keeps, layer by layer, the candidates that no other beats in both bits and error (KVTuner, section 5.1).
+Pruning keeps, layer by layer, the candidates that no other beats in both bits and error (KVTuner, section 5.1, where
+the error is e_o).
 Clustering lets similar layers share one choice: layers are split by their candidates first, then by DBSCAN on their
 errors (section 5.2, appendix D.1.2).
 """
@@ -142,6 +143,12 @@ def cluster(
             alone = label == -1 and noise == "singletons"
             groups += [[layer] for layer in members] if alone else [members]
     return sorted(groups)
+
+
+def halving_order(count: int) -> list[int]:
+    """Orders 0 to count - 1 so that the first few always lie evenly: the bits of each, read backwards."""
+    width = (count - 1).bit_length()
+    return sorted(range(count), key=lambda i: f"{i:0{width}b}"[::-1])
 
 
 def hypervolume(points: Iterable[tuple[float, float]], reference: tuple[float, float]) -> float:

@@ -9,10 +9,12 @@ from typing import Any
 
 from kvjax.caches.plan import CachePlan
 from kvjax.evaluate.sweep import identity_of, kept_in
-from kvjax.evaluate.text import Text, name_of, split_texts
+from kvjax.evaluate.text import Text
 from kvjax.models.model import Model
 from kvjax.tuner.card import make_card, write_plan
-from kvjax.tuner.search import Progress, Row, Search, calibration
+from kvjax.tuner.evaluations import Evaluations
+from kvjax.tuner.judge import make_judge
+from kvjax.tuner.search import Progress, Row, Search, calibration, names_of
 from kvjax.tuner.settings import SearchSettings
 
 
@@ -31,12 +33,12 @@ class Tuning:
     card: dict[str, Any]
 
     @classmethod
-    def of(cls, search: Search) -> Tuning:
-        """Runs a search to its end."""
+    def of(cls, search: Search, judge: Evaluations | None = None) -> Tuning:
+        """Runs a search to its end; a judge evaluates the chosen plan on a text that the search did not see."""
         started = time.perf_counter()
         rows = search.front(search.plans())
         plan = CachePlan.parse(rows[-1]["cache"], search.model.config)
-        return cls(plan, rows, make_card(search, rows, time.perf_counter() - started))
+        return cls(plan, rows, make_card(search, rows, time.perf_counter() - started, judge))
 
     def save(self, path: str | Path) -> None:
         """Writes the plan and its card to a .yaml file, which every `cache` takes.
@@ -61,6 +63,7 @@ def tune(
     context: int = 1024,
     windows: int = 2,
     offset: int = 0,
+    judged_on: Text | None = None,
     **settings: Any,
 ) -> Tuning:
     """Searches the best plan for a budget of bits.
@@ -75,6 +78,7 @@ def tune(
       context: tokens a window.
       windows: windows of each text.
       offset: tokens of each text that are skipped first.
+      judged_on: another text, whose first windows judge the plan; the card then says how good it is there.
       settings: more of `kvjax.tuner.settings.SearchSettings`.
 
     Raises:
@@ -82,6 +86,9 @@ def tune(
     """
     checked = SearchSettings.of({"budget": budget, **settings})
     cut = calibration(model, text, context, windows, offset)
-    identity = identity_of(model, ",".join(map(name_of, split_texts(text))), cut, "streaming", windows, offset)
+    identity = identity_of(model, names_of(text), cut, "streaming", windows, offset)
     with kept_in(folder) as where:
-        return Tuning.of(Search(checked, model, cut, identity, where, progress))
+        judge = None
+        if judged_on is not None:
+            judge = make_judge(model, text, cut, judged_on, context, windows, where / "judgements")
+        return Tuning.of(Search(checked, model, cut, identity, where, progress), judge)

@@ -279,7 +279,7 @@ def invented(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_budget_with_scales(common: Row, model: Model, tmp_path: Path) -> None:
-    search(tmp_path, common, budget_asymptotic=4.75, prune="asymptotic", method="refine")
+    search(tmp_path, common, budget_asymptotic=4.75, method="refine")
     card = yaml.safe_load((tmp_path / "plan.yaml").read_text())["card"]
     assert card["search"]["budget"] == 4.75 and card["search"]["budget_of"] == "asymptotic bits"
     assert 4.25 <= card["expected"]["bits_asymptotic"] <= 4.75

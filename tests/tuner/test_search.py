@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -153,6 +154,44 @@ def test_a_lost_evaluation_is_made_again(made: Path, model: Model, text: str, tm
     assert (folder / "sensitivity.jsonl").read_bytes() == (made / "sensitivity.jsonl").read_bytes()
 
 
+# ---- judged on a text that it never saw
+
+
+def test_the_card_says_how_good_the_plan_is_elsewhere(
+    made: Path, model: Model, text: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The figures of packed caches on the judged text."""
+    other = tmp_path / "other.txt"
+    other.write_text("Pack my box with five dozen liquor jugs! " * 20)
+    folder = tmp_path / "folder"
+    shutil.copytree(made, folder)
+    tuning = kvjax.tune(model, text, **ASKED, **PLACE, judged_on=other, folder=folder)
+    judged, scored = tuning.card["judged"], kvjax.score(model, other, tuning.plan, **PLACE)
+    assert judged["text"] == "other.txt" and judged["tokens_sha256"] != tuning.card["calibration"]["tokens_sha256"]
+    for name in ("kld", "nll", "top1"):
+        assert judged[name] == pytest.approx(getattr(scored, name), rel=1e-3)
+    assert judged["kld"] != tuning.card["expected"]["kld"]
+    card = yaml.safe_load((made / "plan.yaml").read_text())["card"]
+    assert "judged" not in card and tuning.card["expected"] == card["expected"]
+    config = get_config()
+    config.update({"model": model.name, "text": text, "judged_on": str(other)} | PLACE | ASKED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "draw", lambda *_: None)
+        program.main(config, folder)
+    assert yaml.safe_load((folder / "plan.yaml").read_text())["card"]["judged"] == judged
+    assert f"judged on other.txt: KL {judged['kld']:.5f}" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+def test_refuses_to_judge_on_what_it_calibrated_on(model: Model, text: str, tmp_path: Path) -> None:
+    again = tmp_path / "another-name.txt"
+    again.write_text(Path(text).read_text())
+    with pytest.raises(KvjaxError, match=r"judged windows share .* tokens with those that plans are calibrated on"):
+        kvjax.tune(model, text, **ASKED, **PLACE, judged_on=again, folder=tmp_path / "out")
+    with pytest.raises(KvjaxError, match="is both calibrated on and judged on; expected another text"):
+        kvjax.tune(model, text, **ASKED, **PLACE, judged_on=Path(text), folder=tmp_path / "out")
+
+
 # ---- what is refused, before anything is computed
 
 
@@ -215,6 +254,67 @@ def test_a_folder_that_is_a_file(model: Model, text: str) -> None:
 def test_settings_are_the_programs() -> None:
     config = get_config()
     assert program.settings_of(config) == SearchSettings()
+
+
+# ---- pruning
+
+
+def errors_of(layer: int, spec: KV) -> Row:
+    """Local errors that prefer bits of V, and KL that prefers bits of K: what models are measured to have."""
+    scale = 1 + layer
+    costs = {"e_o": (1, 3), "predicted": (3, 1), "kld": (4, 1)}
+    return {name: scale * (k * 4.0**-spec.key_bits + v * 4.0**-spec.value_bits) for name, (k, v) in costs.items()}
+
+
+@pytest.fixture
+def searching(model: Model, text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Search]:
+    """Searches over KVTuner's nine pairs whose layers have `errors_of`."""
+
+    def measure(self: Search, layer: int, specs: list[KV], gradients: Any) -> list[Row]:
+        bits = [{"bits_nominal": spec.bits_nominal, "bits_asymptotic": spec.bits_nominal} for spec in specs]
+        named = [{"layer": layer, "cache": str(spec)} | errors_of(layer, spec) for spec in specs]
+        return [one | two for one, two in zip(bits, named, strict=True)]
+
+    monkeypatch.setattr(Search, "_gradients", lambda self: [])
+    monkeypatch.setattr(Search, "_measure", measure)
+    windows = searches.calibration(model, text, offset=0, **PLACE)
+    return lambda **settings: Search(SearchSettings.of(settings), model, windows, {}, tmp_path)
+
+
+def names(specs: Iterable[Any]) -> set[str]:
+    return {str(spec).removesuffix("@kivi") for spec in specs}
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "kept"),
+    [
+        ({}, "predicted", {"k8v8", "k8v4", "k4v4", "k4v2", "k2v2"}),
+        ({"error": "kld"}, "kld", {"k8v8", "k8v4", "k4v4", "k4v2", "k2v2"}),
+        ({"error": "e_o"}, "predicted", {"k8v8", "k8v4", "k4v4", "k4v2", "k2v2"}),
+        ({"prune": "paper"}, "e_o", {"k8v8", "k4v8", "k4v4", "k2v4", "k2v2"}),
+    ],
+)
+def test_pruning_keeps_the_best_pair_of_every_budget(
+    settings: Row, error: str, kept: set[str], searching: Callable[..., Search]
+) -> None:
+    search = searching(cluster="none", **settings)
+    groups, choices = search.groups()
+    for (layer,), choice in zip(groups, choices, strict=True):
+        for most in (2, 3, 4, 5, 6, 8):
+            within = [spec for spec in search.candidates if spec.bits_nominal <= most]
+            assert min(within, key=lambda spec: errors_of(layer, spec)[error]) in choice
+        assert names(choice) == kept
+    assert names(searching(prune="none", cluster="none").groups()[1][0]) == names(search.candidates)
+
+
+@pytest.mark.parametrize("settings", [{}, {"error": "e_o"}, {"prune": "paper"}])
+def test_our_own_search_is_pruned_by_kl(settings: Row, searching: Callable[..., Search]) -> None:
+    """Whatever NSGA-II is pruned by; and the plan that it starts from keeps its own candidates."""
+    search = searching(method="refine", **settings)
+    start = CachePlan.parse("0:k2v8;1:k4v4", search.model.config)
+    choices = search._choices_around(start)
+    assert names(choices[0]) == {"k8v8", "k8v4", "k4v4", "k4v2", "k2v2", "k2v8"}
+    assert names(choices[1]) == {"k8v8", "k8v4", "k4v4", "k4v2", "k2v2"}
 
 
 # ---- plugins

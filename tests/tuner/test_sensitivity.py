@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,7 +15,7 @@ from kvjax.caches.plan import CachePlan
 from kvjax.evaluate.perplexity import Scorer
 from kvjax.models.model import Model
 from kvjax.tuner import sensitivity
-from kvjax.tuner.sensitivity import ERRORS, TINY, gradients, local_errors, measured, quantise_one
+from kvjax.tuner.sensitivity import ERRORS, gradients, local_errors, measured, quantise_one, relative_error
 from kvjax.tuner.simulate import Simulator
 
 pytestmark = pytest.mark.usefixtures("quick_float64", "is_decode_shape")
@@ -111,21 +112,26 @@ def kld_of(text: str, layer: int) -> float:
     return float(np.mean(parts))
 
 
+def relative_norms(exact: np.ndarray, other: np.ndarray) -> float:
+    """One head of one token after the other."""
+    vectors = zip(exact.reshape(-1, exact.shape[-1]), other.reshape(-1, exact.shape[-1]), strict=True)
+    return float(np.mean([math.dist(x, y) / math.hypot(*x) for x, y in vectors]))
+
+
 def definitions(text: str, layer: int, window: int, g: np.ndarray) -> dict[str, float]:
     """KVTuner's errors, and the prediction."""
     seen, _ = dense(window)
     exact, (k_hat, v_hat) = seen[layer], stored(text, layer, seen)
     (a, o), (a_hat, o_hat) = attention(exact, exact.k, exact.v), attention(exact, k_hat, v_hat)
     late = slice(TOKENS // 2, None)  # the decoding phase
-    relative = lambda x, y: np.mean(np.abs(x - y) / (np.abs(x) + TINY))  # noqa: E731
     index = np.arange(TOKENS)
     visible = (index <= index[late, None]) & (index > index[late, None] - exact.window)
     along = np.einsum("snhd,nhd->sn", g, moved(text, layer, seen))
     return {
-        "e_k": relative(exact.k, k_hat),
-        "e_v": relative(exact.v, v_hat),
+        "e_k": relative_norms(exact.k, k_hat),
+        "e_v": relative_norms(exact.v, v_hat),
         "e_a": np.abs(a - a_hat)[:, late][:, visible].mean(),
-        "e_o": relative(o[late], o_hat[late]),
+        "e_o": relative_norms(o[late], o_hat[late]),
         "predicted": 0.5 * (along**2).sum(1).mean() / (TOKENS - 1),
     }
 
@@ -142,6 +148,29 @@ def test_errors_are_those_of_the_definitions(layer: int, texts: list[str]) -> No
             wanted = np.mean([one[name] for one in each])
             np.testing.assert_allclose(errors[name], wanted, rtol=1e-6, err_msg=f"{text} {name}")
     assert all(errors["e_k"] > 1e-4 and errors["predicted"] > 0 for errors in found)
+
+
+GROUP, MEAN_RANGE = 32, 4.14  # the mean range of 32 standard normal values, in standard deviations
+
+
+@pytest.mark.parametrize(("bits", "wanted"), [(8, 0.0048), (4, 0.081), (2, 0.41)])
+def test_relative_errors_of_gaussian_values(bits: int, wanted: float) -> None:
+    """Rounding to steps of range / (2^b - 1) errs by a step / √12; the paper's Table 9 has .0078, .125, .605."""
+    x = np.random.default_rng(bits).standard_normal((500, 2, 64))
+    read = by_token(x, bits, GROUP)
+    found = float(relative_error(x, read))
+    assert found == pytest.approx(relative_norms(x, read), rel=1e-6)
+    assert found == pytest.approx(wanted, rel=0.08)
+    assert found == pytest.approx(MEAN_RANGE / (2**bits - 1) / math.sqrt(12), rel=0.05)
+
+
+def test_relative_errors_have_a_mean() -> None:
+    """Elements near 0 do not decide it, and a vector of zeros that is read back exactly has no error."""
+    x = np.random.default_rng(0).standard_normal((500, 2, 64))
+    noise = 0.1 * np.random.default_rng(1).standard_normal(x.shape)
+    near = np.where(np.arange(64) == 0, 1e-6 * x, x)
+    assert float(relative_error(near, near + noise)) == pytest.approx(float(relative_error(x, x + noise)), rel=0.05)
+    assert float(relative_error(np.zeros((1, 1, 64)), np.zeros((1, 1, 64)))) == 0
 
 
 @pytest.mark.parametrize(("text", "layer"), [(KV[0], 0), (KV[1], 2), (KV[2], 1), (XCL, 1)])

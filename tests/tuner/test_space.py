@@ -14,7 +14,7 @@ from kvjax.caches.base import CacheShape
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
 from kvjax.models.config import ModelConfig
-from kvjax.tuner.space import Bits, cluster, default_candidates, hypervolume, pareto, resolved
+from kvjax.tuner.space import Bits, cluster, default_candidates, halving_order, hypervolume, pareto, resolved
 
 MODEL = ModelConfig("llama", 64, 48, 64, 3, 2, 1, 24, 256)
 SHAPE = CacheShape.of(MODEL, 1, 256, jnp.float32)
@@ -98,6 +98,11 @@ def test_pareto(items: list[tuple[int, int]]) -> None:
     front = pareto(list(enumerate(items)), lambda item: item[1][0], lambda item: item[1][1])
     kept = {p for p in items if not any(beats(other, p) for other in items)}
     assert front == [(items.index(p), p) for p in sorted(kept, reverse=True)]
+
+
+@pytest.mark.parametrize(("count", "order"), [(0, []), (1, [0]), (5, [0, 4, 2, 1, 3]), (8, [0, 4, 2, 6, 1, 5, 3, 7])])
+def test_halving_order(count: int, order: list[int]) -> None:
+    assert halving_order(count) == order
 
 
 @settings(max_examples=100, deadline=None)

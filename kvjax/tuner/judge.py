@@ -1,0 +1,56 @@
+"""Searched plans on a text that neither calibration nor choosing saw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from kvjax.caches.plan import CachePlan
+from kvjax.evaluate.perplexity import Score
+from kvjax.evaluate.sweep import identity_of
+from kvjax.evaluate.text import Text, check_disjoint, check_unseen
+from kvjax.models.model import Model
+from kvjax.tuner.evaluations import Evaluations
+from kvjax.tuner.search import calibration, names_of
+from kvjax.tuner.simulate import Simulator
+
+FIGURES = ("kld", "nll", "top1")
+
+
+def make_judge(
+    model: Model,
+    calibrated: Text,
+    seen: Int[np.ndarray, "v d"],
+    judged: Text,
+    context: int,
+    windows: int,
+    folder: Path,
+) -> Evaluations:
+    """Makes what evaluates plans on the first windows of a judged text; it gives `FIGURES`.
+
+    Args:
+      model: the model whose caches are judged.
+      calibrated: what the plans were searched on.
+      seen: its windows, token ids.
+      judged: what they are judged on, as for `kvjax.tuner.search.calibration`.
+      context: tokens a window.
+      windows: windows of each judged text.
+      folder: keeps the figures.
+
+    Raises:
+      KvjaxError: a text is on both sides, by whatever name, cannot be read, or is too short.
+    """
+    check_unseen(judged, calibrated)
+    cut = calibration(model, judged, context, windows, 0)
+    check_disjoint(cut, seen)
+    made: list[Simulator] = []
+
+    def evaluate(plan: CachePlan) -> dict[str, Any]:
+        made[:] = made or [Simulator(model, cut)]  # when it is first needed
+        score = Score.of(made[0].score(plan), cut)
+        return {figure: getattr(score, figure) for figure in FIGURES}
+
+    return Evaluations(folder, identity_of(model, names_of(judged), cut, "streaming", windows), evaluate, FIGURES)
