@@ -92,8 +92,12 @@ class DecodeState:
     finite: Bool[Array, "B"]  # whether all logits were
 
 
+@functools.partial(jax.jit, static_argnames="room", donate_argnames="held")
 def start(held: Held, room: int) -> DecodeState:
-    """A generation with nothing generated; `room` for so many new tokens."""
+    """A generation with nothing generated; `room` for so many new tokens. Donates `held`.
+
+    One program makes all its arrays, so that a restored state's are placed alike and the loop is compiled once.
+    """
     batch = held.hidden.shape[0]
     no = jnp.zeros((batch,), bool)
     return DecodeState(held, jnp.zeros((batch, room), jnp.int32), jnp.zeros((batch,), jnp.int32), no, ~no)

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -22,7 +21,7 @@ from kvjax.errors import KvjaxError
 from kvjax.generation.decode import DecodeState, bucket, decode_steps, feed, head, hidden_states, pad, pad_stop, start
 from kvjax.generation.prompts import Prompts
 from kvjax.generation.request import Request, ask
-from kvjax.generation.states import Held, State
+from kvjax.generation.states import Held, State, grow
 from kvjax.models.decoder import Decoder
 from kvjax.models.model import Model
 from kvjax.models.nonfinite import find_first_nonfinite
@@ -37,9 +36,9 @@ class Generation:
     """What was generated, one entry per prompt.
 
     Attributes:
-      texts: new text, without the stop token.
-      tokens: new token ids, a stop token included.
-      stopped: whether a stop token ended it (or else max_new_tokens did).
+      texts: new text, without the stop token, up to the stop string.
+      tokens: new token ids, a stop token included, or those of a stop string.
+      stopped: whether a stop token or stop string ended it (or else max_new_tokens did).
       state: everything read and written, to go on from; shared by the batch.
     """
 
@@ -92,7 +91,7 @@ def prefill(
       KvjaxError: one line that says what was expected.
     """
     request = ask(model, prompt, cache, max_new_tokens=0, max_len=max_len, chat=chat)
-    return State(model, _read(request, load_bases(model, request.plan)))
+    return State(model, _read(request, load_bases(model, request.plan)), request.read)
 
 
 def logits(
@@ -152,23 +151,25 @@ def generate(*arguments: Any, **options: Any) -> Generation:  # noqa: D417, the 
       model: what `kvjax.load` gives.
       prompt: a text; token ids (a list or 1-D array of ints), taken as they are; chat messages (a list of
         {"role", "content"} dicts), put into the model's chat template; or a list of several of one of these kinds,
-        of any lengths. An empty text goes on from a state.
+        of any lengths. An empty text goes on from a state; what follows a chat is its next turn.
       cache: the name of a plan, see `kvjax.caches.plan`, a CacheSpec for all layers, or a CachePlan; or a State,
-        which is read on from and stays as it is.
+        which is read on from and stays as it is. It is copied into a larger cache where it must grow.
       max_new_tokens: at most so many per sequence.
       temperature: 0 is greedy.
       top_k: draw from the so many likeliest tokens.
       top_p: draw from the fewest tokens that have this probability together.
       seed: sequence i draws with seed + i.
       stop_tokens: ids that end a sequence; the model's own where None.
+      stop_strings: texts, one or several, that end a sequence as soon as its new text holds one, whichever tokens it
+        is made of. The text ends before it; its tokens stay in the state.
       max_len: tokens that each sequence has room for; what the prompts and max_new_tokens need where None.
-      chat: put each text into the model's chat template, where it has one and the sequence starts here.
+      chat: put each text into the model's chat template, where it has one and the sequence starts here or is a chat.
 
     Raises:
       KvjaxError: one line that says what was expected, or where the model's output stopped being finite.
     """
     request = ask(*arguments, **options)
-    *_, last = _decode(request, request.max_new_tokens)
+    *_, last = _decode(request, request.max_new_tokens, request.max_new_tokens)
     return last
 
 
@@ -183,51 +184,70 @@ def stream(*arguments: Any, **options: Any) -> Iterator[tuple[str, Generation]]:
 
 def _pieces(request: Request) -> Iterator[tuple[str, Generation]]:
     shown = ""
-    for so_far in _decode(request, STREAM):
+    for so_far in _decode(request, 1, STREAM):
         text = so_far.text
-        if text.endswith("\ufffd") and not so_far.stopped[0] and len(so_far.tokens[0]) < request.max_new_tokens:
-            text = text.rstrip("\ufffd")  # a character whose last bytes are still to come
+        if not so_far.stopped[0] and len(so_far.tokens[0]) < request.max_new_tokens:
+            text = _settled(text, request.stop_strings)
         yield text[len(shown) :], so_far
         shown = text
 
 
+def _settled(text: str, stop_strings: Sequence[str]) -> str:
+    """The text without what later tokens may change: a character's first bytes, the beginning of a stop string."""
+    text = text.rstrip("\ufffd")
+    begun = (n for stop in stop_strings for n in range(1, len(stop)) if text.endswith(stop[:n]))
+    return text[: len(text) - max(begun, default=0)]
+
+
 def _before(request: Request) -> Held:
     """What there is before the prompts are read."""
-    if request.before is not None:
-        return request.before.held
-    return Held.empty(request.model, request.plan, len(request.ids), request.max_len)
+    if request.before is None:
+        return Held.empty(request.model, request.plan, len(request.ids), request.max_len)
+    return request.before.held
 
 
 def _read(request: Request, bases: Any) -> Held:
     """The prompts in a cache that is nobody else's: the loop writes into it."""
-    held = _before(request) if request.before is None else jax.tree.map(jnp.copy, request.before.held)
+    held = _before(request) if request.before is None else grow(_before(request), request.model, request.max_len)
     if not any(map(len, request.ids)):
         return held
     return feed(Decoder(request.model.config), request.model.params, bases, held, *pad(request.ids))
 
 
-def _decode(request: Request, piece: int) -> Iterator[Generation]:
-    """Runs the loop `piece` tokens at a time, the first alone; at least one Generation comes."""
+def _decode(request: Request, first: int, piece: int) -> Iterator[Generation]:
+    """Runs the loop for `first` tokens, then `piece` tokens at a time; at least one Generation comes."""
     model, new, bases = request.model, request.max_new_tokens, load_bases(request.model, request.plan)
     decoder, stop = Decoder(model.config), pad_stop(request.stop_tokens)
+    first, piece = (1, 1) if request.stop_strings else (first, piece)  # each token may complete one
     run = start(_read(request, bases), bucket(new) if new else 0)
     while True:
-        made = np.asarray(run.count)
-        steps = min(piece, new - int(made.max())) if made.max() or piece >= new else 1
+        made = int(np.asarray(run.count).max())
+        steps = min(piece if made else first, new - made)
         run = decode_steps(decoder, model.params, bases, run, request.sampling, stop, steps, new)
         if not np.asarray(run.finite).all():
             raise KvjaxError(f"the logits are not finite: {_explain_nonfinite(request, bases, run)}")
-        yield _generation(request, run)
-        if new == 0 or np.asarray(run.done).all():
+        made_so_far = _generation(request, run)
+        run = run.replace(done=run.done | np.array(made_so_far.stopped))
+        done = new == 0 or np.asarray(run.done).all()
+        yield made_so_far
+        if done:
             return
 
 
 def _generation(request: Request, run: DecodeState) -> Generation:
     tokens = _new_tokens(run)
-    stopped = [bool(each) and each[-1] in request.stop_tokens for each in tokens]
-    bodies = [each[:-1] if ended else each for each, ended in zip(tokens, stopped, strict=True)]
-    texts = [request.model.tokenizer.decode(body) for body in bodies]
-    return Generation(texts, tokens, stopped, State(request.model, run.held))
+    ended = [bool(each) and each[-1] in request.stop_tokens for each in tokens]
+    bodies = [each[:-1] if by_token else each for each, by_token in zip(tokens, ended, strict=True)]
+    texts = [_cut(request.model.tokenizer.decode(body), request.stop_strings) for body in bodies]
+    read = [before.then(each) for before, each in zip(request.read, tokens, strict=True)]
+    stopped = [by_token or found for by_token, (_, found) in zip(ended, texts, strict=True)]
+    return Generation([text for text, _ in texts], tokens, stopped, State(request.model, run.held, read))
+
+
+def _cut(text: str, stop_strings: Sequence[str]) -> tuple[str, bool]:
+    """The text up to the first stop string, and whether there is one."""
+    ends = [at for stop in stop_strings if (at := text.find(stop)) >= 0]
+    return text[: min(ends, default=len(text))], bool(ends)
 
 
 def _new_tokens(run: DecodeState) -> list[list[int]]:

@@ -1,10 +1,15 @@
-"""Prompts of any kind as token ids: texts, token ids, chat messages."""
+"""Prompts of any kind as token ids: texts, token ids, chat messages.
+
+Special tokens follow the position, not the call: what a tokenizer puts before a text, mostly bos, stands once, at the
+start of a sequence, and what goes on from a state gets nothing but what was given. A text that follows a chat is put
+into the model's chat template as the user's next message.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,33 +19,63 @@ from kvjax.errors import KvjaxError
 from kvjax.models.model import Model
 
 Ids = Sequence[int] | np.ndarray | jax.Array  # of one sequence
-Messages = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...} each: one conversation
+Messages = Sequence[Mapping[str, Any]]  # {"role": ..., "content": ...} each: one conversation
 Prompt = str | Ids | Messages
 Prompts = Prompt | Sequence[Prompt]
 
 EXPECTED = "expected a text, token ids or chat messages, or a list of prompts of one of these kinds"
 
 
-def encode_prompts(model: Model, prompt: Prompts, chat: bool = True) -> list[Int[np.ndarray, "n"]]:
+class Read(NamedTuple):
+    """What of a sequence was read."""
+
+    tokens: int = 0
+    last: int | None = None  # the last token's id, None where it is not known
+    chat: bool = False  # whether it is a conversation in the model's chat template
+
+    def then(self, ids: Sequence[int] | np.ndarray) -> Read:
+        """This and more tokens."""
+        return self._replace(tokens=self.tokens + len(ids), last=int(ids[-1])) if len(ids) else self
+
+
+class Encoded(NamedTuple):
+    """A prompt as token ids, and what was read when they are."""
+
+    ids: Int[np.ndarray, "n"]
+    read: Read
+
+
+def encode_prompts(
+    model: Model, prompt: Prompts, chat: bool = True, before: Sequence[Read] | None = None
+) -> list[Encoded]:
     """The token ids, int32, of one prompt or of several of the same kind.
 
     Args:
       model: whose tokenizer and vocabulary count.
       prompt: a text; token ids (a list or 1-D array of ints), taken as they are; chat messages (a list of
         {"role", "content"} dicts), put into the model's chat template; or a list of prompts of one of these kinds.
-      chat: put each text into the model's chat template, as the message of a user, where it has one.
+      chat: put each text into the model's chat template, as the message of a user, where it has one and the text
+        begins a sequence or follows a chat.
+      before: what stands before each prompt in its sequence; nothing where None.
 
     Raises:
-      KvjaxError: anything else, no prompts, ids outside the vocabulary, or messages for a model without a template.
+      KvjaxError: anything else, no prompts or another number than of sequences, half a character, ids outside the
+        vocabulary, or messages for a model without a template.
     """
     kind, prompts = _split(prompt)
-    ids = [_ENCODERS[kind](model, each, chat) for each in prompts]
-    for i, each in enumerate(ids):
-        if outside := [int(t) for t in each if not 0 <= t < model.config.vocab_size][:1]:
-            raise KvjaxError(
-                f"prompt {i} holds the token id {outside[0]}; expected 0 to {model.config.vocab_size - 1}"
-            )
-    return [each.astype(np.int32) for each in ids]
+    before = [Read()] * len(prompts) if before is None else before
+    if len(prompts) != len(before):
+        raise KvjaxError(f"{len(prompts)} prompts for a state of {len(before)} sequences; expected one for each")
+    encode = _ENCODERS[kind]
+    return [_check(model, i, encode(model, *each, chat)) for i, each in enumerate(zip(prompts, before, strict=True))]
+
+
+def _check(model: Model, number: int, prompt: Encoded) -> Encoded:
+    if outside := [int(t) for t in prompt.ids if not 0 <= t < model.config.vocab_size][:1]:
+        raise KvjaxError(
+            f"prompt {number} holds the token id {outside[0]}; expected 0 to {model.config.vocab_size - 1}"
+        )
+    return prompt._replace(ids=prompt.ids.astype(np.int32))
 
 
 def _split(prompt: Any) -> tuple[str, list[Any]]:
@@ -80,7 +115,8 @@ def _is_array(value: Any, axes: int) -> bool:
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+    """Whether it looks like one; the tokenizer checks the rest."""
+    return isinstance(value, Mapping) and "role" in value
 
 
 def _describe(value: Any) -> str:
@@ -91,29 +127,32 @@ def _describe(value: Any) -> str:
     return f"of type {type(value).__name__}"
 
 
-def _encode_text(model: Model, text: str, chat: bool) -> np.ndarray:
-    if chat and model.tokenizer.chat_template is not None and text:
-        return _encode_messages(model, [{"role": "user", "content": text}], chat)
-    return model.tokenizer.encode(_check_text(text), start=True)
+def _encode_text(model: Model, text: str, before: Read, chat: bool) -> Encoded:
+    in_chat = chat and text and model.tokenizer.chat_template is not None
+    if in_chat and (before.chat or not before.tokens):
+        return _encode_messages(model, [{"role": "user", "content": text}], before, chat)
+    ids = model.tokenizer.encode_next(text) if before.tokens else model.tokenizer.encode(text, start=True)
+    return Encoded(ids, before.then(ids))
 
 
-def _encode_ids(model: Model, ids: Ids, chat: bool) -> np.ndarray:
-    return np.asarray(ids, np.int64)  # wide: not to wrap what is outside the vocabulary
+def _encode_ids(model: Model, ids: Ids, before: Read, chat: bool) -> Encoded:
+    wide = np.asarray(ids, np.int64)  # not to wrap what is outside the vocabulary
+    return Encoded(wide, before.then(wide))
 
 
-def _encode_messages(model: Model, messages: Messages, chat: bool) -> np.ndarray:
-    return model.tokenizer.encode(_check_text(model.tokenizer.chat(messages)))
+def _encode_messages(model: Model, messages: Messages, before: Read, chat: bool) -> Encoded:
+    tokenizer = model.tokenizer
+    if before.chat:
+        ended = tokenizer.decode([before.last]) if before.last in tokenizer.eos_ids else None
+        ids = tokenizer.encode_next(tokenizer.follow_up(messages, ended))
+    else:
+        ids = tokenizer.encode(tokenizer.chat(messages), start=True)
+        if before.tokens:  # a chat that begins behind a document
+            ids = ids[len(tokenizer.start_ids) :]
+    return Encoded(ids, before.then(ids)._replace(chat=True))
 
 
-def _check_text(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise KvjaxError(f"the prompt holds half a character at {error.start}; expected Unicode text") from None
-    return text
-
-
-_ENCODERS: dict[str, Callable[[Model, Any, bool], np.ndarray]] = {
+_ENCODERS: dict[str, Callable[[Model, Any, Read, bool], Encoded]] = {
     "text": _encode_text,
     "token ids": _encode_ids,
     "chat messages": _encode_messages,

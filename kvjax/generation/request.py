@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -13,7 +14,7 @@ from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
 from kvjax.generation.checks import check_whole
 from kvjax.generation.decode import bucket
-from kvjax.generation.prompts import Prompts, encode_prompts
+from kvjax.generation.prompts import Prompts, Read, encode_prompts
 from kvjax.generation.sampling import Sampling
 from kvjax.generation.states import State, check_made_by
 from kvjax.models.model import Model
@@ -25,12 +26,14 @@ class Request:
 
     model: Model
     ids: list[Int[np.ndarray, "n"]]  # of each sequence
+    read: list[Read]  # of each sequence, the prompt included
     before: State | None  # what is gone on from
     plan: CachePlan
     max_len: int  # tokens that each sequence has room for
     max_new_tokens: int
     sampling: Sampling
     stop_tokens: list[int]
+    stop_strings: list[str]
 
 
 def ask(
@@ -44,6 +47,7 @@ def ask(
     top_p: float | None = None,
     seed: int = 0,
     stop_tokens: Sequence[int] | None = None,
+    stop_strings: str | Sequence[str] = (),
     max_len: int | None = None,
     chat: bool = True,
 ) -> Request:
@@ -52,15 +56,17 @@ def ask(
         raise KvjaxError(f"the model is of type {type(model).__name__}; expected what kvjax.load gives")
     new = check_whole("max_new_tokens", max_new_tokens, 0)
     before = cache if isinstance(cache, State) else None
-    ids = encode_prompts(model, prompt, chat and before is None)
+    if before is not None:
+        check_made_by(before, model)
+    prompts = encode_prompts(model, prompt, chat, before.read if before else None)
+    ids, read = [each.ids for each in prompts], [each.read for each in prompts]
     if isinstance(cache, State):
-        _check_fits(model, cache, ids, new, max_len)
-        plan, room = cache.plan, cache.max_len
+        plan, room = cache.plan, _grown_room(model, cache, read, new, max_len)
     else:
-        plan = CachePlan.cast(cache, model.config)
-        room = _find_room(model, ids, new, max_len)
+        plan, room = CachePlan.cast(cache, model.config), _find_room(model, ids, new, max_len)
     sampling = Sampling.of(temperature, top_k, top_p, seed, len(ids), model.config.vocab_size)
-    return Request(model, ids, before, plan, room, new, sampling, _find_stop_tokens(model, stop_tokens))
+    stop = _find_stop_tokens(model, stop_tokens), _find_stop_strings(stop_strings)
+    return Request(model, ids, read, before, plan, room, new, sampling, *stop)
 
 
 def _find_room(model: Model, ids: list[np.ndarray], new: int, max_len: int | None) -> int:
@@ -78,19 +84,21 @@ def _find_room(model: Model, ids: list[np.ndarray], new: int, max_len: int | Non
     return room
 
 
-def _check_fits(model: Model, state: State, ids: list[np.ndarray], new: int, max_len: int | None) -> None:
-    check_made_by(state, model)
-    lengths = state.lengths
-    if len(ids) != len(lengths):
-        raise KvjaxError(f"{len(ids)} prompts for a state of {len(lengths)} sequences; expected one for each")
-    if max_len not in (None, state.max_len):
-        raise KvjaxError(f"max_len={max_len}; the state has room for {state.max_len} tokens and keeps it")
-    for i, (held, each) in enumerate(zip(lengths, ids, strict=True)):
-        if held + len(each) + new > state.max_len:
-            raise KvjaxError(
-                f"sequence {i} holds {held} tokens, {len(each)} more and {new} new ones do not fit;"
-                f" the state was made with max_len={state.max_len}"
-            )
+def _grown_room(model: Model, state: State, read: list[Read], new: int, max_len: int | None) -> int:
+    """Tokens per sequence that a state needs room for: more than it has where they would not fit."""
+    most, longest = model.config.max_positions, max(range(len(read)), key=lambda i: read[i].tokens)
+    needed = read[longest].tokens + new
+    if max_len is None:
+        room = state.max_len if needed <= state.max_len else min(bucket(needed), most)
+    else:
+        room = check_whole("max_len", max_len, state.max_len, most, ", from the state's room to what the model has")
+    if needed > room:
+        held = state.lengths[longest]
+        raise KvjaxError(
+            f"sequence {longest} holds {held} tokens, {read[longest].tokens - held} more and {new} new ones do not"
+            f" fit; {'the model takes' if max_len is None else 'max_len is'} {room}"
+        )
+    return room
 
 
 def _find_stop_tokens(model: Model, tokens: Sequence[int] | None) -> list[int]:
@@ -99,3 +107,10 @@ def _find_stop_tokens(model: Model, tokens: Sequence[int] | None) -> list[int]:
     if isinstance(tokens, str) or not hasattr(tokens, "__iter__"):
         raise KvjaxError(f"stop_tokens={tokens!r}; expected a list of token ids")
     return [check_whole("a stop token", token, 0, model.config.vocab_size - 1) for token in tokens]
+
+
+def _find_stop_strings(strings: str | Sequence[str]) -> list[str]:
+    found: list[Any] = list(strings) if hasattr(strings, "__iter__") and not isinstance(strings, str) else [strings]
+    if not all(isinstance(each, str) and each for each in found):
+        raise KvjaxError(f"stop_strings={strings!r}; expected a text that is not empty, or a list of such")
+    return found

@@ -34,9 +34,10 @@ class Sampling:
     @classmethod
     def of(cls, temperature: Any, top_k: Any, top_p: Any, seed: Any, batch: int, vocab: int) -> Sampling:
         """Sequence i draws with seed + i. Raises KvjaxError for values that mean nothing."""
-        expected = "0 (greedy) or a positive number"
+        expected = "0 (greedy) or a number from 1.2e-38 on"
         temperature = check_real("temperature", temperature, expected)
-        if not 0 <= temperature < float("inf"):
+        # Below float32's smallest normal number a division would overflow, or be by zero.
+        if not (temperature == 0 or float(np.finfo(np.float32).tiny) <= temperature < float("inf")):
             raise KvjaxError(f"temperature={temperature}; expected {expected}")
         top_k = vocab if top_k is None else min(check_whole("top_k", top_k, 1), vocab)
         expected = "more than 0 and at most 1"
@@ -45,6 +46,7 @@ class Sampling:
             raise KvjaxError(f"top_p={top_p}; expected {expected}")
         seeds = check_whole("seed", seed, 0, 2**31 - batch - 1) + np.arange(batch, dtype=np.int32)
         cut = top_k < vocab or top_p < 1.0
+        temperature = min(temperature, float(np.finfo(np.float32).max))
         values = jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p)
         return cls(*values, jnp.asarray(seeds, jnp.int32), temperature == 0, cut)
 
@@ -53,7 +55,8 @@ def sample(logits: Float[Array, "B V"], sampling: Sampling, positions: Int[Array
     """The next token of each sequence, drawn for its position. Ties with the last kept token are kept."""
     if sampling.greedy:
         return logits.argmax(-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+    # The largest becomes 0, so that a small temperature leaves it finite.
+    logits = (logits - logits.max(-1, keepdims=True)) / sampling.temperature
     if sampling.cut:
         logits = jnp.where(logits >= min_kept_logit(logits, sampling), logits, -jnp.inf)
 
@@ -70,5 +73,6 @@ def min_kept_logit(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Arr
     ordered = jnp.where(jnp.arange(ordered.shape[-1]) < sampling.top_k, ordered, -jnp.inf)
     p = jax.nn.softmax(ordered, -1)
     before = jnp.cumsum(p, -1) - p
-    kept = (before < sampling.top_p) & (ordered > -jnp.inf)
+    first = jnp.arange(ordered.shape[-1]) == 0  # is kept however small top_p is: float32 may hold it as 0
+    kept = first | ((before < sampling.top_p) & (ordered > -jnp.inf))
     return jnp.min(jnp.where(kept, ordered, jnp.inf), -1, keepdims=True)

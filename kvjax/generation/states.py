@@ -24,6 +24,7 @@ from kvjax.errors import KvjaxError
 from kvjax.files import brief, check_digests, digests, read_json, write_json
 from kvjax.generation.checks import check_whole
 from kvjax.generation.layers import LayerView, read_layer
+from kvjax.generation.prompts import Read
 from kvjax.models.model import Model
 
 METADATA = "state.json"
@@ -54,10 +55,12 @@ class State:
     Attributes:
       model: the model that read them.
       held: the arrays.
+      read: of each sequence, what was read.
     """
 
     model: Model
     held: Held
+    read: list[Read]
 
     @property
     def cache(self) -> Cache:
@@ -104,6 +107,23 @@ class State:
         return str(self.cache)
 
 
+def grow(held: Held, model: Model, max_len: int) -> Held:
+    """The same sequences in caches with room for `max_len` tokens, no fewer than before; copied."""
+    batch = held.hidden.shape[0]
+    return _grow(held, CacheShape.of(model.config, batch, max_len, model.dtype))
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _grow(held: Held, shape: CacheShape) -> Held:
+    empty = _empty(held.cache.plan, shape)
+
+    def place(old: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim)  # tokens lie in order from the start
+
+    leaves = map(place, jax.tree.leaves(held), jax.tree.leaves(empty))
+    return jax.tree.unflatten(jax.tree.structure(empty), list(leaves))
+
+
 def check_made_by(state: State, model: Model) -> None:
     """Raises KvjaxError where another model made the state."""
     if _made_by(state.model) != _made_by(model) or state.model.config != model.config:
@@ -120,7 +140,8 @@ def save_state(folder: str | Path, model: Model, state: State) -> None:
       KvjaxError: another model made the state, something is there already, or it cannot be written.
     """
     check_made_by(state, model)
-    metadata = _made_by(model) | {"cache": str(state.plan), "batch": len(state.lengths), "max_len": state.max_len}
+    metadata = _made_by(model) | {"cache": str(state.plan), "max_len": state.max_len}
+    metadata["read"] = [each._asdict() for each in state.read]
     with new_folder(Path(folder)) as part:
         write_arrays(part / "arrays", _named(state.held))
         write_json(part / METADATA, metadata | {"arrays": digests(part / "arrays")})
@@ -144,7 +165,8 @@ def restore_state(folder: str | Path, model: Model, cache: str | CacheSpec | Cac
             raise KvjaxError(f"{folder} was made with {key} {metadata.get(key)}; this model has {own}")
     try:
         plan = CachePlan.parse(metadata["cache"], model.config)
-        expected = jax.eval_shape(lambda: Held.empty(model, plan, metadata["batch"], metadata["max_len"]))
+        read = [_check_read(Read(**each)) for each in metadata["read"]]
+        expected = jax.eval_shape(lambda: Held.empty(model, plan, len(read), metadata["max_len"]))
         sums = metadata["arrays"]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise KvjaxError(f"{folder / METADATA} is not one that kvjax wrote: {brief(error)}") from None
@@ -156,7 +178,17 @@ def restore_state(folder: str | Path, model: Model, cache: str | CacheSpec | Cac
         arrays[_name(i)] if leaf.size else jnp.zeros(leaf.shape, leaf.dtype)
         for i, leaf in enumerate(jax.tree.leaves(expected))
     ]
-    return State(model, jax.tree.unflatten(jax.tree.structure(expected), leaves))
+    state = State(model, jax.tree.unflatten(jax.tree.structure(expected), leaves), read)
+    if state.lengths != [each.tokens for each in read]:
+        raise KvjaxError(f"{folder / METADATA} is not one that kvjax wrote: the cache holds {state.lengths} tokens")
+    return state
+
+
+def _check_read(read: Read) -> Read:
+    """Raises TypeError where a value is of another type."""
+    if type(read.tokens) is not int or not isinstance(read.last, int | None) or type(read.chat) is not bool:
+        raise TypeError(f"read is {read}")
+    return read
 
 
 def _made_by(model: Model) -> dict[str, Any]:

@@ -159,6 +159,11 @@ class ByteTokenizer:
     eos_ids: tuple[int, ...] = ()
     chat_template: ChatTemplate | None = None
 
+    @property
+    def start_ids(self) -> tuple[int, ...]:
+        """Nothing stands before a text."""
+        return ()
+
     def encode(self, text: str, start: bool = False) -> Int[np.ndarray, "n"]:
         """Returns the bytes of the text, int32; `start` adds nothing."""
         return np.frombuffer(_check_text(text).encode(), np.uint8).astype(np.int32)

@@ -27,6 +27,7 @@ from kvjax.caches.plan import CachePlan
 from kvjax.caches.registry import parse_spec
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Scorer
+from kvjax.generation.states import grow
 from kvjax.models.config import ModelConfig
 from kvjax.models.model import Model
 from kvjax.models.tokenizer import ByteTokenizer
@@ -308,14 +309,16 @@ def test_bytes_are_the_compilers(text: str) -> None:
         assert spec.bits_asymptotic(shape) == pytest.approx(real, rel=0.02, abs=0.02)
 
 
-def test_saved_and_restored(text: str, tmp_path: Any) -> None:
-    """A state on disk comes back with every array."""
-    model = tiny_model(text)
-    state = kvjax.prefill(model, "some text", plan_of(text), max_len=32, chat=False)
+def test_saved_restored_and_grown(text: str, tmp_path: Any) -> None:
+    """A state on disk comes back with every array; in a larger cache its tokens lie where they would have lain."""
+    model, prompt = tiny_model(text), "a text of forty tokens, which fill blocks"
+    state = kvjax.prefill(model, prompt, plan_of(text), max_len=48, chat=False)
     kvjax.save_state(tmp_path / "state", model, state)
     restored = kvjax.restore_state(tmp_path / "state", model)
     assert str(restored.cache.plan) == str(plan_of(text))
     same_trees(restored.cache.layers, state.cache.layers)
+    large = kvjax.prefill(model, prompt, plan_of(text), max_len=96, chat=False)
+    same_trees(grow(restored.held, model, 96).cache.layers, large.cache.layers)
 
 
 def tiny_model(text: str) -> Model:

@@ -104,6 +104,31 @@ def test_stop_tokens_end_each_sequence_by_itself(tiny: Model) -> None:
     assert made.stopped[0] and len(made.tokens[0]) <= 4
 
 
+def test_stop_strings_end_across_token_borders(tiny: Model) -> None:
+    """Most tokens are one character here, so that each string is made of several."""
+    decode = tiny.tokenizer.decode
+    free = kvjax.generate(tiny, PROMPTS, **EIGHT, stop_tokens=[])
+    stops = [free.texts[0][5:8], free.texts[1][11:13], "never said"]
+    made = kvjax.generate(tiny, PROMPTS, **EIGHT, stop_tokens=[], stop_strings=stops)
+    for i, whole in enumerate(free.texts):
+        ends = [whole.find(stop) for stop in stops if stop in whole]
+        assert made.texts[i] == whole[: min(ends, default=None)] and made.stopped[i] == bool(ends)
+        read = next((n for n in range(40) if any(stop in decode(free.tokens[i][:n]) for stop in stops)), 40)
+        assert made.tokens[i] == free.tokens[i][:read]  # the state holds no token behind the stop string
+        assert made.state.read[i].tokens == made.state.lengths[i] == len(PROMPTS[i]) + read
+    assert made.stopped[0] and made.stopped[1]
+
+
+def test_a_stop_string_is_never_shown(tiny: Model) -> None:
+    options = {**EIGHT, "stop_tokens": []}
+    whole = kvjax.generate(tiny, PROMPTS[1], **options).text
+    stop = whole[20:25]
+    pieces = [text for text, _ in kvjax.stream(tiny, PROMPTS[1], **options, stop_strings=stop)]
+    assert "".join(pieces) == whole[: whole.find(stop)]
+    late = [text for text, _ in kvjax.stream(tiny, PROMPTS[1], **options, stop_strings=whole[-2:] + "~~")]
+    assert "".join(late) == whole  # what looked like its beginning comes at the end
+
+
 def test_characters_of_several_tokens_come_whole() -> None:
     config = ModelConfig("llama", 256, 16, 16, 1, 2, 2, 8, 64)
     model = Model("bytes", config, random_params(config, jnp.float32), ByteTokenizer(), jnp.dtype("float32"), "")
@@ -184,6 +209,9 @@ def weightless(tiny: Model) -> Model:
         ("a", {"stop_tokens": 5}, "stop_tokens=5; expected a list of token ids"),
         ("a", {"stop_tokens": [128]}, "a stop token=128; expected 0 to 127"),
         ("a", {"stop_tokens": "x"}, "stop_tokens='x'; expected a list"),
+        ("a", {"stop_strings": ""}, "stop_strings=''; expected a text that is not empty"),
+        ("a", {"stop_strings": ["x", 5]}, r"stop_strings=\['x', 5\]; expected a text"),
+        ("a", {"stop_strings": 5}, "stop_strings=5; expected a text"),
         ("a", {"cache": "k9v9"}, "key_bits=9; expected 1, 2"),
         ("a", {"cache": 4}, "the cache is of type int; expected a name, a CacheSpec or a CachePlan"),
     ],
@@ -207,8 +235,8 @@ def test_states_are_held_to_their_size(tiny: Model, goldens: Path) -> None:
     state = kvjax.prefill(tiny, ["ab", "abc"], **MIXED)
     for prompt, options, said in (
         ("a", {}, "1 prompts for a state of 2"),
-        (["a", "b" * 70], {}, "sequence 1 holds 3 tokens"),
-        (["a", "b"], {"max_len": 32}, "keeps it"),
+        (["a", "b" * 270], {}, "sequence 1 holds 3 tokens, 270 more and 2 new ones do not fit; the model takes 256"),
+        (["a", "b"], {"max_len": 32}, "max_len=32; expected 64 to 256"),
     ):
         with pytest.raises(kvjax.KvjaxError, match=said):
             kvjax.generate(tiny, prompt, state, max_new_tokens=2, **options)

@@ -24,7 +24,7 @@ def chatty(tiny: Model) -> Model:
 
 
 def encoded(model: Model, prompt: Any, chat: bool = True) -> list[list[int]]:
-    ids = encode_prompts(model, prompt, chat)
+    ids = [each.ids for each in encode_prompts(model, prompt, chat)]
     assert all(each.dtype == np.int32 and each.ndim == 1 for each in ids)
     return [each.tolist() for each in ids]
 
@@ -78,8 +78,8 @@ def test_messages_are_put_into_the_template(chatty: Model, chat: bool) -> None:
         (["a", [1]], "prompt 0 is of text, prompt 1 of token ids; expected prompts of one kind"),
         ([[1], HELLO], "prompt 0 is of token ids, prompt 1 of chat messages"),
         (["a", None], "prompt 1 is of type NoneType"),
-        ([{"role": "user"}], "prompt 0 is of type dict"),
-        ([[{"role": "user", "content": 3}]], "prompt 0 is a list of dict"),
+        ([{"content": "a"}], "prompt 0 is of type dict"),
+        ([[{"content": 3}]], "prompt 0 is a list of dict"),
         ([1, 128], "prompt 0 holds the token id 128; expected 0 to 127"),
         ([[1], [-1]], "prompt 1 holds the token id -1"),
         ([2**32 + 1], "holds the token id 4294967297"),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kvjax.errors import KvjaxError
 from kvjax.generation.sampling import Sampling, sample
 
 
@@ -49,3 +50,24 @@ def test_seeds_and_positions_change_draws() -> None:
     sampling = Sampling.of(1.0, None, None, 0, 3, 1000)
     tokens = {tuple(np.asarray(sample(logits, sampling, jnp.full((3,), at))).tolist()) for at in range(3)}
     assert len(tokens) == 3 and all(len(set(each)) == 3 for each in tokens)
+
+
+@pytest.mark.parametrize("temperature", [1.2e-38, 1e-30, 1e-7])
+def test_a_tiny_temperature_is_nearly_greedy(temperature: float) -> None:
+    """Logits divided by it overflow; the likeliest token is drawn all the same."""
+    assert set(draws([1.0, 3.0, 2.0], 50, temperature=temperature).nonzero()[0]) == {1}
+
+
+@pytest.mark.parametrize("top_p", [1e-50, 1e-30, 1e-9])
+def test_a_tiny_top_p_keeps_the_likeliest(top_p: float) -> None:
+    assert set(draws([1.0, 3.0, 2.0], 50, top_p=top_p).nonzero()[0]) == {1}
+
+
+@pytest.mark.parametrize("temperature", [1e-39, 5e-324, float("inf"), float("nan"), -0.5])
+def test_temperatures_that_float32_does_not_hold(temperature: float) -> None:
+    with pytest.raises(KvjaxError, match=r"expected 0 \(greedy\) or a number from 1\.2e-38 on"):
+        Sampling.of(temperature, None, None, 0, 1, 3)
+
+
+def test_a_huge_temperature_is_uniform() -> None:
+    np.testing.assert_allclose(draws([1.0, 3.0, 2.0], temperature=1e300), [1 / 3] * 3, atol=0.04)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import kvjax
@@ -70,3 +72,42 @@ def test_damage_is_noticed(tiny: Model, saved: Path, tmp_path: Path) -> None:
                 continue  # its last byte is a newline; flips in it are for the fuzzer
             with pytest.raises(kvjax.KvjaxError, match=str(copy)):
                 kvjax.restore_state(copy, tiny)
+
+
+# ---- states that grow
+
+
+def test_a_state_grows_where_it_must(tiny: Model, saved: Path, goldens: Path) -> None:
+    """Gone on from beyond its 128 tokens, here and in another process, it is as if made larger at once."""
+    options = {"temperature": 0.7, "seed": 4}
+    whole = kvjax.generate(tiny, PROMPTS, PLAN, max_new_tokens=33 + 90, max_len=192, **options)
+    state = kvjax.restore_state(saved, tiny)
+    rest = kvjax.generate(tiny, ["", ""], state, max_new_tokens=90, **options)
+    assert [a + b for a, b in zip([t[:33] for t in whole.tokens], rest.tokens, strict=True)] == whole.tokens
+    assert rest.state.max_len == 192 and state.max_len == 128
+    program = OTHER.replace("max_new_tokens=15", "max_new_tokens=90, max_len=250")
+    command = [sys.executable, "-c", program, str(goldens / "llama-linear"), str(saved)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout) == rest.tokens
+
+
+def test_the_room_has_bounds(tiny: Model, saved: Path) -> None:
+    state = kvjax.restore_state(saved, tiny)
+    longest = max(state.lengths)
+    for options, said in (
+        ({"max_new_tokens": 200}, rf"sequence 0 holds {longest} tokens, 0 more and 200 new ones .* model takes 256"),
+        ({"max_new_tokens": 60, "max_len": 130}, "max_len is 130"),
+        ({"max_new_tokens": 1, "max_len": 64}, "max_len=64; expected 128 to 256"),
+    ):
+        with pytest.raises(kvjax.KvjaxError, match=said):
+            kvjax.generate(tiny, ["", ""], state, **options)
+
+
+def test_going_on_compiles_the_loop_once(tiny: Model, saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A restored state is placed on a device by name: a loop that gave it back otherwise would be compiled again."""
+    state = kvjax.restore_state(saved, tiny)
+    with caplog.at_level(logging.WARNING), jax.log_compiles():
+        kvjax.generate(tiny, ["", ""], state, max_new_tokens=12, max_len=224, stop_strings="never said")
+    compiled = [r.message for r in caplog.records if "Finished XLA compilation of jit(decode_steps)" in r.message]
+    assert len(compiled) == 1
