@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from kvjax.errors import KvjaxError
 from kvjax.files import brief, check_digests, digests, read_json, write_json
-from kvjax.models.config import ModelConfig, RopeConfig
+from kvjax.models.config import MOST_LAYERS, ModelConfig, RopeConfig
 from kvjax.models.model import Model
 from kvjax.models.params import Params, check_tensors, keep_layers, param_shapes
 from kvjax.models.tokenizer import AnyTokenizer, ByteTokenizer, Tokenizer
@@ -133,7 +133,7 @@ def load(folder: Path, dtype: DTypeLike, layers: int | None = None) -> tuple[Mod
     metadata = read_json(folder / METADATA)
     try:
         fields, sums = metadata["config"], metadata["params"]
-        saved = ModelConfig(**{**fields, "rope": RopeConfig(**fields["rope"])})
+        saved = _config(fields)
         tokenizer = ByteTokenizer() if metadata["tokenizer"] == "bytes" else read_tokenizer(folder)
     except (KeyError, TypeError) as error:
         raise KvjaxError(f"{folder / METADATA} is not one that kvjax wrote: {brief(error)}") from None
@@ -146,6 +146,13 @@ def load(folder: Path, dtype: DTypeLike, layers: int | None = None) -> tuple[Mod
         raise
     except Exception as error:  # Orbax and its storage raise many kinds
         raise KvjaxError(f"{folder / 'params'} cannot be restored: {brief(error)}") from None
+
+
+def _config(fields: dict[str, Any]) -> ModelConfig:
+    """The config whose fields `save` wrote. Older files say from which layer on there is a window."""
+    full_layers = fields.get("full_layers") or range(min(fields.get("first_window_layer", 0), MOST_LAYERS))
+    kept = {name: value for name, value in fields.items() if name != "first_window_layer"}
+    return ModelConfig(**kept | {"rope": RopeConfig(**fields["rope"]), "full_layers": tuple(full_layers)})
 
 
 def _restore(
