@@ -135,7 +135,7 @@ def load(folder: Path, dtype: DTypeLike, layers: int | None = None) -> tuple[Mod
         fields, sums = metadata["config"], metadata["params"]
         saved = _config(fields)
         tokenizer = ByteTokenizer() if metadata["tokenizer"] == "bytes" else read_tokenizer(folder)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise KvjaxError(f"{folder / METADATA} is not one that kvjax wrote: {brief(error)}") from None
     config = keep_layers(saved, layers)
     check_digests(folder / "params", sums)  # Orbax answers some damage with pages of output on stderr
@@ -150,8 +150,8 @@ def load(folder: Path, dtype: DTypeLike, layers: int | None = None) -> tuple[Mod
 
 def _config(fields: dict[str, Any]) -> ModelConfig:
     """The config whose fields `save` wrote. Older files say from which layer on there is a window."""
-    full_layers = fields.get("full_layers") or range(min(fields.get("first_window_layer", 0), MOST_LAYERS))
     kept = {name: value for name, value in fields.items() if name != "first_window_layer"}
+    full_layers = kept.get("full_layers") or range(min(fields.get("first_window_layer", 0), MOST_LAYERS))
     return ModelConfig(**kept | {"rope": RopeConfig(**fields["rope"]), "full_layers": tuple(full_layers)})
 
 

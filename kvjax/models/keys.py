@@ -38,12 +38,13 @@ class KeyList:
     neutral: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     stems: tuple[str, ...] = STEMS
 
-    def check(self, values: Mapping[str, Any], where: str) -> None:
+    def check(self, values: Mapping[str, Any], where: str, prefix: str = "") -> None:
         """Checks every key of a file.
 
         Args:
           values: values by key.
           where: the file, for messages.
+          prefix: what messages put before a key.
 
         Raises:
           KvjaxError: a key may change what the decoder computes, and the decoder does not have it.
@@ -56,7 +57,7 @@ class KeyList:
             if known and not _changes_nothing(value, neutral):
                 expected = " or ".join(map(repr, (*neutral, None)))
                 shown = reprlib.repr(value)
-                raise KvjaxError(f"{key} of {where} is {shown}, which is not supported; expected {expected}")
+                raise KvjaxError(f"{prefix}{key} of {where} is {shown}, which is not supported; expected {expected}")
 
 
 def _changes_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:
