@@ -64,7 +64,6 @@ CHOOSING: dict[str, dict[str, Any]] = {  # Qwen's layers have a window or not
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {
         **EVERYWHERE,
-        "kv heads null": {"num_key_value_heads": None},
         "attention bias": {"attention_bias": True},
         "mlp bias": {"mlp_bias": True},
     },
