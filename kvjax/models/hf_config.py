@@ -20,7 +20,7 @@ USED = (
 TRAINING = (
     *("attention_dropout", "attn_pdrop", "classifier_dropout", "embd_pdrop", "gradient_checkpointing"),
     *("hidden_dropout", "hidden_dropout_prob", "initializer_factor", "initializer_range", "output_router_logits"),
-    *("pretraining_tp", "resid_pdrop", "router_aux_loss_coef", "router_jitter_noise"),
+    *("pretraining_tp", "resid_pdrop", "residual_dropout", "router_aux_loss_coef", "router_jitter_noise"),
 )
 GENERATION = (
     *("bad_words_ids", "begin_suppress_tokens", "bos_token_id", "cache_implementation", "decoder_start_token_id"),
@@ -62,6 +62,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("qk_norm", "use_qk_norm", "use_parallel_residual", "parallel_attn"), (False,)),
     **dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "use_post_norm"), (False,)),
     **{"mlp_layer_types": ("dense",), "hidden_activation": ("silu", "swish"), "pruned_heads": ()},
+    **{"activation": ("silu", "swish", "swiglu")},
     **{"norm_type": ("rmsnorm", "rms_norm"), "per_layer_config": ()},
     # weights in another form
     **dict.fromkeys(("quantization_config", "compression_config"), ()),
