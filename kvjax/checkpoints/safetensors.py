@@ -94,9 +94,9 @@ class Stored:
 
     def split(self, sizes: Mapping[str, int]) -> dict[str, Stored]:
         """The parts of a fused tensor, by name, from the rows that each has."""
-        if self.shape[0] != sum(sizes.values()):
+        if self.shape[:1] != (sum(sizes.values()),):
             expected = " + ".join(map(str, sizes.values()))
-            raise KvjaxError(f"tensor {self.name} has {self.shape[0]} rows; expected {expected}")
+            raise KvjaxError(f"tensor {self.name} has shape {self.shape}; expected {expected} rows")
         starts = itertools.accumulate(sizes.values(), initial=0)
         return {
             name: dataclasses.replace(self, shape=(rows, *self.shape[1:]), start=start)
@@ -167,7 +167,7 @@ def _split_fused(config: ModelConfig, tensors: Mapping[str, Stored]) -> dict[str
     }
     split: dict[str, Stored] = {}
     for name, stored in tensors.items():
-        whole = next((part for part in fused if part in name), None)
+        whole = next((part for part in fused if name.startswith("model.") and part in name), None)
         parts = {name: stored}
         if whole:
             parts = stored.split({name.replace(whole, part): rows for part, rows in fused[whole].items()})
@@ -185,6 +185,7 @@ def _own_head(config: ModelConfig, tensors: dict[str, Stored]) -> tuple[ModelCon
     others = {name: stored for name, stored in tensors.items() if name != head}
     if embed not in tensors:
         return config, others | {embed: tensors[head]}
-    if tensors[embed].shape == tensors[head].shape and np.array_equal(tensors[embed].read(), tensors[head].read()):
+    shaped = tensors[embed].shape == tensors[head].shape == (config.vocab_size, config.model_dim)
+    if shaped and np.array_equal(tensors[embed].read(), tensors[head].read()):
         return config, others
     return dataclasses.replace(config, tied=False), tensors

@@ -94,7 +94,7 @@ _ROPE_NEUTRAL: dict[str, tuple[Any, ...]] = {"partial_rotary_factor": (1,), "att
 ROPE_KEYS = {
     "default": KeyList(_ROPE, _SCALED, _ROPE_NEUTRAL | {"factor": (1,)}, ("",)),
     "linear": KeyList((*_ROPE, "factor"), _SCALED, _ROPE_NEUTRAL, ("",)),
-    "llama3": KeyList((*_ROPE, *_LLAMA3), (), _ROPE_NEUTRAL, ("",)),
+    "llama3": KeyList((*_ROPE, *_LLAMA3), ("finetuned",), _ROPE_NEUTRAL, ("",)),
 }
 # transformers' own values for keys that a config leaves out; "null" there means what it does here.
 DEFAULTS = {

@@ -88,7 +88,9 @@ UP = "model.layers.0.mlp.up_proj"
     [
         ({"layers.0.mlp.up_proj.weight": (64, 64)}, rf"tensors .* are both {UP}\.weight; expected one"),
         ({"model.layers.0.mlp.gate_up_proj.weight": (128, 64)}, "is there twice: on its own and in a fused tensor"),
-        ({"model.layers.0.self_attn.qkv_proj.weight": (9, 64)}, r"has 9 rows; expected 64 \+ 32 \+ 32"),
+        ({"model.layers.0.self_attn.qkv_proj.weight": (9, 64)}, r"has shape \(9, 64\); expected 64 \+ 32 \+ 32 rows"),
+        ({"model.layers.0.self_attn.qkv_proj.weight": ()}, r"has shape \(\); expected 64 \+ 32 \+ 32 rows"),
+        ({"lm_head.weight": ()}, r"tensor lm_head\.weight has shape \(\); expected"),
         ({"model.layers.0.self_attn.query_key_value.weight": (128, 64)}, "query_key_value.* is not part of a qwen2"),
         ({"vision_tower.layers.0.mlp.up_proj.weight": (64, 64)}, "vision_tower.* is not part of a qwen2 decoder"),
         ({f"{UP}.lora_A.weight": (4, 64)}, r"lora_A.* is part of a LoRA adapter; expected an adapter merged into"),
