@@ -104,6 +104,23 @@ class Stored:
         }
 
 
+def read_hf_config(folder: Path) -> ModelConfig:
+    """Reads the config of a HF folder.
+
+    Args:
+      folder: the folder.
+
+    Returns:
+      The config.
+
+    Raises:
+      KvjaxError: there is none, or `from_hf` refuses it.
+    """
+    if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
+        raise KvjaxError(f"{folder} holds an adapter ({ADAPTER}); expected the whole model, with the adapter merged")
+    return from_hf(read_json(folder / "config.json"))
+
+
 def load_hf(folder: Path, dtype: DTypeLike, layers: int | None = None) -> tuple[ModelConfig, Params]:
     """Reads the config and the parameters of a HF folder.
 
@@ -118,9 +135,7 @@ def load_hf(folder: Path, dtype: DTypeLike, layers: int | None = None) -> tuple[
     Raises:
       KvjaxError: one line on what is missing, of another shape, corrupt or not supported.
     """
-    if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
-        raise KvjaxError(f"{folder} holds an adapter ({ADAPTER}); expected the whole model, with the adapter merged")
-    config = from_hf(read_json(folder / "config.json"))
+    config = read_hf_config(folder)
     with contextlib.ExitStack() as stack:
         found = _find(weight_files(folder), stack)
         check_forms(found)
