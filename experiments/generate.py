@@ -23,6 +23,7 @@ from experiments import program
 from kvjax import records
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
+from kvjax.checkpoints.load import read_config
 from kvjax.evaluate.tasks import common_prefix
 
 
@@ -35,8 +36,9 @@ def main(config: config_dict.ConfigDict, workdir: Path | None) -> None:
     if config.save and Path(config.save).exists():
         raise kvjax.KvjaxError(f"{config.save} exists already; expected a new folder")
     names = split_list(config.compare) if config.compare else [config.cache]
+    model_config = read_config(config.model)  # a plan that does not fit is refused before weights are loaded
+    plans = [CachePlan.parse(name, model_config) for name in names]
     model = kvjax.load(config.model, config.dtype)
-    plans = [kvjax.plan(model, name) for name in names]
     rows = []
     for plan in plans:
         cache = kvjax.restore_state(config.resume, model) if config.resume else plan

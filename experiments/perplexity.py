@@ -21,6 +21,7 @@ import kvjax
 from experiments import pareto, program
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
+from kvjax.checkpoints.load import read_config
 from kvjax.evaluate.sweep import COLUMNS
 from kvjax.tables import format_figure, format_with_error
 
@@ -29,6 +30,9 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     names = split_list(config.caches)
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
+    model_config = read_config(config.model)
+    for name in names:
+        CachePlan.parse(name, model_config)  # one that does not fit is refused before weights are loaded
     model = kvjax.load(config.model, config.dtype)
     sizes = {key: config[key] for key in ("protocol", "context", "windows", "offset")}
     tasks: dict[CachePlan, TaskID] = {}

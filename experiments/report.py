@@ -16,13 +16,14 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from experiments import closed_loop, pareto, plans, tune_pictures
+from experiments import checkpoint_keys, closed_loop, pareto, plans, tune_pictures
 from experiments import searches as search_courses
 from experiments.sources import check_clean, describe_source
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.sweep import COLUMNS
 from kvjax.files import write_atomically
+from kvjax.models.hf_config import KEYS, ROPE_KEYS
 from kvjax.models.zoo import RANDOM
 from kvjax.records import read_rows
 from kvjax.tables import format_figure, format_with_error
@@ -396,6 +397,14 @@ TABLES: dict[str, Tables] = {
         "bundles": ("aot.jsonl", bundles),
         "aot-cuda": ("aot-cuda.jsonl", compiled),
         "registers": ("aot-cuda.jsonl", registers),
+    },
+    "docs/checkpoints.md": {
+        "stems": (None, lambda _: checkpoint_keys.stems()),
+        "config-keys": (None, lambda _: table(("key", *KEYS), checkpoint_keys.config_lines(), numbers=False)),
+        "harmless-keys": (None, lambda _: checkpoint_keys.harmless()),
+        "rope-keys": (None, lambda _: table(("key", *ROPE_KEYS), checkpoint_keys.rope_lines(), numbers=False)),
+        "forms": (None, lambda _: table(("part of a name", "what"), checkpoint_keys.form_lines(), numbers=False)),
+        "gguf-keys": (None, lambda _: table(("key", "what"), checkpoint_keys.gguf_lines(), numbers=False)),
     },
     "docs/decisions.md": {
         "xquant-beyond": ("xquant-beyond.jsonl", beyond),

@@ -253,6 +253,11 @@ class StoredSpec(CacheSpec):
 
     def format(self, bits: int, per: str, group: int) -> store.Format:
         """How a tensor is packed in blocks of R tokens. Raises KvjaxError for groups that do not fit R."""
+        r = self.residual_length
+        if self.residual is None and r % 8 and getattr(self, "group", None) == r:
+            raise KvjaxError(
+                f"{self}: group={r}; expected a multiple of 8, or a residual that is one of 8 and of the group"
+            )
         try:
             return store.Format(bits, per, group, self.residual_length)
         except KvjaxError as error:

@@ -15,6 +15,7 @@ from kvjax.checkpoints.gguf_tokenizer import read_tokenizer
 from kvjax.errors import KvjaxError
 from kvjax.files import brief
 from kvjax.models.config import ModelConfig, RopeConfig
+from kvjax.models.keys import STEMS, KeyList
 from kvjax.models.params import Names, ParamPath, Params, build_params
 from kvjax.models.rope import make_rope
 from kvjax.models.tokenizer import Tokenizer
@@ -33,13 +34,43 @@ NAMES = Names(
         "q_bias": "attn_q.bias",
         "k_bias": "attn_k.bias",
         "v_bias": "attn_v.bias",
+        "o_bias": "attn_output.bias",
         "q_norm": "attn_q_norm.weight",
         "k_norm": "attn_k_norm.weight",
         "mlp_norm": "ffn_norm.weight",
         "gate": "ffn_gate.weight",
         "up": "ffn_up.weight",
         "down": "ffn_down.weight",
+        "gate_bias": "ffn_gate.bias",
+        "up_bias": "ffn_up.bias",
+        "down_bias": "ffn_down.bias",
     },
+)
+# Of the keys that begin with the architecture. Scaling of rope has its own list below.
+KEYS = KeyList(
+    used=(
+        *("context_length", "embedding_length", "feed_forward_length", "block_count", "attention.head_count"),
+        *("attention.head_count_kv", "attention.key_length", "attention.value_length"),
+        *("attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "rope.scale_linear"),
+        *("rope.scaling.type", "rope.scaling.factor"),
+    ),
+    harmless=(
+        *("vocab_size", "tensor_data_layout", "pooling_type", "attention.layer_norm_epsilon"),
+        *("rope.scaling.original_context_length", "rope.scaling.finetuned"),
+        *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_log_multiplier"),
+    ),
+    neutral={
+        **dict.fromkeys(("attention.sliding_window", "attention.sliding_window_pattern"), (0, False)),
+        **dict.fromkeys(("attention.scale", "attention.clamp_kqv", "attention.max_alibi_bias"), (0,)),
+        **dict.fromkeys(("attention.output_scale", "embedding_scale", "residual_scale", "logit_scale"), (1, 0)),
+        **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "attention.temperature_scale"), (0,)),
+        **dict.fromkeys(("expert_count", "expert_used_count", "nextn_predict_layers"), (0,)),
+        **dict.fromkeys(("attention.shared_kv_layers", "leading_dense_block_count"), (0,)),
+        **dict.fromkeys(("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"), (1,)),
+        **{"rope.scaling.yarn_ext_factor": (0, -1), "rope.scaling.alpha": (0,), "rope.dimension_sections": (0,)},
+        **{"attention.causal": (True,), "use_parallel_residual": (False,)},
+    },
+    stems=(*STEMS, "attention", "altup", "softmax"),
 )
 
 
@@ -93,6 +124,23 @@ class GGUFFile:
             raise KvjaxError(f"metadata {key} of {self.path} is {value}; expected a positive whole number")
         return value
 
+    def _has(self, name: str) -> bool:
+        """Whether the first layer has this parameter."""
+        return NAMES.of(("layer_0", name)) in self._tensors
+
+    def _check_keys(self) -> None:
+        """Raises KvjaxError for parts of models, and for metadata that changes the decoder and is not read."""
+        parts = self.get("split.count", int, 1)
+        if parts > 1:
+            part = self.get("split.no", int, 0) + 1
+            merge = "merge them with `llama-gguf-split --merge`"
+            raise KvjaxError(f"{self.path} is part {part} of {parts} of a split GGUF; expected one file: {merge}")
+        if (kind := self.get("general.type", str, "model")) != "model":
+            raise KvjaxError(f"{self.path} holds a GGUF of type {kind!r}; expected a model")
+        prefix = f"{self._arch}."
+        own = {key.removeprefix(prefix): value for key, value in self._metadata.items() if key.startswith(prefix)}
+        KEYS.check(own, str(self.path), f"metadata {prefix}")
+
     def _shape(self, name: str) -> tuple[int, ...]:
         if name not in self._tensors:
             raise KvjaxError(f"tensor {name} is missing in {self.path}")
@@ -119,11 +167,17 @@ class GGUFFile:
             raise KvjaxError(
                 f"GGUF architecture {self._arch!r} is not supported; expected {', '.join(ARCHITECTURES)}"
             )
+        self._check_keys()
         heads, model_dim = self._size("attention.head_count"), self._size("embedding_length")
+        kv_heads = self._size("attention.head_count_kv", heads)
         head_dim = self._size("attention.key_length", model_dim // heads)
-        rotated = self._size("rope.dimension_count", head_dim)
-        if rotated != head_dim:
-            raise KvjaxError(f"{self.path} rotates {rotated} of {head_dim} channels; expected all of them")
+        for key in ("attention.value_length", "rope.dimension_count"):
+            if (channels := self._size(key, head_dim)) != head_dim:
+                raise KvjaxError(f"metadata {self._arch}.{key} of {self.path} is {channels}; expected {head_dim}")
+        if heads % kv_heads:
+            raise KvjaxError(
+                f"{self.path} has {heads} attention heads; expected a multiple of its {kv_heads} kv heads"
+            )
         return ModelConfig(
             family=self._arch,
             vocab_size=self._shape(NAMES.top["embed"])[0],
@@ -131,27 +185,32 @@ class GGUFFile:
             mlp_dim=self._size("feed_forward_length"),
             layers=self._size("block_count"),
             heads=heads,
-            kv_heads=self._size("attention.head_count_kv", heads),
+            kv_heads=kv_heads,
             head_dim=head_dim,
             max_positions=self._size("context_length"),
             norm_eps=self._need(f"{self._arch}.attention.layer_norm_rms_epsilon", float),
             rope=self._rope(head_dim),
-            qkv_bias=self._arch == "qwen2",
+            qkv_bias=self._arch == "qwen2" or self._has("q_bias"),
+            o_bias=self._has("o_bias"),
+            mlp_bias=self._has("down_bias"),
             qk_norm=self._arch == "qwen3",
             tied=NAMES.top["head"] not in self._tensors,
         )
 
     def _rope(self, head_dim: int) -> RopeConfig:
         plain = RopeConfig(self.get(f"{self._arch}.rope.freq_base", float, 10000.0))
-        kind = self.get(f"{self._arch}.rope.scaling.type", str, "none")
+        # As in llama.cpp: linear where no type is named, the newer key before the older, 0 for no scaling.
+        kind = self.get(f"{self._arch}.rope.scaling.type", str, "linear")
+        keys = [f"{self._arch}.rope.{key}" for key in ("scaling.factor", "scale_linear")]
+        factor = next((self.get(key, float) for key in keys if key in self._metadata), 0.0)
+        if kind not in ("none", "linear"):
+            raise KvjaxError(f"rope scaling {kind!r} of {self.path} is not supported; expected none or linear")
+        scaled = kind == "linear" and factor not in (0, 1)
         if ROPE_FACTORS in self._tensors:
+            if scaled:
+                raise KvjaxError(f"{self.path} has both tensor {ROPE_FACTORS} and linear rope scaling; expected one")
             return self._llama3(plain, head_dim)
-        if kind == "linear":
-            factor = self._need(f"{self._arch}.rope.scaling.factor", float)
-            return dataclasses.replace(plain, scaling="linear", factor=factor)
-        if kind != "none":
-            raise KvjaxError(f"rope scaling {kind!r} is not supported; expected none, linear or llama3")
-        return plain
+        return dataclasses.replace(plain, scaling="linear", factor=factor) if scaled else plain
 
     def _llama3(self, plain: RopeConfig, head_dim: int) -> RopeConfig:
         """Llama 3's published scaling, checked against the frequency divisors: GGUF stores no more."""
@@ -179,7 +238,7 @@ class GGUFFile:
           KvjaxError: one line on what is missing, of another shape or not supported.
         """
         config = self.config()
-        heads = {"q": config.heads, "k": config.kv_heads}
+        heads = {"q": config.heads, "k": config.kv_heads, "q_bias": config.heads, "k_bias": config.kv_heads}
 
         def read(path: ParamPath, name: str) -> np.ndarray:
             values = self._read(name)
@@ -203,6 +262,6 @@ class GGUFFile:
 
 
 def _split_halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Reorders rows of q or k [heads * d, in] from GGUF llama's order (adjacent pairs) to half-split order."""
+    """Reorders rows [heads * d, in], or a bias, from GGUF llama's order (adjacent pairs) to half-split order."""
     pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, -1)
     return pairs.swapaxes(1, 2).reshape(weight.shape)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import re
+from collections.abc import Iterator
 from hashlib import sha256 as sha256_of
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import jax.numpy as jnp
 
 from kvjax.checkpoints import orbax
 from kvjax.checkpoints.gguf import GGUFFile
-from kvjax.checkpoints.safetensors import load_hf, weight_files
+from kvjax.checkpoints.safetensors import load_hf, read_hf_config, weight_files
 from kvjax.downloads import fetch
 from kvjax.errors import KvjaxError
 from kvjax.files import brief, sha256
@@ -44,14 +47,52 @@ def load(name: str, dtype: str | None = None, layers: int | None = None) -> Mode
     name, layers = _split_layers(name, layers)
     resolved = _resolve_dtype(dtype)
     suffix = "" if layers is None else f"(layers={layers})"
-    try:
+    with _naming(name):
         return Model(name + suffix, *_load(name, resolved, layers))
+
+
+def read_config(name: str) -> ModelConfig:
+    """Reads the config of a model and none of its weights, so that what does not fit it is refused early.
+
+    Args:
+      name: as for `load`.
+
+    Returns:
+      The config.
+
+    Raises:
+      KvjaxError: one line that says what was expected.
+    """
+    name, layers = _split_layers(name, None)
+    with _naming(name):
+        return keep_layers(_read_config(name), layers)
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Puts the model's name into errors that lack it."""
+    try:
+        yield
     except KvjaxError as error:
         if name in str(error):
             raise
         raise KvjaxError(f"{name}: {error}") from None  # checks of shapes do not know the file
     except OSError as error:
         raise KvjaxError(f"{error.filename or name} cannot be read: {error.strerror}") from None
+
+
+def _read_config(name: str) -> ModelConfig:
+    path = Path(name)
+    if name in zoo.RANDOM:
+        return zoo.RANDOM[name]
+    if name in zoo.FILES:
+        config = GGUFFile(fetch(zoo.FILES[name])).config()
+        return dataclasses.replace(config, kv_heads=config.heads) if name.endswith("-mha") else config
+    if path.is_file() and path.suffix == ".gguf":
+        return GGUFFile(path).config()
+    if (path / orbax.METADATA).is_file():
+        return orbax.read_config(path)
+    return read_hf_config(path if path.is_dir() else _snapshot(name))
 
 
 def _load(

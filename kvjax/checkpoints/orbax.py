@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from kvjax.errors import KvjaxError
 from kvjax.files import brief, check_digests, digests, read_json, write_json
-from kvjax.models.config import ModelConfig, RopeConfig
+from kvjax.models.config import MOST_LAYERS, ModelConfig, RopeConfig
 from kvjax.models.model import Model
 from kvjax.models.params import Params, check_tensors, keep_layers, param_shapes
 from kvjax.models.tokenizer import AnyTokenizer, ByteTokenizer, Tokenizer
@@ -115,6 +115,28 @@ def write_arrays(folder: Path, tree: Any) -> None:
         raise OSError(os.strerror(int(code[1])) if code else brief(error)) from None
 
 
+def read_config(folder: Path) -> ModelConfig:
+    """Reads the config that `save` wrote. Older files say from which layer on there is a window.
+
+    Args:
+      folder: the folder.
+
+    Returns:
+      The config.
+
+    Raises:
+      KvjaxError: the folder is not one that `save` wrote.
+    """
+    metadata = read_json(folder / METADATA)
+    try:
+        fields = metadata["config"]
+        kept = {name: value for name, value in fields.items() if name != "first_window_layer"}
+        full_layers = kept.get("full_layers") or range(min(fields.get("first_window_layer", 0), MOST_LAYERS))
+        return ModelConfig(**kept | {"rope": RopeConfig(**fields["rope"]), "full_layers": tuple(full_layers)})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise KvjaxError(f"{folder / METADATA} is not one that kvjax wrote: {brief(error)}") from None
+
+
 def load(folder: Path, dtype: DTypeLike, layers: int | None = None) -> tuple[ModelConfig, Params, AnyTokenizer]:
     """Reads what `save` wrote.
 
@@ -130,10 +152,10 @@ def load(folder: Path, dtype: DTypeLike, layers: int | None = None) -> tuple[Mod
       KvjaxError: the folder is not one that `save` wrote, it is damaged, or the model has fewer layers.
     """
     folder = folder.absolute()
+    saved = read_config(folder)
     metadata = read_json(folder / METADATA)
     try:
-        fields, sums = metadata["config"], metadata["params"]
-        saved = ModelConfig(**{**fields, "rope": RopeConfig(**fields["rope"])})
+        sums = metadata["params"]
         tokenizer = ByteTokenizer() if metadata["tokenizer"] == "bytes" else read_tokenizer(folder)
     except (KeyError, TypeError) as error:
         raise KvjaxError(f"{folder / METADATA} is not one that kvjax wrote: {brief(error)}") from None

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
+from kvjax.checkpoints.names import canonical, check_forms
 from kvjax.errors import KvjaxError
 from kvjax.files import brief, read_json
-from kvjax.models.config import ModelConfig, from_hf
-from kvjax.models.params import Names, Params, build_params
+from kvjax.models.config import ModelConfig
+from kvjax.models.hf_config import from_hf
+from kvjax.models.params import Names, Params, Shape, build_params
 
 NAMES = Names(
     top={"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"},
@@ -26,16 +32,21 @@ NAMES = Names(
         "q_bias": "self_attn.q_proj.bias",
         "k_bias": "self_attn.k_proj.bias",
         "v_bias": "self_attn.v_proj.bias",
+        "o_bias": "self_attn.o_proj.bias",
         "q_norm": "self_attn.q_norm.weight",
         "k_norm": "self_attn.k_norm.weight",
         "mlp_norm": "post_attention_layernorm.weight",
         "gate": "mlp.gate_proj.weight",
         "up": "mlp.up_proj.weight",
         "down": "mlp.down_proj.weight",
+        "gate_bias": "mlp.gate_proj.bias",
+        "up_bias": "mlp.up_proj.bias",
+        "down_bias": "mlp.down_proj.bias",
     },
 )
 INDEX = "model.safetensors.index.json"
 KINDS = ("F32", "BF16", "F16", "F64")
+ADAPTER = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth")
 
 
@@ -69,6 +80,47 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where a tensor is: a file, its name there, and its rows of that tensor."""
+
+    handle: Any
+    name: str
+    shape: Shape
+    start: int = 0
+
+    def read(self) -> np.ndarray:
+        return self.handle.get_slice(self.name)[self.start : self.start + self.shape[0]]
+
+    def split(self, sizes: Mapping[str, int]) -> dict[str, Stored]:
+        """The parts of a fused tensor, by name, from the rows that each has."""
+        if self.shape[:1] != (sum(sizes.values()),):
+            expected = " + ".join(map(str, sizes.values()))
+            raise KvjaxError(f"tensor {self.name} has shape {self.shape}; expected {expected} rows")
+        starts = itertools.accumulate(sizes.values(), initial=0)
+        return {
+            name: dataclasses.replace(self, shape=(rows, *self.shape[1:]), start=start)
+            for (name, rows), start in zip(sizes.items(), starts, strict=False)
+        }
+
+
+def read_hf_config(folder: Path) -> ModelConfig:
+    """Reads the config of a HF folder.
+
+    Args:
+      folder: the folder.
+
+    Returns:
+      The config.
+
+    Raises:
+      KvjaxError: there is none, or `from_hf` refuses it.
+    """
+    if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
+        raise KvjaxError(f"{folder} holds an adapter ({ADAPTER}); expected the whole model, with the adapter merged")
+    return from_hf(read_json(folder / "config.json"))
+
+
 def load_hf(folder: Path, dtype: DTypeLike, layers: int | None = None) -> tuple[ModelConfig, Params]:
     """Reads the config and the parameters of a HF folder.
 
@@ -83,26 +135,72 @@ def load_hf(folder: Path, dtype: DTypeLike, layers: int | None = None) -> tuple[
     Raises:
       KvjaxError: one line on what is missing, of another shape, corrupt or not supported.
     """
-    config = from_hf(read_json(folder / "config.json"))
+    config = read_hf_config(folder)
     with contextlib.ExitStack() as stack:
-        where: dict[str, Any] = {}
-        for file in weight_files(folder):
-            try:
-                handle = stack.enter_context(safe_open(file, "np"))
-            except SafetensorError as error:
-                raise KvjaxError(f"{file} is not a whole safetensors file: {brief(error)}") from None
-            for name in handle.keys():  # noqa: SIM118
-                if _unused(name, config):
-                    continue
-                if name in where:
-                    raise KvjaxError(f"{file} has tensor {name}, which another file has too")
-                if (kind := handle.get_slice(name).get_dtype()) not in KINDS:
-                    raise KvjaxError(f"tensor {name} of {file} is {kind}; expected one of {', '.join(KINDS)}")
-                where[name] = handle
-        present = {name: tuple(handle.get_slice(name).get_shape()) for name, handle in where.items()}
-        return build_params(config, NAMES, present, lambda _, name: where[name].get_tensor(name), dtype, layers)
+        found = _find(weight_files(folder), stack)
+        check_forms(found)
+        config, tensors = _own_head(config, _split_fused(config, _by_canonical_name(found)))
+        present = {name: stored.shape for name, stored in tensors.items()}
+        return build_params(config, NAMES, present, lambda _, name: tensors[name].read(), dtype, layers)
 
 
-def _unused(name: str, config: ModelConfig) -> bool:
-    """Whether the decoder does not need a tensor: old rotary tables, the head of a model with tied weights."""
-    return name.endswith(".rotary_emb.inv_freq") or (config.tied and name == NAMES.top["head"])
+def _find(files: list[Path], stack: contextlib.ExitStack) -> dict[str, Stored]:
+    """Every tensor of the files, by its name there. The files stay open as long as the stack."""
+    found: dict[str, Stored] = {}
+    for file in files:
+        try:
+            handle = stack.enter_context(safe_open(file, "np"))
+        except SafetensorError as error:
+            raise KvjaxError(f"{file} is not a whole safetensors file: {brief(error)}") from None
+        for name in handle.keys():  # noqa: SIM118
+            if name in found:
+                raise KvjaxError(f"{file} has tensor {name}, which another file has too")
+            found[name] = Stored(handle, name, tuple(handle.get_slice(name).get_shape()))
+    return found
+
+
+def _by_canonical_name(found: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The same tensors by HF's names, without old rotary tables."""
+    tensors: dict[str, Stored] = {}
+    for name, stored in found.items():
+        if name.endswith("rotary_emb.inv_freq"):
+            continue
+        if (own := canonical(name)) in tensors:
+            raise KvjaxError(f"tensors {tensors[own].name} and {name} are both {own}; expected one")
+        if (kind := stored.handle.get_slice(name).get_dtype()) not in KINDS:
+            raise KvjaxError(f"tensor {name} is {kind}; expected one of {', '.join(KINDS)}")
+        tensors[own] = stored
+    return tensors
+
+
+def _split_fused(config: ModelConfig, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Splits `qkv_proj` into q, k, v and `gate_up_proj` into gate, up, by rows, as Phi-3 stores them."""
+    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    fused = {
+        "self_attn.qkv_proj.": {"self_attn.q_proj.": q, "self_attn.k_proj.": kv, "self_attn.v_proj.": kv},
+        "mlp.gate_up_proj.": {"mlp.gate_proj.": config.mlp_dim, "mlp.up_proj.": config.mlp_dim},
+    }
+    split: dict[str, Stored] = {}
+    for name, stored in tensors.items():
+        whole = next((part for part in fused if name.startswith("model.") and part in name), None)
+        parts = {name: stored}
+        if whole:
+            parts = stored.split({name.replace(whole, part): rows for part, rows in fused[whole].items()})
+        for part in parts.keys() & (split.keys() | (tensors.keys() if whole else ())):
+            raise KvjaxError(f"tensor {part} is there twice: on its own and in a fused tensor")
+        split |= parts
+    return split
+
+
+def _own_head(config: ModelConfig, tensors: dict[str, Stored]) -> tuple[ModelConfig, dict[str, Stored]]:
+    """A head beside tied weights is, as in transformers, a copy, the embedding itself, or a head of its own."""
+    embed, head = NAMES.top["embed"], NAMES.top["head"]
+    if not config.tied or head not in tensors:
+        return config, tensors
+    others = {name: stored for name, stored in tensors.items() if name != head}
+    if embed not in tensors:
+        return config, others | {embed: tensors[head]}
+    shaped = tensors[embed].shape == tensors[head].shape == (config.vocab_size, config.model_dim)
+    if shaped and np.array_equal(tensors[embed].read(), tensors[head].read()):
+        return config, others
+    return dataclasses.replace(config, tied=False), tensors

@@ -140,8 +140,12 @@ def save_state(folder: str | Path, model: Model, state: State) -> None:
       KvjaxError: another model made the state, something is there already, or it cannot be written.
     """
     check_made_by(state, model)
-    metadata = _made_by(model) | {"cache": str(state.plan), "max_len": state.max_len}
-    metadata["read"] = [each._asdict() for each in state.read]
+    metadata = _made_by(model) | {
+        "name": model.name,
+        "cache": str(state.plan),
+        "max_len": state.max_len,
+        "read": [each._asdict() for each in state.read],
+    }
     with new_folder(Path(folder)) as part:
         write_arrays(part / "arrays", _named(state.held))
         write_json(part / METADATA, metadata | {"arrays": digests(part / "arrays")})
@@ -161,8 +165,10 @@ def restore_state(folder: str | Path, model: Model, cache: str | CacheSpec | Cac
     folder = Path(folder).absolute()
     metadata = read_json(folder / METADATA)
     for key, own in _made_by(model).items():
-        if metadata.get(key) != own:
-            raise KvjaxError(f"{folder} was made with {key} {metadata.get(key)}; this model has {own}")
+        if (made := str(metadata.get(key))) != str(own):
+            what = "checksum" if key == "model" else key
+            other = f"{metadata.get('name', 'another model')} ({what} {made[:8]})"
+            raise KvjaxError(f"{folder} was made by {other}; this is {model.name} ({what} {str(own)[:8]})")
     try:
         plan = CachePlan.parse(metadata["cache"], model.config)
         read = [_check_read(Read(**each)) for each in metadata["read"]]

@@ -4,7 +4,8 @@ Parameters (weights as in the checkpoints, [out, in]):
 
     embed [V, D]   norm [D]   head [V, D] (absent where tied)
     layer_i: attention_norm [D]  q [H*d, D]  k, v [K*d, D]  o [D, H*d]  mlp_norm [D]  gate, up [F, D]  down [D, F]
-             q_bias, k_bias, v_bias (Qwen2)   q_norm, k_norm [d] (Qwen3)
+             q_bias, k_bias, v_bias, o_bias, gate_bias, up_bias, down_bias (where the config has them)
+             q_norm, k_norm [d] (Qwen3)
 
 V vocabulary, D model_dim, H heads, K kv_heads, d head_dim, F mlp_dim, B batch, T tokens of this call.
 """
@@ -57,6 +58,10 @@ class Layer(nn.Module):
         init = nn.initializers.ones if name.endswith("norm") else nn.initializers.normal(0.02)
         return self.param(name, init, shape)
 
+    def _project(self, name: str, x: Float[Array, "... i"], out: int, bias: bool) -> Float[Array, "... o"]:
+        y = linear(x, self._param(name, out, x.shape[-1]))
+        return y + self._param(f"{name}_bias", out) if bias else y
+
     @nn.compact
     def __call__(
         self,
@@ -106,13 +111,10 @@ class Layer(nn.Module):
             read=read,
         )
         attended, cache, carry = cache.attend(chunk, carry)
-        h = h + linear(attended.reshape(batch, tokens, q_dim), self._param("o", dim, q_dim))
+        h = h + self._project("o", attended.reshape(batch, tokens, q_dim), dim, c.o_bias)
         x = rms_norm(h, self._param("mlp_norm", dim), c.norm_eps)
-        gate, up = (
-            linear(x, self._param("gate", c.mlp_dim, dim)),
-            linear(x, self._param("up", c.mlp_dim, dim)),
-        )
-        return h + linear(jax.nn.silu(gate) * up, self._param("down", dim, c.mlp_dim)), cache, carry
+        gate, up = (self._project(name, x, c.mlp_dim, c.mlp_bias) for name in ("gate", "up"))
+        return h + self._project("down", jax.nn.silu(gate) * up, dim, c.mlp_bias), cache, carry
 
 
 def project_kv(

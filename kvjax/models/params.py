@@ -43,6 +43,10 @@ def param_shapes(config: ModelConfig) -> dict[ParamPath, Shape]:
     }
     if c.qkv_bias:
         layer |= {"q_bias": (q_dim,), "k_bias": (kv_dim,), "v_bias": (kv_dim,)}
+    if c.o_bias:
+        layer["o_bias"] = (c.model_dim,)
+    if c.mlp_bias:
+        layer |= {"gate_bias": (c.mlp_dim,), "up_bias": (c.mlp_dim,), "down_bias": (c.model_dim,)}
     if c.qk_norm:
         layer |= {"q_norm": (c.head_dim,), "k_norm": (c.head_dim,)}
     shapes: dict[ParamPath, Shape] = {("embed",): (c.vocab_size, c.model_dim), ("norm",): (c.model_dim,)}

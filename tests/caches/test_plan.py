@@ -148,6 +148,7 @@ ERRORS = [
     ("k4v4(rope=before)", "pre or post"),
     ("k4v4(sink=-1)", "sink=-1; expected at least 0"),
     ("k4v4(group=0)", "group=0; expected at least 1"),
+    ("k4v4@kivi(group=7)", "group=7; expected a multiple of 8"),
     ("k4v4@token(residual=-8)", "residual=-8; expected at least 0"),
     ("k4v4@kivi(residual=0)", "residual 0"),
     ("k4v4@kivi(residual=48)", "residual 48"),

@@ -15,6 +15,7 @@ from kvjax.checkpoints.safetensors import load_hf
 from kvjax.errors import KvjaxError
 from kvjax.models.params import param_shapes
 from kvjax.models.rope import make_rope
+from kvjax.models.zoo import random_params
 
 F32, Q8_0 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0
 
@@ -24,8 +25,8 @@ def interleave(weight, heads):
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(file, config, params, kind=F32, freqs=None):
-    """A GGUF file with the metadata and tensors of a model."""
+def write_gguf(file, config, params, kind=F32, freqs=None, more=None):
+    """A GGUF file with the metadata and tensors of a model, and more metadata."""
     writer = gguf.GGUFWriter(file, config.family)
     writer.add_context_length(config.max_positions)
     writer.add_embedding_length(config.model_dim)
@@ -39,9 +40,12 @@ def write_gguf(file, config, params, kind=F32, freqs=None):
     if config.rope.scaling == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config.rope.factor)
+    adders = {float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool, str: writer.add_string}
+    for key, value in (more or {}).items():
+        adders.get(type(value), writer.add_array)(key, value)
     if freqs is not None:
         writer.add_tensor("rope_freqs.weight", freqs.astype(np.float32))
-    heads = {"q": config.heads, "k": config.kv_heads}
+    heads = {"q": config.heads, "k": config.kv_heads, "q_bias": config.heads, "k_bias": config.kv_heads}
     for path in param_shapes(config):
         weight = np.asarray(params[path[0]] if len(path) == 1 else params[path[0]][path[1]])
         if config.family == "llama" and path[-1] in heads:
@@ -67,7 +71,7 @@ def test_same_as_hf(name, goldens, tmp_path):
     file = write_gguf(tmp_path / "model.gguf", config, params)
     loaded_config, loaded = GGUFFile(file).load(jnp.float32)
     # GGUF does not say which layers have Qwen's optional window.
-    assert loaded_config == dataclasses.replace(config, window=None, first_window_layer=0)
+    assert loaded_config == dataclasses.replace(config, window=None, full_layers=())
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
@@ -83,6 +87,88 @@ def test_q8_0_and_llama3_rope(goldens, tmp_path):
     other = GGUFFile(write_gguf(tmp_path / "b.gguf", config, params, freqs=freqs**2))
     with pytest.raises(KvjaxError, match=r"rope_freqs\.weight .* is not the rope scaling of Llama 3"):
         other.config()
+
+
+@pytest.fixture(scope="module")
+def plain(goldens):
+    """A llama without scaling of rope: config and parameters."""
+    config, params = load_hf(goldens / "llama-linear", jnp.float32)
+    return dataclasses.replace(config, rope=dataclasses.replace(config.rope, scaling="none", factor=1.0)), params
+
+
+@pytest.mark.parametrize(
+    ("more", "factor"),
+    [
+        ({"scale_linear": 4.0}, 4.0),
+        ({"scaling.factor": 4.0}, 4.0),
+        ({"scaling.factor": 4.0, "scale_linear": 2.0}, 4.0),
+        ({"scaling.type": "linear", "scaling.factor": 0.0}, None),
+        ({"scaling.type": "none", "scaling.factor": 4.0}, None),
+        ({"scaling.attn_factor": 1.0, "scaling.original_context_length": 64}, None),
+    ],
+)
+def test_spellings_of_linear_rope(plain, tmp_path, more, factor):
+    """As llama.cpp reads them."""
+    more = {f"llama.rope.{key}": value for key, value in more.items()}
+    rope = GGUFFile(write_gguf(tmp_path / "model.gguf", *plain, more=more)).config().rope
+    assert (rope.scaling, rope.factor) == (("linear", factor) if factor else ("none", 1.0))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.attention.sliding_window", 4096),
+        ("llama.attention.scale", 0.5),
+        ("llama.attention.clamp_kqv", 8.0),
+        ("llama.attention.causal", False),
+        ("llama.attention.value_length", 16),
+        ("llama.rope.dimension_count", 12),
+        ("llama.rope.dimension_sections", [4, 4, 4, 0]),
+        ("llama.rope.scaling.attn_factor", 1.2),
+        ("llama.rope.scaling.yarn_ext_factor", 1.0),
+        ("llama.expert_count", 8),
+        ("llama.embedding_scale", 12.0),
+        ("llama.residual_scale", 0.22),
+        ("llama.logit_scale", 8.0),
+        ("llama.final_logit_softcapping", 30.0),
+        ("llama.a_new_scale", 2.0),
+        ("llama.use_parallel_residual", True),
+    ],
+)
+def test_metadata_that_would_be_ignored(plain, tmp_path, key, value):
+    with pytest.raises(KvjaxError, match=f"metadata {key} of .*model.gguf is .*; expected"):
+        GGUFFile(write_gguf(tmp_path / "model.gguf", *plain, more={key: value})).config()
+
+
+def test_harmless_metadata(plain, tmp_path):
+    more = {
+        **{"llama.expert_count": 0, "llama.attention.causal": True, "llama.attention.sliding_window": 0},
+        **{"llama.residual_scale": 1.0, "llama.vocab_size": 128, "llama.a_note": "text", "llama.pooling_type": 1},
+        **{"general.name": "tiny", "general.type": "model", "split.count": 1, "quantize.imatrix.file": "x"},
+    }
+    assert GGUFFile(write_gguf(tmp_path / "model.gguf", *plain, more=more)).config() == plain[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"split.count": 3, "split.no": 0}, "is part 1 of 3 of a split GGUF; expected one file: merge"),
+        ({"general.type": "adapter"}, "holds a GGUF of type 'adapter'; expected a model"),
+        ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn' of .* is not supported; expected none or linear"),
+    ],
+)
+def test_parts_and_adapters(plain, tmp_path, more, message):
+    with pytest.raises(KvjaxError, match=message):
+        GGUFFile(write_gguf(tmp_path / "model.gguf", *plain, more=more)).load(jnp.float32)
+
+
+@pytest.mark.parametrize("options", [{"qkv_bias": True}, {"qkv_bias": True, "o_bias": True, "mlp_bias": True}])
+def test_biases_are_where_their_tensors_are(plain, tmp_path, options):
+    config = dataclasses.replace(plain[0], **options)
+    params = random_params(config, jnp.float32)
+    loaded_config, loaded = GGUFFile(write_gguf(tmp_path / "model.gguf", config, params)).load(jnp.float32)
+    assert loaded_config == config
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
 def test_refused(goldens, tmp_path):

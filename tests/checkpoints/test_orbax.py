@@ -37,6 +37,19 @@ def test_first_layers_in_another_dtype_and_bytes(goldens, tmp_path):
     assert first.tokenizer == ByteTokenizer()
 
 
+def test_layers_without_a_window(goldens, tmp_path):
+    model = load(str(goldens / "qwen2-tied"), "float32")
+    assert model.config.full_layers == (0,) and model.config.window == 12
+    orbax.save(tmp_path / "saved", model)
+    assert load(str(tmp_path / "saved"), "float32").config == model.config
+    file = tmp_path / "saved" / orbax.METADATA
+    metadata = json.loads(file.read_text())
+    del metadata["config"]["full_layers"]  # as earlier versions wrote it
+    metadata["config"]["first_window_layer"] = 1
+    file.write_text(json.dumps(metadata))
+    assert load(str(tmp_path / "saved"), "float32").config == model.config
+
+
 def test_refused(goldens, tmp_path):
     folder = tmp_path / "saved"
     model = load(str(goldens / "qwen3"), "float32")

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from kvjax.checkpoints.load import load
 from kvjax.checkpoints.safetensors import load_hf
 from kvjax.errors import KvjaxError
 
-HEAD, NORM = "lm_head.weight", "model.norm.weight"
+EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
 
 @pytest.fixture
@@ -49,14 +50,34 @@ def test_a_tensor_that_would_be_ignored(folder):
     refused(folder, r"tensor model\.layers\.0\.self_attn\.q_proj\.bias is not part of a llama decoder")
 
 
-def test_rotary_tables_and_a_tied_head_are_skipped(folder):
-    rewrite(
-        folder,
-        lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": tensors[NORM]}),
-    )
+def configure(folder, **values):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    assert "head" not in load_hf(folder, jnp.float32)[1]
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def same(params, expected):
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_rotary_tables_are_skipped(folder):
+    whole = load_hf(folder, jnp.float32)[1]
+    rewrite(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": tensors[NORM]}))
+    same(load_hf(folder, jnp.float32)[1], whole)
+
+
+def test_a_tied_head_as_transformers_has_it(folder):
+    """A head that is the embedding is left out, another one is used, and alone it is the embedding."""
+    whole = load_hf(folder, jnp.float32)[1]
+    configure(folder, tie_word_embeddings=True)
+    config, params = load_hf(folder, jnp.float32)
+    assert not config.tied
+    same(params, whole)
+    rewrite(folder, lambda tensors: tensors.update({EMBED: tensors[HEAD]}))
+    config, params = load_hf(folder, jnp.float32)
+    assert config.tied and "head" not in params
+    same(params["embed"], whole["head"])
+    rewrite(folder, lambda tensors: tensors.pop(EMBED))
+    same(load_hf(folder, jnp.float32)[1]["embed"], whole["head"])
 
 
 @pytest.mark.parametrize("size", [5, 1000, -3])

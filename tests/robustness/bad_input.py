@@ -417,9 +417,7 @@ CASES = (
     _sweep("damaged windows of an earlier run", "is damaged", prepare=_damage_windows),
     _generate("a folder to save to that exists", "exists already", "--config.save=tiny"),
     _generate("a state to resume that is missing", "state.json cannot be read", "--config.resume=state"),
-    _generate(
-        "a state of another model", "was made with model", "--config.resume=state", prepare=_make_state(SCALED)
-    ),
+    _generate("a state of another model", "was made by", "--config.resume=state", prepare=_make_state(SCALED)),
     _generate("a damaged state", "is damaged", "--config.resume=state", prepare=_damage_state),
     _generate(
         "a prompt that a state has no room for",

@@ -20,7 +20,7 @@ CONFIG = ModelConfig(
     qkv_bias=True,
     qk_norm=True,
     window=18,
-    first_window_layer=1,
+    full_layers=(0,),
 )
 
 

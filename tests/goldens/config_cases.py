@@ -1,0 +1,107 @@
+"""Values of config.json that change what a decoder computes, with weights that need no file.
+
+Shared by make_config_goldens.py, which asks transformers, and tests/models/test_hf_config.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+BASE: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": None,
+}
+TOKENS, KEPT, COLUMNS = 40, 4, 32  # fed; positions from the end and columns of which the logits are kept
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+EVERYWHERE: dict[str, dict[str, Any]] = {
+    "base": {},
+    "width": {"hidden_size": 64},
+    "width of the MLP": {"intermediate_size": 40},
+    "layers": {"num_hidden_layers": 2},
+    "heads": {"num_attention_heads": 8},
+    "kv heads": {"num_key_value_heads": 1},
+    "head dim": {"head_dim": 12},
+    "eps": {"rms_norm_eps": 1e-2},
+    "tied": {"tie_word_embeddings": True},
+    "theta": {"rope_theta": 500.0},
+    "theta, new spelling": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "theta twice": {"rope_theta": 99.0, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "linear, new spelling": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}},
+    "linear wins over default": {
+        "rope_scaling": {"rope_type": "linear", "factor": 4},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    },
+    "llama3": {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 16}},
+    "llama3, length from the model": {"rope_scaling": LLAMA3},
+    "llama3, length beside it": {
+        "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 32},
+        "original_max_position_embeddings": 16,
+    },
+}
+WINDOW = {"use_sliding_window": True, "sliding_window": 6}
+FULL, SLIDING = "full_attention", "sliding_attention"
+CHOOSING: dict[str, dict[str, Any]] = {  # Qwen's layers have a window or not
+    "windows from layer 0": {**WINDOW, "max_window_layers": 0},
+    "windows from layer 2": {**WINDOW, "max_window_layers": 2},
+    "windows by type": {**WINDOW, "layer_types": [SLIDING, FULL, SLIDING]},
+    "types win": {**WINDOW, "max_window_layers": 2, "layer_types": [SLIDING, FULL, FULL]},
+    "narrower": {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0},
+}
+CASES: dict[str, dict[str, dict[str, Any]]] = {
+    "llama": {
+        **EVERYWHERE,
+        "attention bias": {"attention_bias": True},
+        "mlp bias": {"mlp_bias": True},
+    },
+    "mistral": {**EVERYWHERE, "window": {"sliding_window": 6}},
+    "qwen2": {**EVERYWHERE, **CHOOSING},
+    "qwen3": {**EVERYWHERE, **CHOOSING, "attention bias": {"attention_bias": True}},
+}
+# Same logits as the base, or as the case that is named.
+SAME: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
+    family: {
+        "swish": ("base", {"hidden_act": "swish"}),
+        "default": ("base", {"rope_scaling": {"rope_type": "default"}}),
+        "all full": ("base", {"layer_types": [FULL] * 3}),
+    }
+    for family in CASES
+}
+for _family in ("qwen2", "qwen3"):
+    SAME[_family] |= {
+        "window off": ("base", {"use_sliding_window": False, "sliding_window": 6, "max_window_layers": 0}),
+        "windows from layer 28": ("base", WINDOW),
+        "all full in spite of a window": ("base", {**WINDOW, "max_window_layers": 0, "layer_types": [FULL] * 3}),
+        "all sliding": ("windows from layer 0", {**WINDOW, "layer_types": [SLIDING] * 3}),
+    }
+
+
+def config_of(family: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """The object of a config.json."""
+    return copy.deepcopy({"model_type": family, **BASE, **changes})  # transformers writes into it
+
+
+def tokens() -> Int[np.ndarray, "1 T"]:
+    return np.random.default_rng(0).integers(0, BASE["vocab_size"], (1, TOKENS))
+
+
+def weight(name: str, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
+    """Random values of one tensor, from its HF name and shape."""
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    if "norm" in name:
+        return rng.uniform(0.5, 1.5, shape).astype(np.float32)
+    scale = 0.5 if name.endswith("bias") else 1.5 * shape[-1] ** -0.5
+    return (scale * rng.standard_normal(shape)).astype(np.float32)
