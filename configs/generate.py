@@ -16,12 +16,13 @@ def get_config() -> config_dict.ConfigDict:
         plugins="",  # modules or Python files that register more caches, separated by commas
         prompt="Explain in two sentences what a cache is.",
         max_new_tokens=64,
-        max_len=0,  # tokens to make room for; what the prompt needs where 0
+        max_len=0,  # tokens to make room for; what the prompt (and what is resumed) needs where 0
         chat=True,  # put the prompt into the model's chat template, where it has one
         temperature=0.0,  # 0: greedy
         top_k=0,  # 0: all tokens
         top_p=1.0,
         seed=0,
+        stop="",  # a text that ends the answer, which is shown up to it
         compare="",  # a list of plans instead of `cache`: their texts side by side
         save="",  # a new folder for what was read and written, to go on from
         resume="",  # such a folder: goes on with `prompt`, or where it stopped if that is empty

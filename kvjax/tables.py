@@ -30,3 +30,8 @@ def format_with_error(row: Mapping[str, Any], key: str, form: str) -> str:
     """A number of a result row ± its standard error, which rows of earlier versions may lack."""
     error = format_figure(row, f"{key}_se", form)
     return format_figure(row, key, form) + f" ± {error}" * bool(error)
+
+
+def format_ratio(reference: float, own: float) -> str:
+    """How many times smaller a size is than a reference, or larger."""
+    return f"{reference / own:.2f} x smaller" if own <= reference else f"{own / reference:.2f} x larger"

@@ -34,6 +34,7 @@ from kvjax.caches import fields
 from kvjax.ops.norm import normalize
 
 REAL_DTYPE = jnp.bfloat16  # what an unquantised element counts as in every figure of bits
+EXACT_BITS = 8 * jnp.dtype(REAL_DTYPE).itemsize
 
 
 class LayerShapes(Protocol):
@@ -218,6 +219,10 @@ class CacheSpec(abc.ABC):
     def residual_length(self) -> int:
         """R: tokens that are stored together, exact until then; 0 where every token is stored as it comes."""
         return 0
+
+    def coded_tokens(self, length: int) -> int:
+        """Of `length` tokens that are held, how many the next one reads from codes; the others are exact."""
+        return 0 if self.bits_nominal == EXACT_BITS else length
 
     # ---- what it stores
 

@@ -18,7 +18,7 @@ from kvjax.caches.base import REAL_DTYPE, CacheShape, CacheSpec, LayerCache, Mod
 from kvjax.caches.grammar import format_layers, join_layers, split_layers
 from kvjax.caches.registry import parse_spec
 from kvjax.errors import KvjaxError
-from kvjax.tables import align_columns
+from kvjax.tables import align_columns, format_ratio
 
 DEFAULT_STREAM = 32  # tokens per streaming chunk where every layer allows any
 TABLE_CONTEXT = 8192  # tokens that a plan's table counts bytes for
@@ -211,6 +211,10 @@ class CachePlan:
         """How many times smaller than a 16-bit KV cache of `context` tokens it is."""
         return 16 / self.bits_real(context, batch)
 
+    def coded_share(self, length: int) -> float:
+        """Which share of `length` tokens the next one reads from codes, over all layers; the rest is held exactly."""
+        return self._mean(lambda spec: spec.coded_tokens(length)) / max(length, 1)
+
     def table(self, context: int = TABLE_CONTEXT, batch: int = 1, dtype: Any = REAL_DTYPE) -> str:
         """Method, bits and bytes of each run of layers, for `batch` sequences of `context` tokens."""
         shape = self.shape(batch, context, dtype)
@@ -220,7 +224,8 @@ class CachePlan:
             rows.append((format_layers(layers), str(spec), *figures))
         total = (
             f"{batch} x {context} tokens: {self.nbytes(context, batch, dtype):,} bytes in {jnp.dtype(dtype)},"
-            f" {self.bits_real(context, batch):.2f} real bits per element, {self.compression(context, batch):.2f} x"
+            f" {self.bits_real(context, batch):.2f} real bits per element,"
+            f" {format_ratio(self.compression(context, batch), 1)} than 16-bit keys and values"
         )
         return f"{align_columns(rows, left=2)}\n{total}"
 

@@ -226,6 +226,10 @@ class StoredSpec(CacheSpec):
     def whole_windows(self) -> bool:
         return True
 
+    def coded_tokens(self, length: int) -> int:
+        flushed = length // self.residual_length * self.residual_length if self.residual_length else length
+        return CacheSpec.coded_tokens(self, max(flushed - self.sink, 0))
+
     def resolve(self, model: LayerShapes) -> StoredSpec:
         spec = self if self.residual != self.default_residual else dataclasses.replace(self, residual=None)
         spec.tensors(model)
