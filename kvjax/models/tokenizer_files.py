@@ -143,7 +143,7 @@ GENERATION_CONFIG = {  # key: what kvjax does with it
     **dict.fromkeys(("token_healing", "presence_penalty", "frequency_penalty"), _CHANGES),
     **dict.fromkeys(("max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time"), _LENGTH),
     **dict.fromkeys(("max_window_size", "max_context_size"), _LENGTH),
-    "stop_strings": "not applied: kvjax stops at tokens",
+    "stop_strings": "not applied: generate takes stop_strings",
     **dict.fromkeys(
         ("use_cache", "cache_config", "cache_implementation", "max_cache_len", "prefill_chunk_size"), _RUN
     ),
@@ -243,7 +243,7 @@ def _optional_json(file: Path) -> dict[str, Any]:
 
 
 def _known(file: Path, table: Mapping[str, str], stems: tuple[str, ...]) -> dict[str, Any]:
-    """The keys of a JSON file that say something; one that may change the tokens stands in the table, or is refused."""
+    """The keys of a JSON file that say something. One that may change the tokens is in the table, or is refused."""
     stated = {key: value for key, value in _optional_json(file).items() if value is not None}
     words = [key for key, value in stated.items() if key.endswith("_token") and _content(value) is not None]
     KeyList((*table, *words), stems=stems).check(stated, str(file))
