@@ -140,10 +140,7 @@ def attend_packed(
         if table is not None or q.dtype == jnp.float64 or not is_decode_shape(q.shape[1] * q.shape[2] // keys.heads):
             raise NotImplementedError("keys before RoPE, float64 and many queries are XLA's")
         how: dict[str, Any] = {"implementation": name, "interpret": interpret, **span.for_kernels()}
-        # Kernels know no units: scores are linear in the keys, the output in the values.
-        scaled = (q * store.unit(keys)).astype(q.dtype)
-        part = Partial(*packed_attention(scaled, store.for_kernels(keys), store.for_kernels(values), **how))
-        return part._replace(output=part.output * store.unit(values))
+        return Partial(*packed_attention(q, store.for_kernels(keys), store.for_kernels(values), **how))
 
     return dispatch("packed_attention", kernel, lambda: _attend_tiles(q, span, keys, values, table))
 

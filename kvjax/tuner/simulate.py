@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.caches.base import Attends, CacheShape, CacheSpec, Chunk, LayerCache, ModelSizes
 from kvjax.caches.plan import CachePlan
-from kvjax.calibrate.bases import load_bases, validate_norms
+from kvjax.calibrate.bases import load_bases
 from kvjax.errors import KvjaxError
 from kvjax.evaluate import vocabulary
 from kvjax.models.config import ModelConfig
@@ -214,11 +214,9 @@ class Simulator:
           Scores of shape [w, n - 1] per field.
 
         Raises:
-          KvjaxError: a layer's method does not allow whole windows or cannot hold its input, or the logits are not
-            finite.
+          KvjaxError: a layer's method does not allow whole windows, or the logits are not finite.
         """
         plan.require_whole_windows("a search")
-        validate_norms(self.model, plan)
         parts = [self._score(plan, w) for w in range(len(self.windows))]
         scores = jax.tree.map(lambda *a: np.stack([np.asarray(x, np.float64) for x in a]), *parts)
         if not np.isfinite([scores.nll, scores.kld]).all():
