@@ -12,11 +12,16 @@ from jaxtyping import Array, Float
 from kvjax.models.config import ModelConfig
 from kvjax.models.params import Params
 from kvjax.models.tokenizer import AnyTokenizer
+from kvjax.models.units import in_usual_units
 
 
 @dataclasses.dataclass(repr=False)
 class Model:
-    """A decoder's config and weights, with its tokenizer."""
+    """A decoder's config and weights, with its tokenizer.
+
+    Weights whose keys, values or layer inputs float16 scales would not hold are kept in other units, see
+    `kvjax.models.units`: the same function.
+    """
 
     name: str  # as given; ends in (layers=N) where only the first N layers were kept
     config: ModelConfig
@@ -24,6 +29,10 @@ class Model:
     tokenizer: AnyTokenizer
     dtype: jnp.dtype  # of the parameters
     checksum: str  # sha256 of the source files, or of the name where the weights are random
+
+    def __post_init__(self) -> None:
+        if self.params is not None:
+            self.params = in_usual_units(self.config, self.params)
 
     @property
     def head(self) -> Float[Array, "V D"]:

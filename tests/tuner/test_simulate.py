@@ -220,10 +220,10 @@ def test_logits_that_are_not_finite() -> None:
 
 
 def test_values_beyond_float16() -> None:
+    """A model whose values float16 scales would not hold is kept in other units."""
     simulator = changed(WINDOWED, "layer_1", v=1e5)
-    assert np.isfinite(simulator.score(simulator.dense_plan).nll).all()
-    with pytest.raises(KvjaxError, match=r"1:k4v4@kivi: the logits are not finite"):
-        simulator.score(plan_of(WINDOWED, "0+2:dense;1:k4v4"))
+    for plan in (simulator.dense_plan, plan_of(WINDOWED, "0+2:dense;1:k4v4")):
+        assert np.isfinite(simulator.score(plan).nll).all()
 
 
 def test_windows_longer_than_the_model() -> None:
