@@ -12,7 +12,7 @@ def get_config() -> config_dict.ConfigDict:
     return config_dict.create(
         model="smollm2-135m",  # a name, a path or a hub name, see kvjax.load
         dtype="float32",  # or bfloat16, float64
-        cache="k4v4",  # a plan, see kvjax.caches.plan
+        cache="",  # a plan, see kvjax.caches.plan; k4v4 where neither this nor resume names one
         plugins="",  # modules or Python files that register more caches, separated by commas
         prompt="Explain in two sentences what a cache is.",
         max_new_tokens=64,

@@ -29,17 +29,23 @@ def in_usual_units(config: ModelConfig, params: Params) -> Params:
 
     Args:
       config: the decoder's config.
-      params: its parameters.
+      params: its parameters; what is abstract or traced stays as it is.
 
     Returns:
       Parameters of the same function; the same object where no layer needs it.
     """
+    if not all(map(_is_concrete, jax.tree.leaves(params))):
+        return params
     changed = {}
     for name in (f"layer_{i}" for i in range(config.layers)):
         factors = [_factor(np.asarray(size, np.float64)) for size in _sizes(params[name], config.head_dim)]
         if any((factor != 1).any() for factor in factors):
             changed[name] = _rescale(params[name], config, *factors)
     return {**params, **changed} if changed else params
+
+
+def _is_concrete(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, jax.core.Tracer)
 
 
 @functools.partial(jax.jit, static_argnames="head_dim")
