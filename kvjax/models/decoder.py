@@ -13,6 +13,8 @@ V vocabulary, D model_dim, H heads, K kv_heads, d head_dim, F mlp_dim, B batch, 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -25,6 +27,9 @@ from kvjax.models.config import ModelConfig
 from kvjax.models.rope import Rope, make_rope
 from kvjax.ops.norm import normalize
 from kvjax.ops.rotate import rotate_heads
+
+Weights = dict[str, Array]  # of a layer, by name
+TOKEN_TILE = 1024  # tokens that go through an MLP together
 
 
 def rms_norm(x: Float[Array, "... n"], weight: Float[Array, "n"], eps: float) -> Float[Array, "... n"]:
@@ -48,6 +53,56 @@ def linear(x: Float[Array, "... i"], weight: Float[Array, "o i"]) -> Float[Array
     return jnp.einsum("...i,oi->...o", x, weight)
 
 
+def project(weights: Weights, name: str, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+    """`linear` with the weight of that name, and its bias where there is one."""
+    y, bias = linear(x, weights[name]), weights.get(f"{name}_bias")
+    return y if bias is None else y + bias
+
+
+def finish(
+    weights: Weights, h: Float[Array, "B T D"], attended: Float[Array, "B T q"], eps: float
+) -> Float[Array, "B T D"]:
+    """What a layer does after attention, to every token alone: the output projection, the MLP, the residual sums.
+
+    Args:
+      weights: the layer's, from `o` to `down`.
+      h: the layer's input.
+      attended: the attention's output, all heads side by side.
+      eps: of the norm.
+    """
+    h = h + project(weights, "o", attended)
+    x = rms_norm(h, weights["mlp_norm"], eps)
+    gate, up = (project(weights, name, x) for name in ("gate", "up"))
+    return h + project(weights, "down", jax.nn.silu(gate) * up)
+
+
+def by_tiles(
+    function: Callable[..., Float[Array, "B t D"]], weights: Weights, *arrays: Float[Array, "B T _"]
+) -> Float[Array, "B T D"]:
+    """Applies what treats every token alone to `TOKEN_TILE` tokens at a time: what it holds does not grow with T.
+
+    Args:
+      function: takes the weights and a tile of each array.
+      weights: its weights.
+      *arrays: of the same T tokens. Up to a tile of them are taken at once.
+    """
+    batch, tokens, _ = arrays[0].shape
+    if tokens <= TOKEN_TILE:
+        return function(weights, *arrays)
+
+    def cut(a: Float[Array, "B T w"]) -> Float[Array, "n B t w"]:
+        a = jnp.pad(a, ((0, 0), (0, -tokens % TOKEN_TILE), (0, 0)))
+        return a.reshape(batch, -1, TOKEN_TILE, a.shape[2]).swapaxes(0, 1)
+
+    def one(tiles: tuple[Array, ...]) -> Float[Array, "B t D"]:
+        # XLA's CPU backend widens bfloat16 weights; without a barrier it would keep those of all layers widened.
+        tiles, kept = jax.lax.optimization_barrier((tiles, weights))
+        return function(kept, *tiles)
+
+    out = jax.lax.map(one, tuple(map(cut, arrays)))
+    return out.swapaxes(0, 1).reshape(batch, -1, out.shape[3])[:, :tokens]
+
+
 class Layer(nn.Module):
     """One transformer layer; its cache is an argument and a result."""
 
@@ -58,9 +113,9 @@ class Layer(nn.Module):
         init = nn.initializers.ones if name.endswith("norm") else nn.initializers.normal(0.02)
         return self.param(name, init, shape)
 
-    def _project(self, name: str, x: Float[Array, "... i"], out: int, bias: bool) -> Float[Array, "... o"]:
-        y = linear(x, self._param(name, out, x.shape[-1]))
-        return y + self._param(f"{name}_bias", out) if bias else y
+    def _projection(self, name: str, inputs: int, outputs: int, bias: bool) -> Weights:
+        weights = {name: self._param(name, outputs, inputs)}
+        return weights | {f"{name}_bias": self._param(f"{name}_bias", outputs)} if bias else weights
 
     @nn.compact
     def __call__(
@@ -111,10 +166,15 @@ class Layer(nn.Module):
             read=read,
         )
         attended, cache, carry = cache.attend(chunk, carry)
-        h = h + self._project("o", attended.reshape(batch, tokens, q_dim), dim, c.o_bias)
-        x = rms_norm(h, self._param("mlp_norm", dim), c.norm_eps)
-        gate, up = (self._project(name, x, c.mlp_dim, c.mlp_bias) for name in ("gate", "up"))
-        return h + self._project("down", jax.nn.silu(gate) * up, dim, c.mlp_bias), cache, carry
+        rest = {
+            **self._projection("o", q_dim, dim, c.o_bias),
+            "mlp_norm": self._param("mlp_norm", dim),
+            **self._projection("gate", dim, c.mlp_dim, c.mlp_bias),
+            **self._projection("up", dim, c.mlp_dim, c.mlp_bias),
+            **self._projection("down", c.mlp_dim, dim, c.mlp_bias),
+        }
+        h = by_tiles(functools.partial(finish, eps=c.norm_eps), rest, h, attended.reshape(batch, tokens, q_dim))
+        return h, cache, carry
 
 
 def project_kv(
