@@ -13,8 +13,6 @@ V vocabulary, D model_dim, H heads, K kv_heads, d head_dim, F mlp_dim, B batch, 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -76,31 +74,22 @@ def finish(
     return h + project(weights, "down", jax.nn.silu(gate) * up)
 
 
-def by_tiles(
-    function: Callable[..., Float[Array, "B t D"]], weights: Weights, *arrays: Float[Array, "B T _"]
+def finish_by_tiles(
+    weights: Weights, h: Float[Array, "B T D"], attended: Float[Array, "B T q"], eps: float
 ) -> Float[Array, "B T D"]:
-    """Applies what treats every token alone to `TOKEN_TILE` tokens at a time: what it holds does not grow with T.
-
-    Args:
-      function: takes the weights and a tile of each array.
-      weights: its weights.
-      *arrays: of the same T tokens. Up to a tile of them are taken at once.
-    """
-    batch, tokens, _ = arrays[0].shape
+    """`finish` of `TOKEN_TILE` tokens at a time where there are more, so that no array [T, F] is held."""
+    tokens = h.shape[1]
     if tokens <= TOKEN_TILE:
-        return function(weights, *arrays)
+        return finish(weights, h, attended, eps)
+    h, attended = (jnp.pad(a, ((0, 0), (0, -tokens % TOKEN_TILE), (0, 0))) for a in (h, attended))
 
-    def cut(a: Float[Array, "B T w"]) -> Float[Array, "n B t w"]:
-        a = jnp.pad(a, ((0, 0), (0, -tokens % TOKEN_TILE), (0, 0)))
-        return a.reshape(batch, -1, TOKEN_TILE, a.shape[2]).swapaxes(0, 1)
-
-    def one(tiles: tuple[Array, ...]) -> Float[Array, "B t D"]:
+    def step(i: Array, h: Float[Array, "B t D"]) -> Float[Array, "B t D"]:
+        tiles = tuple(jax.lax.dynamic_slice_in_dim(a, i * TOKEN_TILE, TOKEN_TILE, 1) for a in (h, attended))
         # XLA's CPU backend widens bfloat16 weights; without a barrier it would keep those of all layers widened.
         tiles, kept = jax.lax.optimization_barrier((tiles, weights))
-        return function(kept, *tiles)
+        return jax.lax.dynamic_update_slice_in_dim(h, finish(kept, *tiles, eps), i * TOKEN_TILE, 1)
 
-    out = jax.lax.map(one, tuple(map(cut, arrays)))
-    return out.swapaxes(0, 1).reshape(batch, -1, out.shape[3])[:, :tokens]
+    return jax.lax.fori_loop(0, h.shape[1] // TOKEN_TILE, step, h)[:, :tokens]
 
 
 class Layer(nn.Module):
@@ -173,8 +162,7 @@ class Layer(nn.Module):
             **self._projection("up", dim, c.mlp_dim, c.mlp_bias),
             **self._projection("down", c.mlp_dim, dim, c.mlp_bias),
         }
-        h = by_tiles(functools.partial(finish, eps=c.norm_eps), rest, h, attended.reshape(batch, tokens, q_dim))
-        return h, cache, carry
+        return finish_by_tiles(rest, h, attended.reshape(batch, tokens, q_dim), c.norm_eps), cache, carry
 
 
 def project_kv(
