@@ -63,15 +63,15 @@ def _lengths(text: str, model: ModelConfig) -> list[int]:
 
 def _figures(model: ModelConfig, plan: CachePlan, tokens: int, dtype: Any) -> dict[str, Any]:
     """Bytes and seconds of compiling the step that reads a prompt of `tokens` tokens."""
-    shaped = jax.ShapeDtypeStruct
+    shaped: Any = jax.ShapeDtypeStruct
     params = unflatten_dict({path: shaped(size, dtype) for path, size in param_shapes(model).items()})
     shape = CacheShape.of(model, 1, tokens, dtype)
     cache = plan.init_shapes(shape)
     held = Held(cache, shaped((1, model.model_dim), dtype))
-    bases = tuple(jax.tree.map(lambda a: shaped(a, dtype), _bases(spec, model), is_leaf=_is_size) for spec in plan.specs)
+    bases = tuple(jax.tree.map(lambda a: shaped(a.shape, dtype), _bases(spec, model)) for spec in plan.specs)
     begun = time.perf_counter()
     lowered = feed.lower(Decoder(model), params, bases, held, shaped((1, tokens), jnp.int32), shaped((1,), jnp.int32))
-    memory = lowered.compile().memory_analysis()
+    memory: Any = lowered.compile().memory_analysis()
     return {
         "temp_bytes": memory.temp_size_in_bytes,
         "cache_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers)),
@@ -81,16 +81,13 @@ def _figures(model: ModelConfig, plan: CachePlan, tokens: int, dtype: Any) -> di
 
 @functools.cache
 def _bases(spec: CacheSpec, model: ModelConfig) -> Any:
-    """The sizes of what a spec computes once per model: those of what it makes of weights that are zero."""
+    """What a spec computes once per model, of weights that are zero: only its sizes count here."""
     if not spec.bases_key:
         return ()
-    zeros = np.zeros((model.kv_heads * model.head_dim, model.model_dim), np.float32)
-    weights: Any = KVWeights(zeros, zeros, norm_eps=model.norm_eps, head_dim=model.head_dim)
-    return jax.tree.map(np.shape, spec.bases(weights, np.ones(model.model_dim)))
-
-
-def _is_size(node: Any) -> bool:
-    return isinstance(node, tuple) and bool(node)
+    zeros: Any = np.zeros((model.kv_heads * model.head_dim, model.model_dim), np.float32)
+    ones: Any = np.ones(model.model_dim)
+    weights = KVWeights(zeros, zeros, norm_eps=model.norm_eps, head_dim=model.head_dim)
+    return spec.bases(weights, ones)
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -83,11 +83,11 @@ def finish_by_tiles(
         return finish(weights, h, attended, eps)
     h, attended = (jnp.pad(a, ((0, 0), (0, -tokens % TOKEN_TILE), (0, 0))) for a in (h, attended))
 
-    def step(i: Array, h: Float[Array, "B t D"]) -> Float[Array, "B t D"]:
-        tiles = tuple(jax.lax.dynamic_slice_in_dim(a, i * TOKEN_TILE, TOKEN_TILE, 1) for a in (h, attended))
+    def step(i: Array, h: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        tiles = [jax.lax.dynamic_slice_in_dim(a, i * TOKEN_TILE, TOKEN_TILE, 1) for a in (h, attended)]
         # XLA's CPU backend widens bfloat16 weights; without a barrier it would keep those of all layers widened.
-        tiles, kept = jax.lax.optimization_barrier((tiles, weights))
-        return jax.lax.dynamic_update_slice_in_dim(h, finish(kept, *tiles, eps), i * TOKEN_TILE, 1)
+        (below, seen), kept = jax.lax.optimization_barrier((tiles, weights))
+        return jax.lax.dynamic_update_slice_in_dim(h, finish(kept, below, seen, eps), i * TOKEN_TILE, 1)
 
     return jax.lax.fori_loop(0, h.shape[1] // TOKEN_TILE, step, h)[:, :tokens]
 
