@@ -17,6 +17,7 @@ def get_config() -> config_dict.ConfigDict:
         prompt="Explain in two sentences what a cache is.",
         max_new_tokens=64,
         max_len=0,  # tokens to make room for; what the prompt (and what is resumed) needs where 0
+        prefill_chunk=0,  # tokens of the prompt that are read at a time, all where 0; see kvjax.generate
         chat=True,  # put the prompt into the model's chat template, where it has one
         temperature=0.0,  # 0: greedy
         top_k=0,  # 0: all tokens

@@ -7,6 +7,7 @@ The text goes to standard output, figures to standard error, with --workdir=DIR 
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import kvjax
-from experiments import program
+from experiments import compilation, program
 from kvjax import records
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
@@ -66,7 +67,10 @@ def _generate(
     compiled = records.CompileSeconds()
     clock = lambda: time.perf_counter() - compiled.total()  # noqa: E731
     start, times = clock(), []
-    for text, so_far in _stream(config, model, cache):
+    pieces = _stream(config, model, cache)
+    with compilation.shown():
+        first = next(pieces)
+    for text, so_far in itertools.chain([first], pieces):
         times.append(clock())
         made = so_far
         if show:
@@ -82,6 +86,7 @@ def _generate(
         "tokens": state.lengths[0],
         "new_tokens": new,
         "max_len": state.max_len,
+        "prefill_chunk": config.prefill_chunk or None,
         "first_token_seconds": times[0] - start,
         "compile_seconds": compiled.total(),
         "tokens_per_second": (new - 1) / seconds if seconds > 0 else None,
@@ -107,6 +112,7 @@ def _stream(
         stop_strings=config.stop or (),
         max_len=config.max_len or None,
         chat=config.chat,
+        prefill_chunk=config.prefill_chunk or None,
     )
 
 

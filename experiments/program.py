@@ -15,11 +15,15 @@ import absl.logging
 from absl import app, flags
 from ml_collections import config_dict, config_flags
 
+from experiments.compilation import keep_programs
 from kvjax.caches.registry import load_plugins
 from kvjax.errors import KvjaxError
 
 ROOT = Path(__file__).parent.parent
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results and partial work.")
+_COMPILE_CACHE = flags.DEFINE_bool(
+    "compile_cache", True, "Keeps compiled programs in $KVJAX_CACHE for the next start."
+)
 
 
 def run(main: Callable[[config_dict.ConfigDict, Path], None], config_file: str) -> None:
@@ -45,6 +49,8 @@ def run_anywhere(main: Callable[[config_dict.ConfigDict, Path | None], None], co
         try:
             if workdir is not None:
                 _make_folder(workdir)
+            if _COMPILE_CACHE.value:
+                keep_programs()
             load_plugins(flags.FLAGS.config.get("plugins", ""))  # before anything names a cache
             main(flags.FLAGS.config, workdir)
         except KvjaxError as error:

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kvjax.caches.base import CacheSpec
 from kvjax.caches.plan import CachePlan
@@ -77,6 +77,7 @@ def prefill(
     *,
     max_len: int | None = None,
     chat: bool = True,
+    prefill_chunk: int | None = None,
 ) -> State:
     """Reads prompts into a cache.
 
@@ -86,11 +87,13 @@ def prefill(
       cache: as for `generate`.
       chat: as for `generate`.
       max_len: tokens that each sequence has room for; what the prompts need where None.
+      prefill_chunk: as for `generate`.
 
     Raises:
       KvjaxError: one line that says what was expected.
     """
-    request = ask(model, prompt, cache, max_new_tokens=0, max_len=max_len, chat=chat)
+    options: dict[str, Any] = {"max_len": max_len, "chat": chat, "prefill_chunk": prefill_chunk}
+    request = ask(model, prompt, cache, max_new_tokens=0, **options)
     return State(model, _read(request, load_bases(model, request.plan)), request.read)
 
 
@@ -164,6 +167,9 @@ def generate(*arguments: Any, **options: Any) -> Generation:  # noqa: D417, the 
         is made of. The text ends before it; its tokens stay in the state.
       max_len: tokens that each sequence has room for; what the prompts and max_new_tokens need where None.
       chat: put each text into the model's chat template, where it has one and the sequence starts here or is a chat.
+      prefill_chunk: read the prompts so many tokens at a time, in less memory; in one step where None. Where a method
+        keeps a residual it changes the numbers: a token reads its own chunk exactly, and blocks that were complete
+        before it as stored. What `streaming` scores see are chunks of the residual.
 
     Raises:
       KvjaxError: one line that says what was expected, or where the model's output stopped being finite.
@@ -213,9 +219,20 @@ def _before(request: Request) -> Held:
 def _read(request: Request, bases: Any) -> Held:
     """The prompts in a cache that is nobody else's."""
     held = _before(request)
-    if not any(map(len, request.ids)):
-        return held
-    return feed(Decoder(request.model.config), request.model.params, bases, held, *pad(request.ids))
+    for tokens, lengths in _prompt_chunks(request):
+        held = feed(Decoder(request.model.config), request.model.params, bases, held, tokens, lengths)
+    return held
+
+
+def _prompt_chunks(request: Request) -> Iterator[tuple[Int[Array, "B T"], Int[Array, "B"]]]:
+    """What is fed at a time, and how much of it is real; chunks have one size, so that one program reads them."""
+    longest, size = max(map(len, request.ids)), request.prefill_chunk
+    if size is None or size >= longest:
+        if longest:
+            yield pad(request.ids)
+        return
+    for first in range(0, longest, size):
+        yield pad([each[first : first + size] for each in request.ids], size)
 
 
 def _decode(request: Request, first: int, piece: int) -> Iterator[Generation]:
@@ -272,8 +289,7 @@ def _explain_nonfinite(request: Request, bases: Any, run: DecodeState) -> str:
     new = _new_tokens(run)
 
     def chunks():
-        if any(map(len, request.ids)):
-            yield pad(request.ids)
+        yield from _prompt_chunks(request)
         for i in range(max(map(len, new))):
             column = [row[i : i + 1] for row in new]
             lengths = jnp.array([len(each) for each in column], jnp.int32)

@@ -34,6 +34,7 @@ class Request:
     sampling: Sampling
     stop_tokens: list[int]
     stop_strings: list[str]
+    prefill_chunk: int | None  # tokens of the prompts that are read at a time; all of them where None
 
 
 def ask(
@@ -50,11 +51,14 @@ def ask(
     stop_strings: str | Sequence[str] = (),
     max_len: int | None = None,
     chat: bool = True,
+    prefill_chunk: int | None = None,
 ) -> Request:
     """Takes the arguments of `generate`, which says what they mean. Raises KvjaxError for the first that does not."""
     if not isinstance(model, Model):
         raise KvjaxError(f"the model is of type {type(model).__name__}; expected what kvjax.load gives")
     new = check_whole("max_new_tokens", max_new_tokens, 0)
+    if prefill_chunk is not None:
+        prefill_chunk = check_whole("prefill_chunk", prefill_chunk, 1)
     before = cache if isinstance(cache, State) else None
     if before is not None:
         check_made_by(before, model)
@@ -66,7 +70,7 @@ def ask(
         plan, room = CachePlan.cast(cache, model.config), _find_room(model, ids, new, max_len)
     sampling = Sampling.of(temperature, top_k, top_p, seed, len(ids), model.config.vocab_size)
     stop = _find_stop_tokens(model, stop_tokens), _find_stop_strings(stop_strings)
-    return Request(model, ids, read, before, plan, room, new, sampling, *stop)
+    return Request(model, ids, read, before, plan, room, new, sampling, *stop, prefill_chunk)
 
 
 def _find_room(model: Model, ids: list[np.ndarray], new: int, max_len: int | None) -> int:
