@@ -27,6 +27,7 @@ LAYERS = [
     "kvjax.records",
     "kvjax.files",
     "kvjax.tables",
+    "kvjax.checks",
     "kvjax.errors",
     "pallas_kernels",
 ]

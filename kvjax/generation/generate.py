@@ -17,13 +17,14 @@ from jaxtyping import Array, Float, Int
 from kvjax.caches.base import CacheSpec
 from kvjax.caches.plan import CachePlan
 from kvjax.calibrate.bases import load_bases
+from kvjax.checks import show
 from kvjax.errors import KvjaxError
 from kvjax.generation.decode import DecodeState, bucket, decode_steps, feed, head, hidden_states, pad, pad_stop, start
 from kvjax.generation.prompts import Prompts
 from kvjax.generation.request import Request, ask
 from kvjax.generation.states import Held, State, grow
 from kvjax.models.decoder import Decoder
-from kvjax.models.model import Model
+from kvjax.models.model import Model, check_model
 from kvjax.models.nonfinite import find_first_nonfinite
 
 STREAM = 4  # tokens a call where text is shown as it comes
@@ -67,6 +68,7 @@ def plan(model: Model, cache: str | CacheSpec | CachePlan) -> CachePlan:
     Raises:
       KvjaxError: what `cache` says is no plan for this model, see `kvjax.caches.plan`.
     """
+    check_model(model)
     return CachePlan.cast(cache, model.config)
 
 
@@ -126,8 +128,8 @@ def logits(
         raise KvjaxError(
             f"sequences of {' and '.join(map(str, sorted(counts)))} tokens; expected one length, above 0"
         )
-    if read not in ("stored", "exact"):
-        raise KvjaxError(f"read={read!r}; expected stored or exact")
+    if not isinstance(read, str) or read not in ("stored", "exact"):
+        raise KvjaxError(f"read={show(read)}; expected stored or exact")
     if read == "stored":
         request.plan.require_whole_windows("logits with read='stored'")
     decoder, bases = Decoder(model.config), load_bases(model, request.plan)

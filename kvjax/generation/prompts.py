@@ -138,7 +138,10 @@ def _encode_text(model: Model, text: str, before: Read, chat: bool) -> Encoded:
 
 
 def _encode_ids(model: Model, ids: Ids, before: Read, chat: bool) -> Encoded:
-    wide = np.asarray(ids, np.int64)  # not to wrap what is outside the vocabulary
+    try:
+        wide = np.asarray(ids, np.int64)  # not to wrap what is outside the vocabulary
+    except OverflowError:
+        raise KvjaxError(f"a token id is beyond 64 bits; expected 0 to {model.config.vocab_size - 1}") from None
     return Encoded(wide, before.then(wide))
 
 

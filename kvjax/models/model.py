@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kvjax.errors import KvjaxError
 from kvjax.models.config import ModelConfig
 from kvjax.models.params import Params
 from kvjax.models.tokenizer import AnyTokenizer
@@ -43,3 +45,9 @@ class Model:
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params))
         layers = f"{self.config.family}, {self.config.layers} layers"
         return f"<Model {self.name}: {layers}, {count:,} parameters, {self.dtype}>"
+
+
+def check_model(model: Any) -> None:
+    """Raises KvjaxError for anything else than a Model."""
+    if not isinstance(model, Model):
+        raise KvjaxError(f"the model is of type {type(model).__name__}; expected what kvjax.load gives")

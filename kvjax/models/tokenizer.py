@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,11 @@ class Tokenizer:
         """Turns ids into text, special tokens included.
 
         Bytes that are not UTF-8 become U+FFFD; ids without a token are left out.
+
+        Raises:
+          KvjaxError: they are no whole numbers.
         """
-        return self.backend.decode([int(i) for i in ids if 0 <= i < 2**32], skip_special_tokens=False)
+        return self.backend.decode([i for i in _check_ids(ids) if 0 <= i < 2**32], skip_special_tokens=False)
 
     def decode_next(self, ids: Iterable[int], last: int | None) -> str:
         """`decode` of ids that follow the token `last`, with the blank that SentencePiece writes between them."""
@@ -185,7 +189,7 @@ class ByteTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Turns bytes into text; other ids and bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(bytes([i]) if 0 <= i < 256 else b"\xff" for i in map(int, ids)).decode(errors="replace")
+        return b"".join(bytes([i]) if 0 <= i < 256 else b"\xff" for i in _check_ids(ids)).decode(errors="replace")
 
     def decode_next(self, ids: Iterable[int], last: int | None) -> str:
         """Returns the same as `decode`."""
@@ -223,6 +227,13 @@ def _check_text(text: Any) -> str:
     except UnicodeEncodeError as error:
         raise KvjaxError(f"the text holds half a character at {error.start}; expected Unicode text") from None
     return text
+
+
+def _check_ids(ids: Any) -> list[int]:
+    try:
+        return [operator.index(i) for i in ids]
+    except TypeError:
+        raise KvjaxError(f"the ids are of type {type(ids).__name__}; expected whole numbers") from None
 
 
 def _start_ids(processor: Mapping[str, Any]) -> tuple[int, ...]:
