@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 from collections.abc import Callable
@@ -42,17 +43,20 @@ class Typed:
 
     Attributes:
       name: in result rows.
+      folder: where odd paths lie.
       ask: draws a question.
     """
 
     name: str
+    folder: Path
     ask: Callable[[random.Random], Question]
 
     def attempt(self, seed: int, seconds: float = 30.0) -> str:
         """`attempts.attempt` at the question of a seed; what it raises has a note of both."""
         question = self.ask(random.Random(f"{self.name} {seed}"))
         try:
-            return attempt(lambda: question.entry(*question.arguments, **question.options), seconds)
+            with contextlib.chdir(self.folder):
+                return attempt(lambda: question.entry(*question.arguments, **question.options), seconds)
         except BaseException as error:
             error.add_note(f"{self.name}, seed {seed}: {_shown(question)}")
             raise
@@ -69,8 +73,10 @@ def _shown(question: Question) -> str:
 
 def make_kinds(folder: Path, models: Path) -> list[Typed]:
     """The kinds; plan files and states are made in a folder, models are HF folders (llama-linear, qwen3)."""
-    plain = kvjax.load(str(models / "llama-linear"), "float32")
-    chats = kvjax.load(str(models / "qwen3"), "float32")
+    inner = folder.joinpath("typed", *"abcdef")  # deep enough that ../ stays within the folder
+    inner.mkdir(parents=True)
+    plain = kvjax.load(str(models.absolute() / "llama-linear"), "float32")
+    chats = kvjax.load(str(models.absolute() / "qwen3"), "float32")
     chats.tokenizer = dataclasses.replace(chats.tokenizer, chat_template=CHAT, words=WORDS)
     state = kvjax.prefill(plain, "the quick", PLAN, max_len=64)
     configs = [plain.config, *(zoo.RANDOM[name] for name in NEEDED)]
@@ -78,11 +84,11 @@ def make_kinds(folder: Path, models: Path) -> list[Typed]:
     files[0].write_text("plan: 0:k8v8;1:k4v4\n")
     files[1].write_text(CachePlan.parse("0:k8v8;1:k4v4", plain.config).preset())
     return [
-        Typed("prompts", lambda rng: _prompt(rng, plain, chats, state)),
-        Typed("token ids", lambda rng: _ids(rng, plain, state)),
-        Typed("arguments", lambda rng: _arguments(rng, plain, state, folder)),
-        Typed("chat templates", lambda rng: _template(rng, chats.tokenizer)),
-        Typed("plan names", lambda rng: _plan(rng, configs, folder)),
+        Typed("prompts", inner, lambda rng: _prompt(rng, plain, chats, state)),
+        Typed("token ids", inner, lambda rng: _ids(rng, plain, state)),
+        Typed("arguments", inner, lambda rng: _arguments(rng, plain, state, folder)),
+        Typed("chat templates", inner, lambda rng: _template(rng, chats.tokenizer)),
+        Typed("plan names", inner, lambda rng: _plan(rng, configs, folder)),
     ]
 
 
