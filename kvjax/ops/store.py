@@ -436,19 +436,30 @@ def _put_scales(
 
 
 def _put(store: Array, rows: Float[Array, "B T K W"], positions: Int[Array, "B T"]) -> Array:
-    # Heads are indexed too: XLA turns a scatter of one window into an update that copies the whole store.
-    batch, head = jnp.arange(store.shape[0])[:, None, None], jnp.arange(store.shape[1])
+    """Stores rows at positions of an array [B, K, S, W]."""
     rows = rows.astype(store.dtype)
     if store.dtype == jnp.bfloat16:  # scattered as integers: XLA's CPU backend would widen the whole store
         return _put(store.view(jnp.uint16), rows.view(jnp.uint16), positions).view(jnp.bfloat16)
-    return store.at[batch, head, positions[:, :, None]].set(rows, mode="drop")
+    return _scatter(store, rows.swapaxes(1, 2), positions, 2)
 
 
 def _put_last(store: Array, values: Float[Array, "B T K G"], positions: Int[Array, "B T"]) -> Array:
     """Stores values at positions of an array [B, K, G, S]."""
-    batch, head, group = jnp.ogrid[: store.shape[0], : store.shape[1], : store.shape[2]]
-    at = batch[:, None], head[:, None], group[:, None], positions[:, :, None, None]
-    return store.at[at].set(values, mode="drop")
+    return _scatter(store, values.transpose(0, 2, 3, 1), positions, 3)
+
+
+def _scatter(store: Array, new: Array, positions: Int[Array, "B T"], axis: int) -> Array:
+    """Stores entries at positions of `axis`; positions out of range are dropped.
+
+    All axes before it are batching dimensions, so that devices that share batch and heads write without asking one
+    another. Every head has indices of its own: XLA turns a scatter of one window into an update that copies the
+    whole store.
+    """
+    put = lambda old, new, at: old.at[at].set(new, mode="drop")  # noqa: E731
+    for _ in range(axis):
+        put = jax.vmap(put)
+    at = positions.reshape(len(positions), *(1,) * (axis - 1), -1)
+    return put(store, new, jnp.broadcast_to(at, (*store.shape[:axis], positions.shape[1])))
 
 
 def _rows(index: Int[Array, "B N"], count: int) -> Int[Array, "B N*count"]:
