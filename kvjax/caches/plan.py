@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
 from kvjax.caches import cross_layer, presets
@@ -18,6 +19,7 @@ from kvjax.caches.base import REAL_DTYPE, CacheShape, CacheSpec, LayerCache, Mod
 from kvjax.caches.grammar import format_layers, join_layers, split_layers
 from kvjax.caches.registry import parse_spec
 from kvjax.errors import KvjaxError
+from kvjax.mesh import sharding
 from kvjax.tables import align_columns, format_ratio
 
 DEFAULT_STREAM = 32  # tokens per streaming chunk where every layer allows any
@@ -148,6 +150,16 @@ class CachePlan:
     def logical_axes(self, shape: CacheShape) -> Any:
         """The tree of `init(shape).layers`, leaves PartitionSpecs of logical axis names."""
         return tuple(spec.logical_axes(shape) for spec in self.specs)
+
+    def shardings(self, shape: CacheShape, mesh: Mesh) -> Any:
+        """The tree of `init(shape).layers`, leaves NamedShardings.
+
+        Raises:
+          KvjaxError: the mesh does not divide an axis.
+        """
+        place = lambda axes, leaf: sharding(mesh, axes, leaf.shape)  # noqa: E731
+        layers = self.init_shapes(shape).layers
+        return jax.tree.map(place, self.logical_axes(shape), layers, is_leaf=lambda n: isinstance(n, PartitionSpec))
 
     # ---- what its specs promise
 

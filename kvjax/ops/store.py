@@ -196,7 +196,8 @@ def for_kernels(stored: Stored) -> layout.Packed:
       NotImplementedError: the history is not a `PackedStore` one.
     """
     if not isinstance(stored, PackedStore):
-        raise NotImplementedError("other stores and widths that are data are XLA's")
+        kind = type(stored.format).__name__ if isinstance(stored, RowStore) else "codes whose width is data"
+        raise NotImplementedError(f"{kind}; kernels read the packed layout, of a width that is known")
     form = stored.format
     return layout.Packed(stored.planes, stored.scale, stored.zero, form.bits, form.per, form.group, form.pack_size)
 
@@ -271,7 +272,7 @@ def logical_axes(packed: Stored, heads: str | None) -> Stored:
     Returns:
       The same tree with a PartitionSpec of logical names at every leaf.
     """
-    return jax.tree.map(lambda a: PartitionSpec("batch", *(heads, None, None)[: a.ndim - 1]), packed)
+    return jax.tree.map(lambda a: PartitionSpec(*("batch", heads, None, None)[: a.ndim]), packed)
 
 
 USUAL = (-8, 12)  # powers of two: between them the scales of every width are whole float16 numbers, with room to grow
@@ -399,19 +400,8 @@ def write_blocks(
         codes, scale, zero = _put_rows(packed.codes, q.codes, index), *_put_scales(packed, q.scale, q.zero, index)
         return dataclasses.replace(packed, codes=codes, scale=scale, zero=zero)
 
-    def xla():
-        q = affine.quantize(scaled(blocks), format.bits, format.group_axis, format.group, counted)
-        return packing.pack(q.codes, format.bits), q.scale, q.zero
-
-    def kernel(name: str, interpret: bool):
-        how: dict[str, Any] = {"bits": format.bits, "per": format.per, "group": format.group}
-        flat, each = scaled(blocks).reshape(-1, *blocks.shape[2:]), mask.reshape(-1, mask.shape[2])
-        made = quantize_pack(flat, each, **how, implementation=name, interpret=interpret)
-        planes, scale, zero = jax.tree.map(lambda a: a.reshape(*index.shape, *a.shape[1:]), made)
-        return planes, *((scale, zero) if format.per == "channel" else (a.swapaxes(3, 4) for a in (scale, zero)))
-
     def encode():
-        return dispatch("quantize_pack", kernel, xla)
+        return _encode_blocks(scaled(blocks), mask, format)
 
     # Most steps of a decode complete no block. The condition spans the small new rows only: XLA copies whatever
     # a conditional returns, and would copy the history.
@@ -422,6 +412,26 @@ def write_blocks(
     planes = tuple(_put_rows(old, new, index) for old, new in zip(packed.planes, planes, strict=True))
     scale, zero = _put_scales(packed, scale, zero, index)
     return dataclasses.replace(packed, planes=planes, scale=scale, zero=zero)
+
+
+def _encode_blocks(
+    blocks: Float[Array, "B N K R D"], mask: Bool[Array, "B N R"], format: Format
+) -> tuple[tuple[Array, ...], Array, Array]:
+    """Planes [B, N, K, R*w/8, D] of blocks, and their scales and zero points as `_put_scales` takes them."""
+
+    def xla():
+        q = affine.quantize(blocks, format.bits, format.group_axis, format.group, mask[:, :, None, :, None])
+        return packing.pack(q.codes, format.bits), q.scale, q.zero
+
+    def kernel(name: str, interpret: bool, blocks: Array, mask: Array):
+        how: dict[str, Any] = {"bits": format.bits, "per": format.per, "group": format.group}
+        flat, each = blocks.reshape(-1, *blocks.shape[2:]), mask.reshape(-1, mask.shape[2])
+        made = quantize_pack(flat, each, **how, implementation=name, interpret=interpret)
+        planes, scale, zero = jax.tree.map(lambda a: a.reshape(*mask.shape[:2], *a.shape[1:]), made)
+        return planes, *((scale, zero) if format.per == "channel" else (a.swapaxes(3, 4) for a in (scale, zero)))
+
+    by_head = PartitionSpec("batch", None, "kv_heads")
+    return dispatch("quantize_pack", kernel, xla, (blocks, mask), (by_head, PartitionSpec("batch")), by_head)
 
 
 def _put_scales(
