@@ -19,7 +19,6 @@ LAYERS = [
     "kvjax.calibrate",
     "kvjax.checkpoints",
     "kvjax.models",
-    "kvjax.mesh",
     "kvjax.caches",
     "kvjax.ops",
     "kvjax.quant",
@@ -27,6 +26,7 @@ LAYERS = [
     "kvjax.records",
     "kvjax.files",
     "kvjax.tables",
+    "kvjax.mesh",
     "kvjax.errors",
     "pallas_kernels",
 ]

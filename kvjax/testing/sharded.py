@@ -16,18 +16,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvjax.caches.registry import load_plugins
-from kvjax.mesh import shardings
 from kvjax.testing.contract import bases_of, plan_of
 from kvjax.testing.layers import BATCH, CONFIG, SHAPE, attend, make_chunk, quick_jit, same_trees, stack
 
-RULES = {"batch": "data", "kv_heads": "tensor"}
 WIDTH = 37
 
 
 def check(text: str, mesh: Mesh) -> None:
     """Raises AssertionError where the sharded caches or their outputs differ."""
     plan = plan_of(text)
-    layouts = shardings(plan, SHAPE, mesh, RULES)
+    layouts = plan.shardings(SHAPE, mesh)
     step = lambda cache, chunk, carry: cache.attend(chunk, carry)  # noqa: E731
     plain = [spec.init(SHAPE) for spec in plan.specs]
     sharded = [jax.device_put(cache, layout) for cache, layout in zip(plain, layouts, strict=True)]
