@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from kvjax.caches import cross_layer, presets
@@ -19,7 +19,7 @@ from kvjax.caches.base import REAL_DTYPE, CacheShape, CacheSpec, LayerCache, Mod
 from kvjax.caches.grammar import format_layers, join_layers, split_layers
 from kvjax.caches.registry import parse_spec
 from kvjax.errors import KvjaxError
-from kvjax.mesh import sharding
+from kvjax.mesh import BATCH, Layout
 from kvjax.tables import align_columns, format_ratio
 
 DEFAULT_STREAM = 32  # tokens per streaming chunk where every layer allows any
@@ -151,15 +151,13 @@ class CachePlan:
         """The tree of `init(shape).layers`, leaves PartitionSpecs of logical axis names."""
         return tuple(spec.logical_axes(shape) for spec in self.specs)
 
-    def shardings(self, shape: CacheShape, mesh: Mesh) -> Any:
-        """The tree of `init(shape).layers`, leaves NamedShardings.
+    def shardings(self, shape: CacheShape, mesh: Mesh, replicate: tuple[str, ...] = ()) -> Any:
+        """The tree of `init(shape).layers`, leaves NamedShardings; `replicate` names logical axes kept whole.
 
         Raises:
           KvjaxError: the mesh does not divide an axis.
         """
-        place = lambda axes, leaf: sharding(mesh, axes, leaf.shape)  # noqa: E731
-        layers = self.init_shapes(shape).layers
-        return jax.tree.map(place, self.logical_axes(shape), layers, is_leaf=lambda n: isinstance(n, PartitionSpec))
+        return Layout(mesh, replicate).shardings(self.logical_axes(shape), self.init_shapes(shape).layers)
 
     # ---- what its specs promise
 
@@ -264,6 +262,10 @@ class Cache:
     length: Int[Array, "B"]  # tokens stored per sequence
     plan: CachePlan = struct.field(pytree_node=False)
     shape: CacheShape = struct.field(pytree_node=False)
+
+    def axes(self) -> Any:
+        """The same tree, leaves PartitionSpecs of logical axis names."""
+        return dataclasses.replace(self, layers=self.plan.logical_axes(self.shape), length=BATCH)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return f"<Cache {self.plan}: room for {self.shape.batch} x {self.shape.max_len} tokens>"
