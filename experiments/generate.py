@@ -27,6 +27,8 @@ from kvjax.checkpoints.load import read_config
 from kvjax.evaluate.tasks import common_prefix
 from kvjax.tables import format_ratio
 
+DEFAULT = "k4v4"
+
 
 def main(config: config_dict.ConfigDict, workdir: Path | None) -> None:
     if config.dtype == "float64":
@@ -35,7 +37,7 @@ def main(config: config_dict.ConfigDict, workdir: Path | None) -> None:
         raise kvjax.KvjaxError("compare makes caches of its own; expected no save or resume beside it")
     if config.save and Path(config.save).exists():
         raise kvjax.KvjaxError(f"{config.save} exists already; expected a new folder")
-    names = split_list(config.compare) if config.compare else [config.cache]
+    names = split_list(config.compare) if config.compare else [config.cache or DEFAULT]
     model_config = read_config(config.model)  # a plan that does not fit is refused before weights are loaded
     plans = [CachePlan.parse(name, model_config) for name in names]
     begun = time.perf_counter()
@@ -43,7 +45,7 @@ def main(config: config_dict.ConfigDict, workdir: Path | None) -> None:
     load_seconds = time.perf_counter() - begun
     rows = []
     for plan in plans:
-        cache = kvjax.restore_state(config.resume, model) if config.resume else plan
+        cache = kvjax.restore_state(config.resume, model, config.cache or None) if config.resume else plan
         row, made = _generate(config, model, cache, show=not config.compare)
         row |= {"load_seconds": load_seconds} | records.provenance()
         print(_figures(row), file=sys.stderr)

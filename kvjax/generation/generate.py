@@ -182,7 +182,10 @@ def stream(*arguments: Any, **options: Any) -> Iterator[tuple[str, Generation]]:
 
     The state of a piece is good until the next piece comes.
     """
-    return _pieces(ask(*arguments, **options))
+    request = ask(*arguments, **options)
+    if len(request.ids) > 1:
+        raise KvjaxError(f"{len(request.ids)} prompts; expected one to stream, generate takes several")
+    return _pieces(request)
 
 
 def _pieces(request: Request) -> Iterator[tuple[str, Generation]]:
@@ -206,12 +209,13 @@ def _before(request: Request) -> Held:
     """What there is before the prompts are read."""
     if request.before is None:
         return Held.empty(request.model, request.plan, len(request.ids), request.max_len)
-    return request.before.held
+    # A copy, with more room where it is needed: the loop writes into it.
+    return grow(request.before.held, request.model, request.max_len)
 
 
 def _read(request: Request, bases: Any) -> Held:
-    """The prompts in a cache that is nobody else's: the loop writes into it."""
-    held = _before(request) if request.before is None else grow(_before(request), request.model, request.max_len)
+    """The prompts in a cache that is nobody else's."""
+    held = _before(request)
     if not any(map(len, request.ids)):
         return held
     return feed(Decoder(request.model.config), request.model.params, bases, held, *pad(request.ids))
@@ -243,10 +247,18 @@ def _generation(request: Request, run: DecodeState) -> Generation:
     tokens = _new_tokens(run)
     ended = [bool(each) and each[-1] in request.stop_tokens for each in tokens]
     bodies = [each[:-1] if by_token else each for each, by_token in zip(tokens, ended, strict=True)]
-    texts = [_cut(request.model.tokenizer.decode(body), request.stop_strings) for body in bodies]
+    texts = [_cut(_text(request, i, body), request.stop_strings) for i, body in enumerate(bodies)]
     read = [before.then(each) for before, each in zip(request.read, tokens, strict=True)]
     stopped = [by_token or found for by_token, (_, found) in zip(ended, texts, strict=True)]
     return Generation([text for text, _ in texts], tokens, stopped, State(request.model, run.held, read))
+
+
+def _text(request: Request, sequence: int, body: list[int]) -> str:
+    """New tokens as text; what goes on from a state begins with the blank that stands between the two."""
+    tokenizer = request.model.tokenizer
+    if request.before is None or len(request.ids[sequence]):
+        return tokenizer.decode(body)
+    return tokenizer.decode_next(body, request.read[sequence].last)
 
 
 def _cut(text: str, stop_strings: Sequence[str]) -> tuple[str, bool]:

@@ -14,11 +14,16 @@ from kvjax.mesh import ONE_DEVICE, Layout, describe
 from kvjax.models.config import ModelConfig
 from kvjax.models.params import Params
 from kvjax.models.tokenizer import AnyTokenizer
+from kvjax.models.units import in_usual_units
 
 
 @dataclasses.dataclass(repr=False)
 class Model:
-    """A decoder's config and weights, with its tokenizer."""
+    """A decoder's config and weights, with its tokenizer.
+
+    Weights whose keys, values or layer inputs float16 scales would not hold are kept in other units, see
+    `kvjax.models.units`: the same function.
+    """
 
     name: str  # as given; ends in (layers=N) where only the first N layers were kept
     config: ModelConfig
@@ -32,6 +37,10 @@ class Model:
     def mesh(self) -> Mesh | None:
         """The devices; None where it is one."""
         return self.layout.mesh
+
+    def __post_init__(self) -> None:
+        if self.params is not None:
+            self.params = in_usual_units(self.config, self.params)
 
     @property
     def head(self) -> Float[Array, "V D"]:

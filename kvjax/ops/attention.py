@@ -153,10 +153,7 @@ def attend_packed(
         if table is not None:
             raise NotImplementedError("keys before RoPE; kernels read keys after RoPE")
         how: dict[str, Any] = {"implementation": name, "interpret": interpret, **span.settings}
-        # Kernels know no units: scores are linear in the keys, the output in the values.
-        scaled = (q * store.unit(keys)).astype(q.dtype)
-        part = Partial(*packed_attention(scaled, store.for_kernels(keys), store.for_kernels(values), *ends, **how))
-        return part._replace(output=part.output * store.unit(values))
+        return Partial(*packed_attention(q, store.for_kernels(keys), store.for_kernels(values), *ends, **how))
 
     axes = (BY_HEAD, *(store.logical_axes(each, "kv_heads") for each in (keys, values)), *(BY_SEQUENCE,) * 2)
     xla = lambda: _attend_tiles(q, span, keys, values, table)  # noqa: E731

@@ -37,7 +37,7 @@ def random(*shape: int) -> Any:
 
 def history(format: Any, heads: int, width: int) -> Any:
     """Random tokens, all packed."""
-    empty = store.init(format, B, heads, S, width, jnp.float32, own_units=True)
+    empty = store.init(format, B, heads, S, width, jnp.float32)
     blocks = random(B, S // 32, 32, heads, width)
     index = jnp.broadcast_to(jnp.arange(S // 32), (B, S // 32))
     return store.write_blocks(empty, blocks, jnp.ones(blocks.shape[:3], bool), index)
@@ -45,7 +45,7 @@ def history(format: Any, heads: int, width: int) -> Any:
 
 def placed(stored: Any, heads: str | None) -> Any:
     """The mesh axes of its arrays."""
-    return jax.tree.map(lambda a: PartitionSpec(*("data", heads)[: a.ndim]), stored)
+    return jax.tree.map(lambda a: PartitionSpec("data", heads), stored)
 
 
 def packed_attention(kv_heads: int, keys: Any) -> tuple[Callable, list[Any], list[Any]]:
