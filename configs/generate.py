@@ -12,6 +12,8 @@ def get_config() -> config_dict.ConfigDict:
     return config_dict.create(
         model="smollm2-135m",  # a name, a path or a hub name, see kvjax.load
         dtype="float32",  # or bfloat16, float64
+        mesh="",  # devices that share the model: data=2,tensor=4, see kvjax.mesh; one device where empty
+        replicate="",  # logical axes that each device keeps whole, such as kv_heads
         cache="",  # a plan, see kvjax.caches.plan; k4v4 where neither this nor resume names one
         plugins="",  # modules or Python files that register more caches, separated by commas
         prompt="Explain in two sentences what a cache is.",

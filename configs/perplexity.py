@@ -17,6 +17,8 @@ def get_config() -> config_dict.ConfigDict:
         plugins="",  # modules or Python files that register more caches, separated by commas
         protocol="streaming",  # or decode, parallel
         dtype="float32",  # or bfloat16, float64
+        mesh="",  # devices that share the model: data=2,tensor=4, see kvjax.mesh; one device where empty
+        replicate="",  # logical axes that each device keeps whole, such as kv_heads
         context=1024,  # tokens a window
         windows=4,
         offset=0,  # tokens skipped first

@@ -34,6 +34,8 @@ def _cpu() -> config_dict.ConfigDict:
         plugins="",  # modules or Python files that register more caches, separated by commas
         points="1x7900",  # batch x tokens in the cache
         dtype="float32",  # of the weights, and of what a step keeps exact
+        mesh="",  # devices that share a model and its steps: data=2,tensor=4, see kvjax.mesh; ops run on one device
+        replicate="",  # logical axes that each device keeps whole, such as kv_heads
         rounds=15,  # of which the median counts
         calls=3,  # of an op in a round
         minutes=20.0,

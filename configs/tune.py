@@ -31,6 +31,8 @@ def get_config() -> config_dict.ConfigDict:
         windows=2,  # of each text
         offset=0,  # tokens skipped first
         dtype="float32",  # or bfloat16, float64
+        mesh="",  # devices that share the model: data=2,tensor=4, see kvjax.mesh; one device where empty
+        replicate="",  # logical axes that each device keeps whole, such as kv_heads
         points=8,  # plans of the knapsack's front that are evaluated
         trials=200,  # of nsga2
         rounds=3,  # of refine, at most

@@ -33,7 +33,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     model_config = read_config(config.model)
     for name in names:
         CachePlan.parse(name, model_config)  # one that does not fit is refused before weights are loaded
-    model = kvjax.load(config.model, config.dtype)
+    model = kvjax.load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
     sizes = {key: config[key] for key in ("protocol", "context", "windows", "offset")}
     tasks: dict[CachePlan, TaskID] = {}
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} windows")

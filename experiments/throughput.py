@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import config_dict
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +34,8 @@ from kvjax.caches.plan import CachePlan
 from kvjax.caches.registry import parse_spec
 from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
+from kvjax.generation.states import Held
+from kvjax.mesh import BATCH, WHOLE, Layout
 from kvjax.models.decoder import Decoder
 from kvjax.models.model import Model
 from kvjax.ops import attention, dispatch, store
@@ -179,19 +182,20 @@ def filled(stored: store.Stored, seed: int) -> store.Stored:
 
 
 def _models(config: config_dict.ConfigDict, results: Path) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
+    where = {"mesh": "", **Layout.of(config.mesh, config.replicate).described()}
     for name in split_list(config.models) if config.models else []:
         made: list[Model] = []  # held while its points run
         for batch, tokens in points_of(config.points):
             for cache in split_list(config.caches):
                 point = {"experiment": "throughput", "part": "step", "model": name, "dtype": config.dtype}
-                point |= {"cache": cache, "batch": batch, "tokens": tokens}
+                point |= {"cache": cache, "batch": batch, "tokens": tokens, **where}
                 if records.find_row(results, point) is None:
                     run = functools.partial(_step, config, point, made)
                     yield f"{name}, {batch} x {tokens}, {cache}", run
 
 
 def _step(config: config_dict.ConfigDict, point: Row, made: list[Model]) -> list[Row]:
-    made[:] = made or [load(point["model"], config.dtype)]
+    made[:] = made or [load(point["model"], config.dtype, mesh=config.mesh, replicate=config.replicate)]
     model = made[0]
     try:
         plan = CachePlan.parse(point["cache"], model.config)
@@ -201,7 +205,8 @@ def _step(config: config_dict.ConfigDict, point: Row, made: list[Model]) -> list
     nbytes = plan.nbytes(shape.max_len, shape.batch, shape.dtype)
     sizes = {"cache_bytes": nbytes, "bits_real": plan.bits_real(shape.max_len, shape.batch)}
     try:
-        seconds, compile_seconds = _decode(model, plan, shape, point["tokens"], config.rounds)
+        with model.layout.entered():
+            seconds, compile_seconds = _decode(model, plan, shape, point["tokens"], config.rounds)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -212,22 +217,27 @@ def _step(config: config_dict.ConfigDict, point: Row, made: list[Model]) -> list
 
 def _decode(model: Model, plan: CachePlan, shape: CacheShape, tokens: int, rounds: int) -> tuple[float, float]:
     """Seconds a step, median of the rounds, and of compiling. What the cache holds does not matter: it is empty."""
-    decoder, bases = Decoder(model.config), _bases(model, plan)
-    cache = dataclasses.replace(plan.init(shape), length=jnp.full((shape.batch,), tokens, jnp.int32))
+    decoder, bases, layout = Decoder(model.config), _bases(model, plan), model.layout
+    cache = Held.empty(model, plan, shape.batch, shape.max_len).cache
+
+    def fill(value: int, *sizes: int) -> jax.Array:
+        values = np.full(sizes, value, np.int32)
+        return layout.build(sizes, np.int32, BATCH, values.__getitem__)
 
     def step(params, bases, token, cache):
         hidden, cache = decoder.apply({"params": params}, token, cache, bases=bases)
         logits = jnp.asarray(decoder.apply({"params": params}, hidden[:, -1:], method="logits"))
-        return logits.argmax(-1).astype(jnp.int32), cache
+        token = logits.argmax(-1).astype(jnp.int32)
+        return layout.constrain(token, BATCH), layout.constrain(cache, cache.axes())
 
-    token = jnp.zeros((shape.batch, 1), jnp.int32)
+    token, cache = fill(0, shape.batch, 1), dataclasses.replace(cache, length=fill(tokens, shape.batch))
     began = time.perf_counter()
     compiled = jax.jit(step, donate_argnums=3).lower(model.params, bases, token, cache).compile()
     compile_seconds = time.perf_counter() - began
     times = []
     for _ in range(1 + max(1, rounds // 3)):
         began = time.perf_counter()
-        cache = dataclasses.replace(cache, length=jnp.full((shape.batch,), tokens, jnp.int32))
+        cache = dataclasses.replace(cache, length=fill(tokens, shape.batch))
         for _ in range(STEPS):
             token, cache = compiled(model.params, bases, token, cache)
         jax.block_until_ready(token)
@@ -244,7 +254,8 @@ def _bases(model: Model, plan: CachePlan) -> list[Any] | None:
             weights = KVWeights(k=first["k"], v=first["v"], head_dim=model.config.head_dim)
             made[spec.bases_key] = spec.bases(weights, first["attention_norm"])
     dtype = model.params["embed"].dtype
-    return [jax.tree.map(lambda a: jnp.asarray(a, dtype), made.get(spec.bases_key, [])) for spec in plan.specs]
+    place = lambda a: model.layout.build(a.shape, dtype, WHOLE, a.__getitem__)  # noqa: E731
+    return [jax.tree.map(place, made.get(spec.bases_key, [])) for spec in plan.specs]
 
 
 # ---- what both share
@@ -270,6 +281,8 @@ def check(config: config_dict.ConfigDict) -> None:
         raise KvjaxError(f"{given}: expected at least 1 round and 1 call, and minutes above 0")
     if config.dtype not in ("float32", "bfloat16"):
         raise KvjaxError(f"dtype={config.dtype}: expected float32 or bfloat16")
+    for batch, _ in points_of(config.points):
+        Layout.of(config.mesh, config.replicate).check(batch=batch)
     heads_of(config.heads)
     for name in split_list(config.pairs):
         pair_of(name)

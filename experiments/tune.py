@@ -42,7 +42,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     settings_of(config)  # refuses bad values before the model is loaded
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    model = load(config.model, config.dtype)
+    model = load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
     windows = calibration(config, model)
     search, judge = make_search(config, model, windows, workdir), None
     if config.judged_on:

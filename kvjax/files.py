@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +106,31 @@ def check_digests(folder: Path, expected: Any) -> None:
             raise KvjaxError(f"{folder / name} is {state}; expected the file whose sha256 was noted at saving")
 
 
+@contextlib.contextmanager
+def hashing(files: Iterable[Path]) -> Iterator[Callable[[], str]]:
+    """Computes `sha256(files)` in a thread while the `with` block reads the same files.
+
+    So what one has read the other finds in memory.
+
+    Args:
+      files: the files, in order.
+
+    Yields:
+      A function that waits for the sha256 and returns it. It raises OSError where a file cannot be read.
+    """
+    left = threading.Event()
+
+    def blocks() -> Iterator[bytes]:
+        return itertools.takewhile(lambda _: not left.is_set(), _blocks(files))
+
+    pool = ThreadPoolExecutor(1)
+    try:
+        yield pool.submit(lambda: _digest(blocks())).result
+    finally:
+        left.set()
+        pool.shutdown()
+
+
 def sha256(files: Iterable[Path]) -> str:
     """Computes one checksum of several files.
 
@@ -112,11 +140,20 @@ def sha256(files: Iterable[Path]) -> str:
     Returns:
       The sha256, in hex, of their bytes one after the other.
     """
-    digest = hashlib.sha256()
+    return _digest(_blocks(files))
+
+
+def _blocks(files: Iterable[Path]) -> Iterator[bytes]:
     for file in files:
         with file.open("rb") as stream:
             while block := stream.read(1 << 22):
-                digest.update(block)
+                yield block
+
+
+def _digest(blocks: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for block in blocks:
+        digest.update(block)
     return digest.hexdigest()
 
 

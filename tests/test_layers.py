@@ -19,7 +19,6 @@ LAYERS = [
     "kvjax.calibrate",
     "kvjax.checkpoints",
     "kvjax.models",
-    "kvjax.mesh",
     "kvjax.caches",
     "kvjax.ops",
     "kvjax.quant",
@@ -28,6 +27,7 @@ LAYERS = [
     "kvjax.files",
     "kvjax.tables",
     "kvjax.checks",
+    "kvjax.mesh",
     "kvjax.errors",
     "pallas_kernels",
 ]

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from kvjax.caches import cross_layer, presets
@@ -19,6 +20,7 @@ from kvjax.caches.grammar import format_layers, join_layers, split_layers
 from kvjax.caches.registry import parse_spec
 from kvjax.checks import check_whole, show
 from kvjax.errors import KvjaxError
+from kvjax.mesh import BATCH, Layout
 from kvjax.tables import align_columns, format_ratio
 
 DEFAULT_STREAM = 32  # tokens per streaming chunk where every layer allows any
@@ -164,6 +166,14 @@ class CachePlan:
         """The tree of `init(shape).layers`, leaves PartitionSpecs of logical axis names."""
         return tuple(spec.logical_axes(shape) for spec in self.specs)
 
+    def shardings(self, shape: CacheShape, mesh: Mesh, replicate: tuple[str, ...] = ()) -> Any:
+        """The tree of `init(shape).layers`, leaves NamedShardings; `replicate` names logical axes kept whole.
+
+        Raises:
+          KvjaxError: the mesh does not divide an axis.
+        """
+        return Layout(mesh, replicate).shardings(self.logical_axes(shape), self.init_shapes(shape).layers)
+
     # ---- what its specs promise
 
     @property
@@ -267,6 +277,10 @@ class Cache:
     length: Int[Array, "B"]  # tokens stored per sequence
     plan: CachePlan = struct.field(pytree_node=False)
     shape: CacheShape = struct.field(pytree_node=False)
+
+    def axes(self) -> Any:
+        """The same tree, leaves PartitionSpecs of logical axis names."""
+        return dataclasses.replace(self, layers=self.plan.logical_axes(self.shape), length=BATCH)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return f"<Cache {self.plan}: room for {self.shape.batch} x {self.shape.max_len} tokens>"

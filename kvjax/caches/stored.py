@@ -129,11 +129,9 @@ class BlockStore:
     def _store_sinks(self, new: Tensors, positions: Int[Array, "B T"], real: Bool[Array, "B T"]) -> BlockStore:
         if self.sink == 0:
             return self
-        batch = jnp.arange(positions.shape[0])[:, None]
         at = jnp.where(real & (positions < self.sink), positions, self.sink)
-        sinks = tuple(
-            old.at[batch, at].set(x.astype(old.dtype), mode="drop") for old, x in zip(self.sinks, new, strict=True)
-        )
+        put = jax.vmap(lambda old, x, at: old.at[at].set(x.astype(old.dtype), mode="drop"))  # batch: see ops/store.py
+        sinks = tuple(put(old, x, at) for old, x in zip(self.sinks, new, strict=True))
         return dataclasses.replace(self, sinks=sinks)
 
     def _store_blocks(self, new: Tensors, chunk: Chunk, encode: Encode | None) -> BlockStore:

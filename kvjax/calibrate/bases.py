@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 from kvjax.caches.base import CacheSpec, KVWeights
@@ -19,6 +16,7 @@ from kvjax.checkpoints.orbax import new_folder, write_arrays
 from kvjax.downloads import cache_folder
 from kvjax.errors import KvjaxError
 from kvjax.files import brief, check_digests, digests, read_json, write_json
+from kvjax.mesh import WHOLE, fetch
 from kvjax.models.model import Model
 
 METADATA = "bases.json"
@@ -37,14 +35,18 @@ def load_bases(model: Model, plan: CachePlan) -> tuple[Any, ...]:
         return ((),) * model.config.layers
     layers = [_layer(model, i) for i in range(model.config.layers)]
     digest = _digest(layers)
-    found = {key: _found(digest, key) or _made(layers, digest, spec) for key, spec in specs.items()}
-    cast = functools.partial(jax.tree.map, lambda a: jnp.asarray(a, model.dtype))
-    return tuple(cast(found[s.bases_key][i]) if s.bases_key else () for i, s in enumerate(plan.specs))
+    folders = {key: _found(digest, key) or _made(layers, digest, spec) for key, spec in specs.items()}
+    place = lambda a: model.layout.build(a.shape, model.dtype, WHOLE, a.__getitem__)  # noqa: E731
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return tuple(
+            jax.tree.map(place, _read(checkpointer, folders[s.bases_key], i)) if s.bases_key else ()
+            for i, s in enumerate(plan.specs)
+        )
 
 
 def folder_of(digest: str, key: str) -> Path:
     """Where the bases of these weights are kept."""
-    return cache_folder() / "bases" / f"{digest[:16]}-{key}"
+    return cache_folder() / "bases" / f"{digest[:16]}-{key}-by-layer"
 
 
 def _layer(model: Model, i: int) -> tuple[KVWeights, jax.Array]:
@@ -57,21 +59,22 @@ def _digest(layers: list[tuple[KVWeights, jax.Array]]) -> str:
     digest = hashlib.sha256()
     for weights, norm in layers:
         for array in (weights.k, weights.v, norm):
-            digest.update(np.asarray(array).tobytes())
+            digest.update(fetch(array).tobytes())
     return digest.hexdigest()
 
 
-def _made(layers: list[tuple[KVWeights, jax.Array]], digest: str, spec: CacheSpec) -> list[Any]:
+def _made(layers: list[tuple[KVWeights, jax.Array]], digest: str, spec: CacheSpec) -> Path:
+    """Computes the bases and writes them, a layer at a time: in float64 all layers' are as large as their weights."""
     folder = folder_of(digest, spec.bases_key)
     print(f"kvjax: computing bases of {len(layers)} layers ({spec.bases_key}), once, for {folder}", file=sys.stderr)
-    trees = [spec.bases(weights, norm) for weights, norm in layers]
     with new_folder(folder) as part:
-        write_arrays(part / "arrays", trees)
+        for i, (weights, norm) in enumerate(layers):
+            write_arrays(part / "arrays" / str(i), spec.bases(weights, norm))
         write_json(part / METADATA, {"weights": digest, "key": spec.bases_key, "arrays": digests(part / "arrays")})
-    return trees
+    return folder
 
 
-def _found(digest: str, key: str) -> list[Any] | None:
+def _found(digest: str, key: str) -> Path | None:
     folder = folder_of(digest, key)
     if not folder.exists():
         return None
@@ -79,8 +82,11 @@ def _found(digest: str, key: str) -> list[Any] | None:
     if metadata.get("weights") != digest or metadata.get("key") != key:
         raise KvjaxError(f"{folder} holds bases of other weights; expected those of sha256 {digest}: remove it")
     check_digests(folder / "arrays", metadata.get("arrays"))
+    return folder
+
+
+def _read(checkpointer: ocp.PyTreeCheckpointer, folder: Path, layer: int) -> Any:
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            return checkpointer.restore(folder / "arrays")
+        return checkpointer.restore(folder / "arrays" / str(layer))
     except Exception as error:  # Orbax and its storage raise many kinds
         raise KvjaxError(f"{folder} cannot be restored: {brief(error)}; remove it") from None

@@ -14,6 +14,7 @@ from kvjax.checkpoints.gguf_reader import read_gguf
 from kvjax.checkpoints.gguf_tokenizer import read_tokenizer
 from kvjax.errors import KvjaxError
 from kvjax.files import brief
+from kvjax.mesh import ONE_DEVICE, Index, Layout
 from kvjax.models.config import ModelConfig, RopeConfig
 from kvjax.models.keys import STEMS, KeyList
 from kvjax.models.params import Names, ParamPath, Params, build_params
@@ -146,11 +147,12 @@ class GGUFFile:
             raise KvjaxError(f"tensor {name} is missing in {self.path}")
         return self._tensors[name].shape
 
-    def _read(self, name: str) -> np.ndarray:
+    def _read(self, name: str, index: Index) -> np.ndarray:
         tensor = self._tensors[name]
+        rows, within = tensor.part(index)
         try:
             with np.errstate(all="ignore"):  # damaged scales may be infinite or NaN
-                return dequantize(tensor.rows, tensor.kind)
+                return dequantize(rows, tensor.kind)[..., within]
         except NotImplementedError:
             raise KvjaxError(f"tensor {name} of {self.path} is {tensor.kind.name}, which is not supported") from None
 
@@ -214,7 +216,7 @@ class GGUFFile:
 
     def _llama3(self, plain: RopeConfig, head_dim: int) -> RopeConfig:
         """Llama 3's published scaling, checked against the frequency divisors: GGUF stores no more."""
-        divisors = self._read(ROPE_FACTORS)
+        divisors = self._read(ROPE_FACTORS, (slice(None),))
         rope = dataclasses.replace(plain, scaling="llama3", factor=float(divisors.max()))
         fits = divisors.shape == (head_dim // 2,)  # checked before anything of the file's length is allocated
         if fits:
@@ -224,12 +226,18 @@ class GGUFFile:
             raise KvjaxError(f"tensor {ROPE_FACTORS} of {self.path} is not the rope scaling of Llama 3.1 to 3.3")
         return rope
 
-    def load(self, dtype: DTypeLike, layers: int | None = None) -> tuple[ModelConfig, Params]:
+    def load(
+        self,
+        dtype: DTypeLike,
+        layers: int | None = None,
+        layout: Layout = ONE_DEVICE,
+    ) -> tuple[ModelConfig, Params]:
         """Reads the config and the dequantised parameters.
 
         Args:
           dtype: dtype of the parameters.
           layers: how many layers to keep, from the first; all where None.
+          layout: where the parameters live. Each device's part is dequantised alone.
 
         Returns:
           The config and the parameters.
@@ -238,16 +246,14 @@ class GGUFFile:
           KvjaxError: one line on what is missing, of another shape or not supported.
         """
         config = self.config()
-        heads = {"q": config.heads, "k": config.kv_heads, "q_bias": config.heads, "k_bias": config.kv_heads}
+        paired = ("q", "k", "q_bias", "k_bias") if config.family == "llama" else ()
 
-        def read(path: ParamPath, name: str) -> np.ndarray:
-            values = self._read(name)
-            if config.family == "llama" and path[-1] in heads:
-                return _split_halves(values, heads[path[-1]])
-            return values
+        def read(path: ParamPath, name: str, index: Index) -> np.ndarray:
+            values = self._read(name, index)
+            return _split_halves(values, config.head_dim) if path[-1] in paired else values
 
         present = {name: self._shape(name) for name in self._tensors if name != ROPE_FACTORS}
-        return build_params(config, NAMES, present, read, dtype, layers)
+        return build_params(config, NAMES, present, read, dtype, layers, layout)
 
     def tokenizer(self) -> Tokenizer:
         """Reads the tokenizer in the file; where its kind is not supported, a tokenizer.json beside the file.
@@ -261,7 +267,7 @@ class GGUFFile:
         return read_tokenizer(self.get, self._metadata, self.path)
 
 
-def _split_halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Reorders rows [heads * d, in], or a bias, from GGUF llama's order (adjacent pairs) to half-split order."""
-    pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, -1)
+def _split_halves(weight: np.ndarray, head_dim: int) -> np.ndarray:
+    """Reorders the rows of whole heads, or a bias, from GGUF llama's order (adjacent pairs) to half-split order."""
+    pairs = weight.reshape(-1, head_dim // 2, 2, *weight.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weight.shape)

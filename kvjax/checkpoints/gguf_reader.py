@@ -15,6 +15,8 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGMLQuantizationType, GGUFValueType
 from jaxtyping import UInt8
 
+from kvjax.mesh import Index
+
 VERSIONS = (2, 3)
 MAX_DIMS = 4
 _SCALARS = {
@@ -39,6 +41,14 @@ class Tensor:
     kind: GGMLQuantizationType
     shape: tuple[int, ...]  # outermost first
     rows: UInt8[np.ndarray, "..."]  # a map of the file; the last axis is the bytes of a row
+
+    def part(self, index: Index) -> tuple[UInt8[np.ndarray, "..."], slice]:
+        """The stored bytes that hold the elements at an index, whole blocks of them, and where those are in there."""
+        block, width = GGML_QUANT_SIZES[self.kind]
+        start, stop, _ = index[-1].indices(self.shape[-1])
+        first, last = start // block, -(-stop // block)
+        within = slice(start - first * block, stop - first * block)
+        return self.rows[*index[:-1], first * width : last * width], within
 
 
 def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import sha256 as sha256_of
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from kvjax.checkpoints import orbax
 from kvjax.checkpoints.gguf import GGUFFile
@@ -18,7 +19,8 @@ from kvjax.checkpoints.safetensors import load_hf, read_hf_config, weight_files
 from kvjax.checks import check_path, show
 from kvjax.downloads import fetch
 from kvjax.errors import KvjaxError
-from kvjax.files import brief, sha256
+from kvjax.files import brief, hashing, sha256
+from kvjax.mesh import Layout
 from kvjax.models import zoo
 from kvjax.models.config import ModelConfig
 from kvjax.models.model import Model
@@ -29,8 +31,15 @@ from kvjax.models.tokenizer_files import read_tokenizer
 DTYPES = ("float32", "bfloat16", "float64")
 
 
-def load(name: str | Path, dtype: str | None = None, layers: int | None = None) -> Model:
-    """Loads a model.
+def load(
+    name: str | Path,
+    dtype: str | None = None,
+    layers: int | None = None,
+    *,
+    mesh: str | Mesh | None = None,
+    replicate: str | Sequence[str] = (),
+) -> Model:
+    """Loads a model, onto one device or straight to the parts of a mesh.
 
     Args:
       name: a name of `kvjax.models.zoo` (smollm2-135m, smollm2-135m-mha or random:...); the path of a HF folder, of a
@@ -38,6 +47,9 @@ def load(name: str | Path, dtype: str | None = None, layers: int | None = None) 
         (layers=N), which sets `layers`.
       dtype: float32, bfloat16 or float64; where None, float32 on CPU and bfloat16 elsewhere.
       layers: how many layers to keep, from the first; all where None.
+      mesh: devices that share the model and all that is computed with it: a text such as data=2,tensor=4, see
+        `kvjax.mesh.parse`, or a mesh with these axes; one device where None. Its axis `seq` is not used yet.
+      replicate: logical axes that are kept whole on every device, see `kvjax.mesh.RULES`.
 
     Returns:
       The model.
@@ -46,10 +58,10 @@ def load(name: str | Path, dtype: str | None = None, layers: int | None = None) 
       KvjaxError: one line that says what was expected.
     """
     name, layers = _split_layers(str(check_path("the model's name", name)), layers)
-    resolved = _resolve_dtype(dtype)
+    resolved, layout = _resolve_dtype(dtype), Layout.of(mesh, replicate)
     suffix = "" if layers is None else f"(layers={layers})"
     with _naming(name):
-        return Model(name + suffix, *_load(name, resolved, layers))
+        return Model(name + suffix, *_load(name, resolved, layers, layout), layout)
 
 
 def read_config(name: str | Path) -> ModelConfig:
@@ -97,32 +109,34 @@ def _read_config(name: str) -> ModelConfig:
 
 
 def _load(
-    name: str, dtype: jnp.dtype, layers: int | None
+    name: str, dtype: jnp.dtype, layers: int | None, layout: Layout
 ) -> tuple[ModelConfig, Params, AnyTokenizer, jnp.dtype, str]:
     path = Path(name)
     if name in zoo.RANDOM:
         config = keep_layers(zoo.RANDOM[name], layers)
         checksum = sha256_of(f"{name}(layers={config.layers})".encode()).hexdigest()
-        return config, zoo.random_params(config, dtype), ByteTokenizer(), dtype, checksum
+        return config, zoo.random_params(config, dtype, layout), ByteTokenizer(), dtype, checksum
     if name in zoo.FILES:
         pinned = zoo.FILES[name]
         file = GGUFFile(fetch(pinned))
-        config, params = file.load(dtype, layers)
+        config, params = file.load(dtype, layers, layout)
         checksum = pinned.sha256
         if name.endswith("-mha"):
-            config, params = zoo.expand_kv_heads(config, params)
+            config, params = zoo.expand_kv_heads(config, params, layout)
             checksum = sha256_of(f"{checksum}, kv heads repeated".encode()).hexdigest()
         return config, params, file.tokenizer(), dtype, checksum
     if path.is_file() and path.suffix == ".gguf":
         file = GGUFFile(path)
-        return *file.load(dtype, layers), file.tokenizer(), dtype, sha256([path])
+        with hashing([path]) as checksum_of_file:
+            return *file.load(dtype, layers, layout), file.tokenizer(), dtype, checksum_of_file()
     if (path / orbax.METADATA).is_file():
         files = sorted(file for file in path.iterdir() if file.is_file())  # METADATA has the arrays' checksums
-        return *orbax.load(path, dtype, layers), dtype, sha256(files)
+        return *orbax.load(path, dtype, layers, layout), dtype, sha256(files)
     if not path.is_dir():
         path = _snapshot(name)
     files, tokenizer = [path / "config.json", *weight_files(path)], read_tokenizer(path)
-    return *load_hf(path, dtype, layers), tokenizer, dtype, sha256(files)
+    with hashing(files) as checksum_of_files:
+        return *load_hf(path, dtype, layers, layout), tokenizer, dtype, checksum_of_files()
 
 
 def _split_layers(name: str, layers: int | None) -> tuple[str, int | None]:

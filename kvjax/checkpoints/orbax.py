@@ -13,17 +13,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from kvjax.errors import KvjaxError
 from kvjax.files import brief, check_digests, digests, read_json, write_json
+from kvjax.mesh import ONE_DEVICE, Layout
 from kvjax.models.config import MOST_LAYERS, ModelConfig, RopeConfig
 from kvjax.models.model import Model
-from kvjax.models.params import Params, check_tensors, keep_layers, param_shapes
+from kvjax.models.params import (
+    Params,
+    check_layout,
+    check_tensors,
+    keep_layers,
+    param_axes,
+    param_shapes,
+)
 from kvjax.models.tokenizer import AnyTokenizer, ByteTokenizer, Tokenizer
 from kvjax.models.tokenizer_files import read_tokenizer
 
@@ -137,13 +143,19 @@ def read_config(folder: Path) -> ModelConfig:
         raise KvjaxError(f"{folder / METADATA} is not one that kvjax wrote: {brief(error)}") from None
 
 
-def load(folder: Path, dtype: DTypeLike, layers: int | None = None) -> tuple[ModelConfig, Params, AnyTokenizer]:
+def load(
+    folder: Path,
+    dtype: DTypeLike,
+    layers: int | None = None,
+    layout: Layout = ONE_DEVICE,
+) -> tuple[ModelConfig, Params, AnyTokenizer]:
     """Reads what `save` wrote.
 
     Args:
       folder: the folder.
       dtype: dtype of the parameters.
       layers: how many layers to keep, from the first; all where None.
+      layout: where the parameters live. Each device's part is read alone.
 
     Returns:
       The config, the parameters and the tokenizer.
@@ -160,10 +172,11 @@ def load(folder: Path, dtype: DTypeLike, layers: int | None = None) -> tuple[Mod
     except (KeyError, TypeError) as error:
         raise KvjaxError(f"{folder / METADATA} is not one that kvjax wrote: {brief(error)}") from None
     config = keep_layers(saved, layers)
+    check_layout(config, layout)
     check_digests(folder / "params", sums)  # Orbax answers some damage with pages of output on stderr
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            return config, _restore(checkpointer, folder / "params", saved, config, dtype), tokenizer
+            return config, _restore(checkpointer, folder / "params", saved, config, dtype, layout), tokenizer
     except KvjaxError:
         raise
     except Exception as error:  # Orbax and its storage raise many kinds
@@ -176,6 +189,7 @@ def _restore(
     saved: ModelConfig,
     config: ModelConfig,
     dtype: DTypeLike,
+    layout: Layout,
 ) -> Params:
     metadata = checkpointer.metadata(folder).item_metadata
     if metadata is None:
@@ -183,13 +197,8 @@ def _restore(
     stored = flatten_dict(metadata.tree)
     # A partial restore would leave out missing arrays silently.
     check_tensors(saved, "/".join, {"/".join(path): leaf.shape for path, leaf in stored.items()})
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = unflatten_dict(
-        {
-            path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=device)
-            for path, shape in param_shapes(config).items()
-        }
-    )
+    shapes = param_shapes(config).items()
+    wanted = unflatten_dict({path: layout.struct(param_axes(path), shape, dtype) for path, shape in shapes})
     restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
     return checkpointer.restore(
         folder, args=ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from kvjax.checkpoints.names import canonical, check_forms
 from kvjax.errors import KvjaxError
 from kvjax.files import brief, read_json
+from kvjax.mesh import ONE_DEVICE, Index, Layout
 from kvjax.models.config import ModelConfig
 from kvjax.models.hf_config import from_hf
-from kvjax.models.params import Names, Params, Shape, build_params
+from kvjax.models.params import Names, ParamPath, Params, Shape, build_params
 
 NAMES = Names(
     top={"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"},
@@ -46,6 +47,7 @@ NAMES = Names(
 )
 INDEX = "model.safetensors.index.json"
 KINDS = ("F32", "BF16", "F16", "F64")
+ROWS = 4096  # of two weights that are compared
 ADAPTER = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth")
 
@@ -89,8 +91,10 @@ class Stored:
     shape: Shape
     start: int = 0
 
-    def read(self) -> np.ndarray:
-        return self.handle.get_slice(self.name)[self.start : self.start + self.shape[0]]
+    def read(self, index: Index) -> np.ndarray:
+        """Reads the part at an index, and no other bytes."""
+        first, last, _ = index[0].indices(self.shape[0])
+        return self.handle.get_slice(self.name)[self.start + first : self.start + last, *index[1:]]
 
     def split(self, sizes: Mapping[str, int]) -> dict[str, Stored]:
         """The parts of a fused tensor, by name, from the rows that each has."""
@@ -121,13 +125,19 @@ def read_hf_config(folder: Path) -> ModelConfig:
     return from_hf(read_json(folder / "config.json"))
 
 
-def load_hf(folder: Path, dtype: DTypeLike, layers: int | None = None) -> tuple[ModelConfig, Params]:
+def load_hf(
+    folder: Path,
+    dtype: DTypeLike,
+    layers: int | None = None,
+    layout: Layout = ONE_DEVICE,
+) -> tuple[ModelConfig, Params]:
     """Reads the config and the parameters of a HF folder.
 
     Args:
       folder: the folder.
       dtype: dtype of the parameters.
       layers: how many layers to keep, from the first; all where None.
+      layout: where the parameters live.
 
     Returns:
       The config and the parameters.
@@ -141,7 +151,11 @@ def load_hf(folder: Path, dtype: DTypeLike, layers: int | None = None) -> tuple[
         check_forms(found)
         config, tensors = _own_head(config, _split_fused(config, _by_canonical_name(found)))
         present = {name: stored.shape for name, stored in tensors.items()}
-        return build_params(config, NAMES, present, lambda _, name: tensors[name].read(), dtype, layers)
+
+        def read(_: ParamPath, name: str, index: Index) -> np.ndarray:
+            return tensors[name].read(index)
+
+        return build_params(config, NAMES, present, read, dtype, layers, layout)
 
 
 def _find(files: list[Path], stack: contextlib.ExitStack) -> dict[str, Stored]:
@@ -201,6 +215,11 @@ def _own_head(config: ModelConfig, tensors: dict[str, Stored]) -> tuple[ModelCon
     if embed not in tensors:
         return config, others | {embed: tensors[head]}
     shaped = tensors[embed].shape == tensors[head].shape == (config.vocab_size, config.model_dim)
-    if shaped and np.array_equal(tensors[embed].read(), tensors[head].read()):
+    if shaped and all(np.array_equal(tensors[embed].read(i), tensors[head].read(i)) for i in _rows(config)):
         return config, others
     return dataclasses.replace(config, tied=False), tensors
+
+
+def _rows(config: ModelConfig) -> Iterator[Index]:
+    """The vocabulary, ROWS words at a time."""
+    return ((slice(i, i + ROWS), slice(None)) for i in range(0, config.vocab_size, ROWS))

@@ -24,6 +24,7 @@ from kvjax.calibrate.bases import load_bases
 from kvjax.checks import check_whole, show
 from kvjax.errors import KvjaxError
 from kvjax.evaluate import vocabulary
+from kvjax.mesh import BATCH, fetch
 from kvjax.models.decoder import Decoder
 from kvjax.models.model import Model
 from kvjax.models.nonfinite import find_first_nonfinite
@@ -104,8 +105,9 @@ class Scorer:
         if context > model.config.max_positions:
             raise KvjaxError(f"context={context}; expected at most the model's {model.config.max_positions}")
         self.model, self.protocol = model, protocol
-        # A whole window already fills a matmul; chunks and steps need a few windows side by side.
-        self.batch = min(windows, 1 if protocol == "parallel" else 4)
+        # A whole window already fills a matmul; chunks and steps need a few windows side by side, on each device.
+        devices = model.layout.parts("batch")
+        self.batch = devices * min(-(-windows // devices), 1 if protocol == "parallel" else 4)
         self.shape = CacheShape.of(model.config, self.batch, context, model.dtype)
         self._decoder = Decoder(model.config)
         self._compiled: dict[Any, Any] = {}
@@ -142,10 +144,10 @@ class Scorer:
             full = jax.tree.map(lambda a: np.pad(a, _pad_rows(a, len(targets)), mode="edge"), dense)
             scores, more = self._call("compare", vocabulary.compare, scored, head, targets, full)
         rows = count * (windows.shape[1] - 1)
-        scores = jax.tree.map(lambda a: np.asarray(a, np.float64)[:rows].reshape(count, -1), scores)
+        scores = jax.tree.map(lambda a: fetch(a).astype(np.float64)[:rows].reshape(count, -1), scores)
         if not np.isfinite([scores.nll, scores.kld]).all():
             raise KvjaxError(f"{plan}: the logits are not finite: {self._explain_nonfinite(plan, tokens)}")
-        return scores, jax.tree.map(lambda a: np.asarray(a)[:rows], dense), timing + more
+        return scores, jax.tree.map(lambda a: fetch(a)[:rows], dense), timing + more
 
     def _protocol(self, plan: CachePlan, count: int) -> tuple[int, str]:
         """Tokens a step, and what their queries read."""
@@ -160,14 +162,16 @@ class Scorer:
         pieces = (tokens[:, i : i + chunk] for i in range(0, count, chunk))
         chunks = ((piece, jnp.full((batch,), piece.shape[1], jnp.int32)) for piece in pieces)
         bases = self._bases(plan)
-        fault = find_first_nonfinite(self._decoder, self.model.params, plan.init(self.shape), chunks, read, bases)
+        with self.model.layout.entered():
+            fault = find_first_nonfinite(self._decoder, self.model.params, plan.init(self.shape), chunks, read, bases)
         return str(fault) if fault else "every layer is finite, the head is not"
 
     def _hidden(self, plan: CachePlan, tokens: Int[Array, "B N"]) -> tuple[Float[Array, "B N D"], Timing]:
         chunk, read = self._protocol(plan, tokens.shape[1])
 
         def hidden(params, tokens, bases):
-            cache = plan.init(self.shape)
+            layout, cache = self.model.layout, plan.init(self.shape)
+            cache, tokens = layout.constrain(cache, cache.axes()), layout.constrain(tokens, BATCH)
             return hidden_states(self._decoder, params, tokens, cache, chunk, read, bases=bases)
 
         return self._call(plan, hidden, self.model.params, tokens, self._bases(plan))
@@ -180,10 +184,11 @@ class Scorer:
 
     def _call(self, key: Any, function, *args) -> tuple[Any, Timing]:
         start = time.perf_counter()
-        if key not in self._compiled:
-            self._compiled[key] = jax.jit(function).lower(*args).compile()
-        compiled = time.perf_counter()
-        out = jax.block_until_ready(self._compiled[key](*args))
+        with self.model.layout.entered():
+            if key not in self._compiled:
+                self._compiled[key] = jax.jit(function).lower(*args).compile()
+            compiled = time.perf_counter()
+            out = jax.block_until_ready(self._compiled[key](*args))
         return out, Timing(time.perf_counter() - compiled, compiled - start)
 
     def forget(self, plan: CachePlan) -> None:

@@ -269,6 +269,7 @@ class Sweep:
             "bytes_per_token": plan.counted_bytes(context) / context,
             "compression": plan.compression(context),
             "simulated": plan.simulated,
+            **self.model.layout.described(),
         }
 
     def _batch(self, plan: CachePlan, start: int) -> tuple[TokenScores, Timing]:
@@ -294,5 +295,5 @@ class Sweep:
         return DenseRun(**records.load_arrays(self._file("dense run", start)))
 
     def _file(self, what: str, start: int) -> Path:
-        key = json.dumps([self.identity, what], sort_keys=True)
+        key = json.dumps([self.identity, what, self.scorer.batch], sort_keys=True)  # which follows the mesh
         return self.folder / "partial" / hashlib.sha256(key.encode()).hexdigest()[:16] / f"{start}.npz"

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.caches.plan import Cache
 from kvjax.generation.sampling import Sampling, sample
 from kvjax.generation.states import Held
+from kvjax.mesh import BATCH
 from kvjax.models.decoder import Decoder
 from kvjax.models.params import Params
 
@@ -53,7 +54,7 @@ def feed(
     apply: Any = decoder.apply
     hidden, cache = apply({"params": params}, tokens, held.cache, lengths, bases=bases)
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], 1)[:, 0]
-    return Held(cache, jnp.where(lengths[:, None] > 0, last, held.hidden))
+    return held.then(cache, jnp.where(lengths[:, None] > 0, last, held.hidden))
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "read"))
@@ -91,6 +92,11 @@ class DecodeState:
     done: Bool[Array, "B"]
     finite: Bool[Array, "B"]  # whether all logits were
 
+    def placed(self) -> DecodeState:
+        """The same in a program, whose compiler is told where every array lives."""
+        axes = DecodeState(self.held.axes(), *(BATCH,) * 4)  # type: ignore[arg-type]
+        return self.held.layout.constrain(self, axes)
+
 
 @functools.partial(jax.jit, static_argnames="room", donate_argnames="held")
 def start(held: Held, room: int) -> DecodeState:
@@ -100,7 +106,7 @@ def start(held: Held, room: int) -> DecodeState:
     """
     batch = held.hidden.shape[0]
     no = jnp.zeros((batch,), bool)
-    return DecodeState(held, jnp.zeros((batch, room), jnp.int32), jnp.zeros((batch,), jnp.int32), no, ~no)
+    return DecodeState(held, jnp.zeros((batch, room), jnp.int32), jnp.zeros((batch,), jnp.int32), no, ~no).placed()
 
 
 @functools.partial(jax.jit, static_argnames="decoder", donate_argnames="run")
@@ -127,9 +133,9 @@ def decode_steps(
         tokens = run.tokens.at[rows, jnp.where(active, run.count, run.tokens.shape[1])].set(token, mode="drop")
         count = run.count + active
         hidden, cache = apply(token[:, None], run.held.cache, active.astype(jnp.int32), bases=bases)
-        held = Held(cache, jnp.where(active[:, None], hidden[:, 0], run.held.hidden))
+        held = run.held.then(cache, jnp.where(active[:, None], hidden[:, 0], run.held.hidden))
         done = run.done | ~finite | (token[:, None] == stop).any(-1) | (count >= limit)
-        return i + 1, DecodeState(held, tokens, count, done, finite)
+        return i + 1, DecodeState(held, tokens, count, done, finite).placed()
 
     def unfinished(carry: tuple[Array, DecodeState]) -> Bool[Array, ""]:
         return (carry[0] < steps) & ~carry[1].done.all()

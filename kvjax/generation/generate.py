@@ -23,6 +23,7 @@ from kvjax.generation.decode import DecodeState, bucket, decode_steps, feed, hea
 from kvjax.generation.prompts import Prompts
 from kvjax.generation.request import Request, ask
 from kvjax.generation.states import Held, State, grow
+from kvjax.mesh import fetch
 from kvjax.models.decoder import Decoder
 from kvjax.models.model import Model, check_model
 from kvjax.models.nonfinite import find_first_nonfinite
@@ -96,7 +97,8 @@ def prefill(
     """
     options: dict[str, Any] = {"max_len": max_len, "chat": chat, "prefill_chunk": prefill_chunk}
     request = ask(model, prompt, cache, max_new_tokens=0, **options)
-    return State(model, _read(request, load_bases(model, request.plan)), request.read)
+    with model.layout.entered():
+        return State(model, _read(request, load_bases(model, request.plan)), request.read)
 
 
 def logits(
@@ -133,8 +135,9 @@ def logits(
     if read == "stored":
         request.plan.require_whole_windows("logits with read='stored'")
     decoder, bases = Decoder(model.config), load_bases(model, request.plan)
-    hidden = hidden_states(decoder, model.params, bases, _before(request).cache, *pad(request.ids), read)
-    return head(decoder, model.params, hidden, counts.pop())
+    with model.layout.entered():
+        hidden = hidden_states(decoder, model.params, bases, _before(request).cache, *pad(request.ids), read)
+        return head(decoder, model.params, hidden, counts.pop())
 
 
 def _takes(arguments: Callable[P, Any]) -> Callable[[Callable[..., T]], Callable[P, T]]:
@@ -242,16 +245,18 @@ def _decode(request: Request, first: int, piece: int) -> Iterator[Generation]:
     model, new, bases = request.model, request.max_new_tokens, load_bases(request.model, request.plan)
     decoder, stop = Decoder(model.config), pad_stop(request.stop_tokens)
     first, piece = (1, 1) if request.stop_strings else (first, piece)  # each token may complete one
-    run = start(_read(request, bases), bucket(new) if new else 0)
+    with model.layout.entered():
+        run = start(_read(request, bases), bucket(new) if new else 0)
     while True:
-        made = int(np.asarray(run.count).max())
+        made = int(fetch(run.count).max())
         steps = min(piece if made else first, new - made)
-        run = decode_steps(decoder, model.params, bases, run, request.sampling, stop, steps, new)
-        if not np.asarray(run.finite).all():
+        with model.layout.entered():  # for this call alone: between two pieces the caller's own programs run
+            run = decode_steps(decoder, model.params, bases, run, request.sampling, stop, steps, new)
+        if not fetch(run.finite).all():
             raise KvjaxError(f"the logits are not finite: {_explain_nonfinite(request, bases, run)}")
         made_so_far = _generation(request, run)
         run = run.replace(done=run.done | np.array(made_so_far.stopped))
-        done = new == 0 or np.asarray(run.done).all()
+        done = new == 0 or fetch(run.done).all()
         yield made_so_far
         if done:
             return
@@ -282,7 +287,7 @@ def _cut(text: str, stop_strings: Sequence[str]) -> tuple[str, bool]:
 
 
 def _new_tokens(run: DecodeState) -> list[list[int]]:
-    counts, rows = np.asarray(run.count), np.asarray(run.tokens)
+    counts, rows = fetch(run.count), fetch(run.tokens)
     return [row[:count].tolist() for row, count in zip(rows, counts, strict=True)]
 
 
@@ -298,5 +303,6 @@ def _explain_nonfinite(request: Request, bases: Any, run: DecodeState) -> str:
             yield jnp.array([each or [0] for each in column], jnp.int32), lengths
 
     model, cache = request.model, _before(request).cache
-    fault = find_first_nonfinite(Decoder(model.config), model.params, cache, chunks(), bases=bases)
+    with model.layout.entered():
+        fault = find_first_nonfinite(Decoder(model.config), model.params, cache, chunks(), bases=bases)
     return str(fault) if fault else "every layer is finite, the head is not"

@@ -19,6 +19,7 @@ from kvjax.caches.base import Chunk, LayerCache
 from kvjax.caches.plan import Cache
 from kvjax.calibrate.bases import load_bases
 from kvjax.errors import KvjaxError
+from kvjax.mesh import fetch
 from kvjax.models.decoder import Layer
 from kvjax.models.model import Model
 from kvjax.models.params import Params
@@ -89,10 +90,11 @@ def read_layer(model: Model, cache: Cache, index: int) -> LayerView:
     bases, carry = load_bases(model, cache.plan), cache.plan.init_carry(cache.shape)
     for i in range(0 if jax.tree.leaves(carry) else index, index + 1):
         layer = Layer(model.config, model.config.layer_window(i))
-        keys, values, positions, carry = _materialize(
-            layer, model.params[f"layer_{i}"], bases[i], cache.layers[i], cache.length, carry
-        )
-    held, count = np.asarray(positions), int(np.asarray(cache.length).max())
+        with model.layout.entered():
+            keys, values, positions, carry = _materialize(
+                layer, model.params[f"layer_{i}"], bases[i], cache.layers[i], cache.length, carry
+            )
+    held, count = fetch(positions), int(fetch(cache.length).max())
     keys, values = (
         _by_position(x, held, np.zeros((len(held), count, *x.shape[2:]), x.dtype)) for x in (keys, values)
     )
@@ -127,7 +129,7 @@ def _materialize(layer: Layer, params: Params, bases: Any, cache: LayerCache, le
 
 def _by_position(x: Array, positions: Int[np.ndarray, "B S"], into: np.ndarray) -> np.ndarray:
     rows, slots = np.nonzero(positions >= 0)
-    into[rows, positions[rows, slots]] = np.asarray(x)[rows, slots]
+    into[rows, positions[rows, slots]] = fetch(x)[rows, slots]
     return into
 
 

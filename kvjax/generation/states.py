@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from flax import struct
 from jaxtyping import Array, Float
@@ -25,6 +24,7 @@ from kvjax.errors import KvjaxError
 from kvjax.files import brief, check_digests, digests, read_json, write_json
 from kvjax.generation.layers import LayerView, read_layer
 from kvjax.generation.prompts import Read
+from kvjax.mesh import BATCH, ONE_DEVICE, Layout, fetch
 from kvjax.models.model import Model, check_model
 
 METADATA = "state.json"
@@ -36,16 +36,35 @@ class Held:
 
     cache: Cache
     hidden: Float[Array, "B D"]  # final hidden state of each sequence's last token
+    layout: Layout = struct.field(pytree_node=False, default=ONE_DEVICE)
 
     @classmethod
     def empty(cls, model: Model, plan: CachePlan, batch: int, max_len: int) -> Held:
-        """Nothing read yet."""
-        return _empty(plan, CacheShape.of(model.config, batch, max_len, model.dtype))
+        """Nothing read yet. Each device makes its own part.
+
+        Raises:
+          KvjaxError: the model's mesh does not divide the batch.
+        """
+        model.layout.check(batch=batch)
+        return _empty(plan, CacheShape.of(model.config, batch, max_len, model.dtype), model.layout)
+
+    def axes(self) -> Any:
+        """The same tree, leaves PartitionSpecs of logical axis names."""
+        return dataclasses.replace(self, cache=self.cache.axes(), hidden=BATCH)  # type: ignore[arg-type]
+
+    def then(self, cache: Cache, hidden: Float[Array, "B D"]) -> Held:
+        """What is held after a step, where it was before."""
+        return Held(cache, hidden, self.layout).placed()
+
+    def placed(self) -> Held:
+        """The same in a program, whose compiler is told where every array lives."""
+        return self.layout.constrain(self, self.axes())
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "shape"))
-def _empty(plan: CachePlan, shape: CacheShape) -> Held:
-    return Held(plan.init(shape), jnp.zeros((shape.batch, shape.model_dim), shape.dtype))
+@functools.partial(jax.jit, static_argnames=("plan", "shape", "layout"))
+def _empty(plan: CachePlan, shape: CacheShape, layout: Layout) -> Held:
+    hidden = jnp.zeros((shape.batch, shape.model_dim), shape.dtype)
+    return Held(plan.init(shape), hidden, layout).placed()
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -75,7 +94,7 @@ class State:
     @property
     def lengths(self) -> list[int]:
         """Tokens read, of each sequence."""
-        return np.asarray(self.cache.length).tolist()
+        return fetch(self.cache.length).tolist()
 
     @property
     def max_len(self) -> int:
@@ -115,22 +134,24 @@ def grow(held: Held, model: Model, max_len: int) -> Held:
 
 @functools.partial(jax.jit, static_argnames="shape")
 def _grow(held: Held, shape: CacheShape) -> Held:
-    empty = _empty(held.cache.plan, shape)
+    empty = _empty(held.cache.plan, shape, held.layout)
 
     def place(old: Array, new: Array) -> Array:
         return jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim)  # tokens lie in order from the start
 
     leaves = map(place, jax.tree.leaves(held), jax.tree.leaves(empty))
-    return jax.tree.unflatten(jax.tree.structure(empty), list(leaves))
+    return jax.tree.unflatten(jax.tree.structure(empty), list(leaves)).placed()
 
 
 def check_made_by(state: State, model: Model) -> None:
-    """Raises KvjaxError where another model made the state."""
+    """Raises KvjaxError where another model made the state, or the same one on other devices."""
     check_model(model)
     if not isinstance(state, State):
         raise KvjaxError(f"the state is of type {type(state).__name__}; expected what kvjax.prefill gives")
     if _made_by(state.model) != _made_by(model) or state.model.config != model.config:
         raise KvjaxError(f"the state was made by another model, {state.model!r}; this is {model!r}")
+    if state.model.layout != model.layout:
+        raise KvjaxError(f"the state is where {state.model!r} is; this is {model!r}: save the state and restore it")
 
 
 # ---- on disk
@@ -183,7 +204,7 @@ def restore_state(folder: str | Path, model: Model, cache: str | CacheSpec | Cac
     if cache is not None and CachePlan.cast(cache, model.config) != plan:
         raise KvjaxError(f"{folder} holds a cache of {plan}; expected {cache}")
     check_digests(folder / "arrays", sums)
-    arrays = _read(folder / "arrays", _named(expected))
+    arrays = _read(folder / "arrays", expected)
     leaves = [
         arrays[_name(i)] if leaf.size else jnp.zeros(leaf.shape, leaf.dtype)
         for i, leaf in enumerate(jax.tree.leaves(expected))
@@ -214,9 +235,9 @@ def _named(held: Held) -> dict[str, Any]:
     return {_name(i): leaf for i, leaf in enumerate(jax.tree.leaves(held)) if leaf.size}
 
 
-def _read(folder: Path, expected: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device) for name, a in expected.items()}
+def _read(folder: Path, expected: Held) -> dict[str, jax.Array]:
+    """The leaves that are on disk, each device's part read alone, on whatever devices they were when saved."""
+    wanted = _named(expected.layout.structs(expected.axes(), expected))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(folder, wanted)

@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from kvjax.errors import KvjaxError
+from kvjax.mesh import ONE_DEVICE, Layout, describe
 from kvjax.models.config import ModelConfig
 from kvjax.models.params import Params
 from kvjax.models.tokenizer import AnyTokenizer
@@ -31,6 +33,12 @@ class Model:
     tokenizer: AnyTokenizer
     dtype: jnp.dtype  # of the parameters
     checksum: str  # sha256 of the source files, or of the name where the weights are random
+    layout: Layout = ONE_DEVICE  # where the parameters live, and all that is computed with them
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices; None where it is one."""
+        return self.layout.mesh
 
     def __post_init__(self) -> None:
         if self.params is not None:
@@ -44,7 +52,8 @@ class Model:
     def __repr__(self) -> str:
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params))
         layers = f"{self.config.family}, {self.config.layers} layers"
-        return f"<Model {self.name}: {layers}, {count:,} parameters, {self.dtype}>"
+        where = "" if self.mesh is None else f", on {describe(self.mesh)}"
+        return f"<Model {self.name}: {layers}, {count:,} parameters, {self.dtype}{where}>"
 
 
 def check_model(model: Any) -> None:

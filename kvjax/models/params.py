@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from kvjax.checks import check_whole
 from kvjax.errors import KvjaxError
+from kvjax.mesh import ONE_DEVICE, Index, Layout
 from kvjax.models.config import ModelConfig
 
 Params = dict[str, Any]
 ParamPath = tuple[str, ...]  # ("embed",) or ("layer_0", "q")
 Shape = tuple[int, ...]
+# Logical axes, as Megatron divides them: each device has whole heads, hidden units of the MLP and words; sums over
+# devices follow o and down.
+AXES: Mapping[str, PartitionSpec] = {
+    **dict.fromkeys(("embed", "head"), PartitionSpec("vocab", None)),
+    "q": PartitionSpec("heads", None),
+    **dict.fromkeys(("k", "v"), PartitionSpec("kv_heads", None)),
+    "o": PartitionSpec(None, "heads"),
+    **dict.fromkeys(("gate", "up"), PartitionSpec("mlp", None)),
+    "down": PartitionSpec(None, "mlp"),
+    "q_bias": PartitionSpec("heads"),
+    **dict.fromkeys(("k_bias", "v_bias"), PartitionSpec("kv_heads")),
+    **dict.fromkeys(("gate_bias", "up_bias"), PartitionSpec("mlp")),
+}
 
 
 def param_shapes(config: ModelConfig) -> dict[ParamPath, Shape]:
@@ -55,6 +71,16 @@ def param_shapes(config: ModelConfig) -> dict[ParamPath, Shape]:
         shapes["head",] = (c.vocab_size, c.model_dim)
     shapes |= {(f"layer_{i}", name): shape for i in range(c.layers) for name, shape in layer.items()}
     return shapes
+
+
+def param_axes(path: ParamPath) -> PartitionSpec:
+    """Logical axes of a parameter; norms and biases of the residual stream are whole everywhere."""
+    return AXES.get(path[-1], PartitionSpec())
+
+
+def check_layout(config: ModelConfig, layout: Layout) -> None:
+    """Raises KvjaxError where a mesh would cut heads, or divides the MLP or the vocabulary unevenly."""
+    layout.check(heads=config.heads, kv_heads=config.kv_heads, mlp=config.mlp_dim, vocab=config.vocab_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +124,10 @@ def build_params(
     config: ModelConfig,
     names: Names,
     present: Mapping[str, Shape],
-    read: Callable[[ParamPath, str], np.ndarray],
+    read: Callable[[ParamPath, str, Index], np.ndarray],
     dtype: DTypeLike,
     layers: int | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> tuple[ModelConfig, Params]:
     """Builds the parameter tree of a checkpoint.
 
@@ -110,9 +137,10 @@ def build_params(
       config: config of the whole checkpoint.
       names: the checkpoint's names of parameters.
       present: the shape of every tensor of the checkpoint, by name.
-      read: returns the values of the tensor with this path and name.
+      read: returns values of the tensor with this path and name, those at an index.
       dtype: dtype of the parameters.
       layers: how many layers to keep, from the first; all where None.
+      layout: where the parameters live. Each device's part is read alone.
 
     Returns:
       The config and the parameters of the layers that are kept.
@@ -122,9 +150,12 @@ def build_params(
     """
     check_tensors(config, names.of, present)
     config = keep_layers(config, layers)
-    # A copy, because jax may otherwise alias numpy memory that maps the file.
-    flat = {path: jnp.array(read(path, names.of(path)), dtype) for path in param_shapes(config)}
-    return config, unflatten_dict(flat)
+    check_layout(config, layout)
+
+    def build(path: ParamPath, shape: Shape) -> jax.Array:
+        return layout.build(shape, dtype, param_axes(path), functools.partial(read, path, names.of(path)))
+
+    return config, unflatten_dict({path: build(path, shape) for path, shape in param_shapes(config).items()})
 
 
 def keep_layers(config: ModelConfig, layers: int | None) -> ModelConfig:

@@ -8,12 +8,14 @@ import zlib
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from kvjax.downloads import Pinned
+from kvjax.mesh import ONE_DEVICE, Layout
 from kvjax.models.config import ModelConfig, RopeConfig
-from kvjax.models.params import ParamPath, Params, Shape, param_shapes
+from kvjax.models.params import ParamPath, Params, Shape, check_layout, param_axes, param_shapes
 
 SMOLLM2 = Pinned(
     name="SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -39,7 +41,7 @@ RANDOM = {
 NAMES = (*FILES, *RANDOM)
 
 
-def expand_kv_heads(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+def expand_kv_heads(config: ModelConfig, params: Params, layout: Layout = ONE_DEVICE) -> tuple[ModelConfig, Params]:
     """Turns a GQA decoder into an MHA decoder that computes the same function.
 
     Every kv head is repeated for each of its query heads.
@@ -47,43 +49,53 @@ def expand_kv_heads(config: ModelConfig, params: Params) -> tuple[ModelConfig, P
     Args:
       config: config of the GQA decoder.
       params: its parameters.
+      layout: where they live.
 
     Returns:
       Config and parameters of the MHA decoder.
     """
     repeats = config.heads // config.kv_heads
 
-    def expand(weight: jax.Array) -> jax.Array:
+    def expand(path: ParamPath, weight: jax.Array) -> jax.Array:
+        if path[-1] not in ("k", "v", "k_bias", "v_bias"):
+            return weight
         heads = weight.reshape(config.kv_heads, config.head_dim, *weight.shape[1:])
-        return jnp.repeat(heads, repeats, axis=0).reshape(-1, *weight.shape[1:])
+        repeated = jnp.repeat(heads, repeats, axis=0).reshape(-1, *weight.shape[1:])
+        return layout.constrain(repeated, param_axes(path))
 
-    projections = ("k", "v", "k_bias", "v_bias")
-    expanded = {
-        top: {n: expand(w) if n in projections else w for n, w in tree.items()} if isinstance(tree, dict) else tree
-        for top, tree in params.items()
-    }
-    return dataclasses.replace(config, kv_heads=config.heads), expanded
+    expanded = {path: expand(path, weight) for path, weight in flatten_dict(params).items()}
+    return dataclasses.replace(config, kv_heads=config.heads), unflatten_dict(expanded)
 
 
-def random_params(config: ModelConfig, dtype: DTypeLike) -> Params:
+def random_params(config: ModelConfig, dtype: DTypeLike, layout: Layout = ONE_DEVICE) -> Params:
     """Draws random parameters: norms are ones, everything else normal with standard deviation 0.02.
 
     Args:
       config: the decoder's config.
       dtype: dtype of the parameters.
+      layout: where they live. Each device draws its part alone.
 
     Returns:
       Parameters. Each depends only on its own path, so that a model with fewer layers has the same lower layers.
+
+    Raises:
+      KvjaxError: the mesh does not divide the model.
     """
-    return unflatten_dict({path: _random(path, shape, dtype) for path, shape in param_shapes(config).items()})
+    check_layout(config, layout)
+
+    def draw(path: ParamPath, shape: Shape) -> jax.Array:
+        return _random(path, shape, dtype, layout.sharding(param_axes(path), shape))
+
+    return unflatten_dict({path: draw(path, shape) for path, shape in param_shapes(config).items()})
 
 
-def _random(path: ParamPath, shape: Shape, dtype: DTypeLike) -> jax.Array:
+def _random(path: ParamPath, shape: Shape, dtype: DTypeLike, where: NamedSharding | None) -> jax.Array:
     if path[-1].endswith("norm"):
-        return jnp.ones(shape, dtype)
-    return _normal(jax.random.key(zlib.crc32("/".join(path).encode())), shape, jnp.dtype(dtype))
+        return jnp.ones(shape, dtype, device=where)
+    return _normal(jax.random.key(zlib.crc32("/".join(path).encode())), shape, jnp.dtype(dtype), where)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _normal(key: jax.Array, shape: Shape, dtype: jnp.dtype) -> jax.Array:
-    return 0.02 * jax.random.normal(key, shape, dtype)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _normal(key: jax.Array, shape: Shape, dtype: jnp.dtype, where: NamedSharding | None) -> jax.Array:
+    drawn = 0.02 * jax.random.normal(key, shape, dtype)
+    return drawn if where is None else jax.lax.with_sharding_constraint(drawn, where)

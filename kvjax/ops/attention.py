@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from kvjax.ops import store
@@ -22,6 +23,9 @@ from pallas_kernels.layout import MASKED
 from pallas_kernels.packed_attention import packed_attention
 
 QUERY_TILE = 256  # queries that share a pass over the keys
+
+BY_SEQUENCE = PartitionSpec("batch")
+BY_HEAD = PartitionSpec("batch", None, "kv_heads")  # query heads lie where the kv head is that they read
 
 _DECODE_ROWS = 16  # query rows per kv head up to which folding scales costs less than applying them
 _TILE_ELEMENTS = 2**17  # elements of one tile of codes: 512 KiB of float32 stay in a core's cache
@@ -68,9 +72,15 @@ class Span(NamedTuple):
     stop: Int[Array, "B"]
     window: int | None
 
-    def for_kernels(self) -> dict[str, Any]:
-        """Returns the span as keyword arguments of the attention kernels."""
-        return {"start": self.positions[:, 0], "first": self.first, "stop": self.stop, "window": self.window}
+    @property
+    def arrays(self) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
+        """`start` and `stop`, as attention kernels take them."""
+        return self.positions[:, 0], self.stop
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The rest of the span, as attention kernels take it."""
+        return {"first": self.first, "window": self.window}
 
     def tiles(
         self, tokens: int, size: int, read: Callable[[Array], tuple[Tile, Tile]], width: int | None = None
@@ -136,13 +146,27 @@ def attend_packed(
       The output and its log-sum-exp.
     """
 
-    def kernel(name: str, interpret: bool) -> Partial:
-        if table is not None or q.dtype == jnp.float64 or not is_decode_shape(q.shape[1] * q.shape[2] // keys.heads):
-            raise NotImplementedError("keys before RoPE, float64 and many queries are XLA's")
-        how: dict[str, Any] = {"implementation": name, "interpret": interpret, **span.for_kernels()}
-        return Partial(*packed_attention(q, store.for_kernels(keys), store.for_kernels(values), **how))
+    def kernel(
+        name: str, interpret: bool, q: Array, keys: store.Stored, values: store.Stored, *ends: Array
+    ) -> Partial:
+        check_queries(q, keys.heads)
+        if table is not None:
+            raise NotImplementedError("keys before RoPE; kernels read keys after RoPE")
+        how: dict[str, Any] = {"implementation": name, "interpret": interpret, **span.settings}
+        return Partial(*packed_attention(q, store.for_kernels(keys), store.for_kernels(values), *ends, **how))
 
-    return dispatch("packed_attention", kernel, lambda: _attend_tiles(q, span, keys, values, table))
+    axes = (BY_HEAD, *(store.logical_axes(each, "kv_heads") for each in (keys, values)), *(BY_SEQUENCE,) * 2)
+    xla = lambda: _attend_tiles(q, span, keys, values, table)  # noqa: E731
+    return dispatch("packed_attention", kernel, xla, (q, keys, values, *span.arrays), axes, BY_HEAD)
+
+
+def check_queries(q: Float[Array, "B T H D"], kv_heads: int) -> None:
+    """Raises NotImplementedError for queries that kernels do not serve."""
+    if q.dtype == jnp.float64:
+        raise NotImplementedError("queries in float64; kernels take float32 and bfloat16")
+    rows = q.shape[1] * q.shape[2] // kv_heads
+    if not is_decode_shape(rows):
+        raise NotImplementedError(f"{rows} query rows per kv head; kernels are for at most {_DECODE_ROWS}")
 
 
 def _attend_tiles(

@@ -1,21 +1,27 @@
 """Which implementation of an op runs.
 
 Each platform has an ordered list of implementations. It ends in "xla", which serves every call. An implementation
-that cannot serve a call raises NotImplementedError, and the next one is tried. Where `using` names a single
-implementation, there is no fallback. With more than one device the list is "xla" alone, which XLA can partition.
+that cannot serve a call raises NotImplementedError, and the next one is tried; `reasons` tells why. Where `using`
+names a single implementation, there is no fallback.
+
+Under a mesh in context (`jax.set_mesh`) of more than one device every kernel runs on each device's part of the
+arrays. Only the mesh in context counts, for a traced function does not see where its arguments live: arrays that are
+spread over devices need their mesh in context, because XLA gathers them for a kernel otherwise.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
 from kvjax.errors import KvjaxError
+from kvjax.ops.shards import per_shard
 from pallas_kernels import packed_attention, quantize_pack, remat_attention
 
 ORDER = {"gpu": ("triton", "xla"), "tpu": ("mosaic_tpu", "xla"), "cpu": ("native", "xla")}
@@ -24,9 +30,20 @@ OPS: Mapping[str, tuple[str, ...]] = {
 }
 Names = str | Sequence[str]
 Result = TypeVar("Result")
+MOST_REASONS = 256
+
+
+class Reason(NamedTuple):
+    """Why an implementation did not serve a call of an op."""
+
+    op: str
+    implementation: str
+    text: str
+
 
 _named: contextvars.ContextVar[Mapping[str, Names]] = contextvars.ContextVar("named", default=MappingProxyType({}))
 _interpret: contextvars.ContextVar[bool] = contextvars.ContextVar("interpret", default=False)
+_reasons: contextvars.ContextVar[dict[Reason, None]] = contextvars.ContextVar("reasons", default={})  # noqa: B039
 
 
 @contextlib.contextmanager
@@ -55,13 +72,42 @@ def using(interpret: bool = False, **named: Names) -> Iterator[None]:
         _interpret.reset(tokens[1])
 
 
-def dispatch(op: str, kernel: Callable[[str, bool], Result], xla: Callable[[], Result]) -> Result:
+def reasons() -> list[Reason]:
+    """Why implementations did not serve calls, each reason once, the oldest first; at most `MOST_REASONS` are kept.
+
+    A reason is noted when a function is traced: one that is compiled already gives none.
+    """
+    return list(_reasons.get())
+
+
+@contextlib.contextmanager
+def fresh_reasons() -> Iterator[None]:
+    """Starts an empty list of reasons inside a `with` block; those from before come back after it."""
+    token = _reasons.set({})
+    try:
+        yield
+    finally:
+        _reasons.reset(token)
+
+
+def dispatch(
+    op: str,
+    kernel: Callable[..., Result],
+    xla: Callable[[], Result],
+    operands: tuple[Any, ...] = (),
+    axes: tuple[Any, ...] = (),
+    result: Any = None,
+) -> Result:
     """Runs the first implementation that can serve the call.
 
     Args:
       op: name of the op.
-      kernel: `kernel(name, interpret)` runs a kernel; it raises NotImplementedError where it cannot serve the call.
+      kernel: `kernel(name, interpret, *operands)` runs a kernel, under a mesh on each device's part of the operands;
+        it raises NotImplementedError with the reason where it cannot serve the call.
       xla: runs the op in XLA.
+      operands: all arrays that the kernel takes.
+      axes: their logical axes, as `per_shard` takes them.
+      result: the logical axes of what the kernel returns, likewise.
 
     Returns:
       What the implementation returns.
@@ -74,17 +120,23 @@ def dispatch(op: str, kernel: Callable[[str, bool], Result], xla: Callable[[], R
         if name == "xla":
             break
         try:
-            return kernel(name, _interpret.get())
-        except NotImplementedError:
+            return per_shard(functools.partial(kernel, name, _interpret.get()), operands, axes, result)
+        except NotImplementedError as error:
+            _note(Reason(op, name, str(error)))
             if name == names[-1]:
                 raise
     return xla()
 
 
 def _default(op: str) -> Sequence[str]:
-    if jax.device_count() > 1:
-        return ("xla",)
     return [name for name in ORDER.get(jax.default_backend(), ("xla",)) if name in (*OPS[op], "xla")]
+
+
+def _note(reason: Reason) -> None:
+    kept = _reasons.get()
+    if reason not in kept and len(kept) == MOST_REASONS:
+        del kept[next(iter(kept))]
+    kept[reason] = None
 
 
 def _several(names: Names) -> Sequence[str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from kvjax.ops import store
@@ -33,13 +36,20 @@ def reconstruct(
       X̂ of this layer below `stop`, `acc` elsewhere.
     """
 
-    def kernel(name: str, interpret: bool) -> Array:
-        if not delta or basis is None or acc.dtype == jnp.float64:
-            raise NotImplementedError("base layers, whole deltas and float64 are XLA's")
+    def kernel(name: str, interpret: bool, acc: Array, stored: Any, basis: Any, stop: Array) -> Array:
+        if not delta:
+            raise NotImplementedError("a base layer; kernels reconstruct from deltas")
+        if basis is None:
+            raise NotImplementedError("deltas of the layer input itself; kernels reconstruct from latents of deltas")
+        if acc.dtype == jnp.float64:
+            raise NotImplementedError("an accumulator in float64; kernels take float32 and bfloat16")
         up, packed = basis.T.astype(acc.dtype), store.for_kernels(stored)
         return remat_attention.reconstruct(acc, packed, up, stop, implementation=name, interpret=interpret)
 
-    return dispatch("remat_attention", kernel, lambda: _rebuild_tiles(acc, stored, basis, delta, stop))
+    batch = PartitionSpec("batch")
+    axes = batch, store.logical_axes(stored, None), PartitionSpec(), batch
+    xla = lambda: _rebuild_tiles(acc, stored, basis, delta, stop)  # noqa: E731
+    return dispatch("remat_attention", kernel, xla, (acc, stored, basis, stop), axes, batch)
 
 
 def _rebuild_tiles(acc, stored, basis, delta, stop):

@@ -17,10 +17,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from kvjax.ops import store
-from kvjax.ops.attention import Partial, Span, attend_keys, is_decode_shape, tile_size
+from kvjax.ops.attention import (
+    BY_HEAD,
+    BY_SEQUENCE,
+    Partial,
+    Span,
+    attend_keys,
+    check_queries,
+    is_decode_shape,
+    tile_size,
+)
 from kvjax.ops.dispatch import dispatch
 from kvjax.ops.norm import normalize
 from kvjax.ops.rotate import rotate
@@ -129,18 +139,30 @@ def attend_latents(
     """
     absorb = is_decode_shape(q.shape[1] * q.shape[2] // kv_heads)
 
-    def kernel(name: str, interpret: bool) -> Partial:
-        if packed is None or q.dtype == jnp.float64 or not absorb:
-            raise NotImplementedError("other tensors, float64 and many queries are XLA's")
-        keys = store.for_kernels(packed[0])
-        values = keys if packed[1] is packed[0] else store.for_kernels(packed[1])
-        rebuild = Rebuild(remat.key, *table, remat.key_bias, remat.key_norm, remat.eps)
-        how: dict[str, Any] = {"implementation": name, "interpret": interpret, **span.for_kernels()}
-        output, lse = remat_attention(q, keys, values, rebuild, **how)
-        return Partial(remat.absorbed(output, kv_heads), lse)
+    groups, rank, _ = remat.key.shape
+    up = remat.key.reshape(groups, rank, kv_heads // groups, -1)
+    stores = () if packed is None else packed[: 1 if packed[1] is packed[0] else 2]
 
+    def kernel(name: str, interpret: bool, q: Array, stores: tuple, up: Array, bias: Any, *others: Any) -> Partial:
+        check_queries(q, up.shape[0] * up.shape[2])
+        if not stores:
+            raise NotImplementedError("latents that are changed after they are read; kernels read them as they are")
+        packed = [store.for_kernels(each) for each in stores]
+        norm, (cos, sin), ends = others
+        rebuild = Rebuild(up.reshape(*up.shape[:2], -1), cos, sin, bias, norm, remat.eps)
+        how: dict[str, Any] = {"implementation": name, "interpret": interpret, **span.settings}
+        return Partial(*remat_attention(q, packed[0], packed[-1], rebuild, *ends, **how))
+
+    # Either every kv head has latents of its own, or its channels of the weights are all that tells it from others.
+    own, shared = ("kv_heads", None) if groups == kv_heads else (None, "kv_heads")
+    axes = (
+        *(BY_HEAD, tuple(store.logical_axes(each, own) for each in stores), PartitionSpec(own, None, shared)),
+        *(PartitionSpec("kv_heads"), PartitionSpec(), PartitionSpec(), BY_SEQUENCE),
+    )
+    operands = q, stores, up, remat.key_bias, remat.key_norm, table, span.arrays
     xla = lambda: _attend_rebuilt(q, span, latents, remat, kv_heads, table, absorb)  # noqa: E731
-    return dispatch("remat_attention", kernel, xla)
+    part = dispatch("remat_attention", kernel, xla, operands, axes, BY_HEAD)
+    return part._replace(output=remat.absorbed(part.output, kv_heads)) if absorb else part
 
 
 def _attend_rebuilt(
@@ -152,10 +174,7 @@ def _attend_rebuilt(
     table: Table,
     absorb: bool,
 ) -> Partial:
-    """`attend_latents` in XLA.
-
-    With `absorb`, latents of values are summed first and the sums turned into values.
-    """
+    """`attend_latents` in XLA; with `absorb`, the output is a sum of latents of values, not yet of values."""
     dtype, tokens = jnp.promote_types(q.dtype, jnp.float32), latents.tokens
     remat = remat.astype(dtype)
     size = tile_size(tokens, max(remat.key.shape[1] * remat.key.shape[0], kv_heads * q.shape[3]), q.shape[1])
@@ -168,5 +187,4 @@ def _attend_rebuilt(
         return Tile(k), Tile(of_values if absorb else remat.values(of_values, kv_heads))
 
     width = remat.value.shape[1] if absorb else q.shape[3]
-    part = attend_keys(q, span.positions, kv_heads, span.tiles(tokens, size, load, width), span.window)
-    return Partial(remat.absorbed(part.output, kv_heads), part.lse) if absorb else part
+    return attend_keys(q, span.positions, kv_heads, span.tiles(tokens, size, load, width), span.window)

@@ -191,7 +191,8 @@ def for_kernels(stored: Stored) -> layout.Packed:
       NotImplementedError: the history is not a `PackedStore` one.
     """
     if not isinstance(stored, PackedStore):
-        raise NotImplementedError("other stores and widths that are data are XLA's")
+        kind = type(stored.format).__name__ if isinstance(stored, RowStore) else "codes whose width is data"
+        raise NotImplementedError(f"{kind}; kernels read the packed layout, of a width that is known")
     form = stored.format
     return layout.Packed(stored.planes, stored.scale, stored.zero, form.bits, form.per, form.group, form.pack_size)
 
@@ -262,7 +263,7 @@ def logical_axes(packed: Stored, heads: str | None) -> Stored:
     Returns:
       The same tree with a PartitionSpec of logical names at every leaf.
     """
-    return jax.tree.map(lambda _: PartitionSpec("batch", heads, None, None), packed)
+    return jax.tree.map(lambda a: PartitionSpec(*("batch", heads, None, None)[: a.ndim]), packed)
 
 
 def write_tokens(
@@ -335,27 +336,16 @@ def write_blocks(
         return packed.write(x.reshape(x.shape[0], -1, *x.shape[3:]), _rows(index, x.shape[2]))
     format = packed.format
     blocks = x.swapaxes(2, 3)  # [B, N, K, R, D]
-    counted = mask[:, :, None, :, None]
     if isinstance(packed, UnpackedStore):
+        counted = mask[:, :, None, :, None]
         q = affine.quantize_to(blocks, packed.levels, format.group_axis, format.group, counted)
         codes, scale, zero = _put_rows(packed.codes, q.codes, index), *_put_scales(packed, q.scale, q.zero, index)
         return dataclasses.replace(packed, codes=codes, scale=scale, zero=zero)
     if format.bits == EXACT:
         return dataclasses.replace(packed, planes=(_put_rows(packed.planes[0], blocks, index),))
 
-    def xla():
-        q = affine.quantize(blocks, format.bits, format.group_axis, format.group, counted)
-        return packing.pack(q.codes, format.bits), q.scale, q.zero
-
-    def kernel(name: str, interpret: bool):
-        how: dict[str, Any] = {"bits": format.bits, "per": format.per, "group": format.group}
-        flat, each = blocks.reshape(-1, *blocks.shape[2:]), mask.reshape(-1, mask.shape[2])
-        made = quantize_pack(flat, each, **how, implementation=name, interpret=interpret)
-        planes, scale, zero = jax.tree.map(lambda a: a.reshape(*index.shape, *a.shape[1:]), made)
-        return planes, *((scale, zero) if format.per == "channel" else (a.swapaxes(3, 4) for a in (scale, zero)))
-
     def encode():
-        return dispatch("quantize_pack", kernel, xla)
+        return _encode_blocks(blocks, mask, format)
 
     # Most steps of a decode complete no block. The condition spans the small new rows only: XLA copies whatever
     # a conditional returns, and would copy the history.
@@ -366,6 +356,26 @@ def write_blocks(
     planes = tuple(_put_rows(old, new, index) for old, new in zip(packed.planes, planes, strict=True))
     scale, zero = _put_scales(packed, scale, zero, index)
     return dataclasses.replace(packed, planes=planes, scale=scale, zero=zero)
+
+
+def _encode_blocks(
+    blocks: Float[Array, "B N K R D"], mask: Bool[Array, "B N R"], format: Format
+) -> tuple[tuple[Array, ...], Array, Array]:
+    """Planes [B, N, K, R*w/8, D] of blocks, and their scales and zero points as `_put_scales` takes them."""
+
+    def xla():
+        q = affine.quantize(blocks, format.bits, format.group_axis, format.group, mask[:, :, None, :, None])
+        return packing.pack(q.codes, format.bits), q.scale, q.zero
+
+    def kernel(name: str, interpret: bool, blocks: Array, mask: Array):
+        how: dict[str, Any] = {"bits": format.bits, "per": format.per, "group": format.group}
+        flat, each = blocks.reshape(-1, *blocks.shape[2:]), mask.reshape(-1, mask.shape[2])
+        made = quantize_pack(flat, each, **how, implementation=name, interpret=interpret)
+        planes, scale, zero = jax.tree.map(lambda a: a.reshape(*mask.shape[:2], *a.shape[1:]), made)
+        return planes, *((scale, zero) if format.per == "channel" else (a.swapaxes(3, 4) for a in (scale, zero)))
+
+    by_head = PartitionSpec("batch", None, "kv_heads")
+    return dispatch("quantize_pack", kernel, xla, (blocks, mask), (by_head, PartitionSpec("batch")), by_head)
 
 
 def _put_scales(
@@ -380,19 +390,30 @@ def _put_scales(
 
 
 def _put(store: Array, rows: Float[Array, "B T K W"], positions: Int[Array, "B T"]) -> Array:
-    # Heads are indexed too: XLA turns a scatter of one window into an update that copies the whole store.
-    batch, head = jnp.arange(store.shape[0])[:, None, None], jnp.arange(store.shape[1])
+    """Stores rows at positions of an array [B, K, S, W]."""
     rows = rows.astype(store.dtype)
     if store.dtype == jnp.bfloat16:  # scattered as integers: XLA's CPU backend would widen the whole store
         return _put(store.view(jnp.uint16), rows.view(jnp.uint16), positions).view(jnp.bfloat16)
-    return store.at[batch, head, positions[:, :, None]].set(rows, mode="drop")
+    return _scatter(store, rows.swapaxes(1, 2), positions, 2)
 
 
 def _put_last(store: Array, values: Float[Array, "B T K G"], positions: Int[Array, "B T"]) -> Array:
     """Stores values at positions of an array [B, K, G, S]."""
-    batch, head, group = jnp.ogrid[: store.shape[0], : store.shape[1], : store.shape[2]]
-    at = batch[:, None], head[:, None], group[:, None], positions[:, :, None, None]
-    return store.at[at].set(values, mode="drop")
+    return _scatter(store, values.transpose(0, 2, 3, 1), positions, 3)
+
+
+def _scatter(store: Array, new: Array, positions: Int[Array, "B T"], axis: int) -> Array:
+    """Stores entries at positions of `axis`; positions out of range are dropped.
+
+    All axes before it are batching dimensions, so that devices that share batch and heads write without asking one
+    another. Every head has indices of its own: XLA turns a scatter of one window into an update that copies the
+    whole store.
+    """
+    put = lambda old, new, at: old.at[at].set(new, mode="drop")  # noqa: E731
+    for _ in range(axis):
+        put = jax.vmap(put)
+    at = positions.reshape(len(positions), *(1,) * (axis - 1), -1)
+    return put(store, new, jnp.broadcast_to(at, (*store.shape[:axis], positions.shape[1])))
 
 
 def _rows(index: Int[Array, "B N"], count: int) -> Int[Array, "B N*count"]:

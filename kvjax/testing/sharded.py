@@ -8,6 +8,7 @@ prints `equal` or what differs, a tab and the name, for each.
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from typing import Any
 
@@ -15,48 +16,119 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kvjax.caches.base import CacheSpec, Chunk
 from kvjax.caches.registry import load_plugins
-from kvjax.mesh import shardings
+from kvjax.mesh import parse
 from kvjax.testing.contract import bases_of, plan_of
 from kvjax.testing.layers import BATCH, CONFIG, SHAPE, attend, make_chunk, quick_jit, same_trees, stack
 
-RULES = {"batch": "data", "kv_heads": "tensor"}
 WIDTH = 37
+FIRST, SECOND = np.array([37, 20, 0, 31]), np.array([36, 37, 33, 32])  # tokens of two chunks of ragged sequences
+AXES = {  # of what a chunk holds, whole on every device where not named
+    **dict.fromkeys(("h", "x", "positions", "lengths", "rotation"), PartitionSpec("data")),
+    **dict.fromkeys("qkv", PartitionSpec("data", None, "tensor")),
+}
+EXCHANGE = re.compile(r"= (.*) (all-gather|all-to-all|collective-permute)(?:-start)?\(")
+
+
+class Feeder:
+    """Feeds the layers of a plan on a mesh.
+
+    Attributes:
+      caches: one per layer.
+    """
+
+    def __init__(self, text: str, mesh: Mesh) -> None:
+        self.text, self.mesh, self.plan = text, mesh, plan_of(text)
+        self.layouts = self.plan.shardings(SHAPE, mesh)
+        empty = (spec.init(SHAPE) for spec in self.plan.specs)
+        self.caches = [jax.device_put(cache, layout) for cache, layout in zip(empty, self.layouts, strict=True)]
+        self.programs: dict[tuple[Any, ...], Any] = {}
+
+    def carry(self) -> Any:
+        """What the first layer is given."""
+        return jax.device_put(self.plan.init_carry(SHAPE), self._over("data"))
+
+    def program(self, i: int, chunk: Chunk, carry: Any) -> Any:
+        """The compiled step of layer `i`; layers with the same spec share it."""
+        key = self.plan.specs[i], chunk.q.shape, chunk.read
+        if key not in self.programs:
+            heads = NamedSharding(self.mesh, AXES["q"])
+            step = quick_jit(
+                lambda cache, chunk, carry: cache.attend(chunk, carry),
+                out_shardings=(heads, self.layouts[i], self._over("data")),
+            )
+            with jax.set_mesh(self.mesh):
+                self.programs[key] = step.lower(self.caches[i], self.spread(chunk), carry).compile()
+        return self.programs[key]
+
+    def feed(self, i: int, chunk: Chunk, carry: Any) -> tuple[Any, Any]:
+        """The output of layer `i`, and the carry for the next."""
+        program = self.program(i, chunk, carry)
+        output, self.caches[i], carry = program(self.caches[i], self.spread(chunk), carry)
+        return output, carry
+
+    def spread(self, chunk: Chunk) -> Chunk:
+        """The chunk on the mesh: sequences over data; heads, and weights by their heads, over tensor."""
+        weights = chunk.weights
+        by_head = {name: getattr(weights, name) for name in ("k", "v", "k_bias", "v_bias")}
+        weights = jax.device_put(weights, self._over())
+        weights = dataclasses.replace(weights, **jax.device_put(by_head, self._over("tensor")))
+        each = {
+            field.name: jax.device_put(getattr(chunk, field.name), self._over(*AXES.get(field.name, ())))
+            for field in dataclasses.fields(chunk)
+            if field.metadata.get("pytree_node", True) and field.name != "weights"
+        }
+        return dataclasses.replace(chunk, weights=weights, **each)
+
+    def _over(self, *axes: str | None) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
 
 
 def check(text: str, mesh: Mesh) -> None:
-    """Raises AssertionError where the sharded caches or their outputs differ."""
-    plan = plan_of(text)
-    layouts = shardings(plan, SHAPE, mesh, RULES)
-    step = lambda cache, chunk, carry: cache.attend(chunk, carry)  # noqa: E731
-    plain = [spec.init(SHAPE) for spec in plan.specs]
-    sharded = [jax.device_put(cache, layout) for cache, layout in zip(plain, layouts, strict=True)]
-    many = {
-        spec: quick_jit(step, out_shardings=(None, lay, None)) for spec, lay in zip(plan.specs, layouts, strict=True)
-    }
+    """Raises AssertionError where the sharded caches or their outputs differ, or devices exchange what they hold."""
+    many = Feeder(text, mesh)
+    plain = [spec.init(SHAPE) for spec in many.plan.specs]
     at = np.zeros(BATCH, int)
-    for lengths in ([37, 20, 0, 31], [36, 37, 33, 32]):
-        carry = carry_sharded = plan.init_carry(SHAPE)
+    for lengths in (FIRST, SECOND):
+        carry, carry_sharded = many.plan.init_carry(SHAPE), many.carry()
         for i, layer in enumerate(stack()[: len(plain)]):
-            chunk = make_chunk(layer, bases_of(text)[i], at, np.array(lengths), WIDTH)
-            heads = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
-            by_heads: Any = {name: jax.device_put(getattr(chunk, name), heads) for name in "qkv"}
-            spread = dataclasses.replace(chunk, **by_heads)
+            chunk = make_chunk(layer, bases_of(text)[i], at, lengths, WIDTH)
             output, plain[i], carry = attend(plain[i], chunk, carry)
-            output_sharded, sharded[i], carry_sharded = many[plan.specs[i]](sharded[i], spread, carry_sharded)
+            output_sharded, carry_sharded = many.feed(i, chunk, carry_sharded)
             np.testing.assert_allclose(output_sharded, output, atol=1e-11)
-            same_trees(sharded[i], plain[i], 1e-11)
+            same_trees(many.caches[i], plain[i], 1e-11)
         at += lengths
-    leaves = [leaf for leaf in jax.tree.leaves(sharded) if leaf.size]
+    leaves = [leaf for leaf in jax.tree.leaves(many.caches) if leaf.size]
     shares = [leaf.size // np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves]
     assert min(shares, default=4) >= 2, "a leaf is not spread over the batch"
+    check_exchanges(many)
+
+
+def check_exchanges(many: Feeder) -> None:
+    """Raises AssertionError where devices exchange arrays in a prefill, a decode step or a pass over a window.
+
+    Numbers (of tokens, of tiles) are reduced over devices, never gathered. A method that names no axis but the batch
+    has its rows whole on every device, which takes an exchange.
+    """
+    top = len(many.plan.specs) - 1
+    for width, read in ((1, "exact"), (WIDTH, "stored")):
+        if read == "exact" or many.plan.specs[top].whole_windows:
+            chunk = make_chunk(
+                stack()[top], bases_of(many.text)[top], FIRST, np.minimum(width, SECOND), width, read=read
+            )
+            many.program(top, chunk, many.carry())
+    for (spec, (_, width, *_), read), program in many.programs.items():
+        if type(spec).logical_axes is not CacheSpec.logical_axes:
+            found = EXCHANGE.search(program.as_text())
+            assert not found, f"{found and found[2]} of {found and found[1]} in a step of {width} tokens, {read}"
 
 
 def main(plugins: str, *names: str) -> None:
     """Checks every name."""
     jax.config.update("jax_enable_x64", True)
     load_plugins(plugins)
-    mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "tensor"))
+    mesh = parse("data=2,tensor=2")
     assert BATCH % 2 == 0 and CONFIG.kv_heads % 2 == 0
     for text in names:
         try:

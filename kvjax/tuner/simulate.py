@@ -23,6 +23,7 @@ from kvjax.caches.plan import CachePlan
 from kvjax.calibrate.bases import load_bases
 from kvjax.errors import KvjaxError
 from kvjax.evaluate import vocabulary
+from kvjax.mesh import fetch
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Layer, rms_norm
 from kvjax.models.model import Model
@@ -196,7 +197,8 @@ class Simulator:
           A trace per window.
         """
         if plan not in self._kept:
-            self._kept[plan] = [self._trace(plan, w, True) for w in range(len(self.windows))]
+            with self.model.layout.entered():
+                self._kept[plan] = [self._trace(plan, w, True) for w in range(len(self.windows))]
         return self._kept[plan]
 
     def forget(self, plan: CachePlan) -> None:
@@ -217,16 +219,18 @@ class Simulator:
           KvjaxError: a layer's method does not allow whole windows, or the logits are not finite.
         """
         plan.require_whole_windows("a search")
-        parts = [self._score(plan, w) for w in range(len(self.windows))]
-        scores = jax.tree.map(lambda *a: np.stack([np.asarray(x, np.float64) for x in a]), *parts)
+        with self.model.layout.entered():
+            parts = [self._score(plan, w) for w in range(len(self.windows))]
+        scores = jax.tree.map(lambda *a: np.stack([fetch(x).astype(np.float64) for x in a]), *parts)
         if not np.isfinite([scores.nll, scores.kld]).all():
             raise KvjaxError(f"{plan}: the logits are not finite")
         return scores
 
     def dense(self, window: int) -> vocabulary.DenseRun:
         """Returns the dense run of the tokens of a window that are scored."""
-        while len(self._dense) <= window:
-            self._dense.append(_dense_run(*self._scored(self.dense_plan, len(self._dense)))[1])
+        with self.model.layout.entered():
+            while len(self._dense) <= window:
+                self._dense.append(_dense_run(*self._scored(self.dense_plan, len(self._dense)))[1])
         return self._dense[window]
 
     def bases(self, spec: CacheSpec) -> tuple[Any, ...]:

@@ -143,6 +143,45 @@ def test_what_does_not_serve_is_passed_over() -> None:
     assert dispatch.dispatch("remat_attention", kernel, lambda: "xla") == "xla" and not tried  # none for CPU
 
 
+def test_reasons_are_kept() -> None:
+    def kernel(name: str, interpret: bool) -> str:
+        raise NotImplementedError(f"a reason of {name}")
+
+    def twice() -> list[dispatch.Reason]:
+        for _ in range(2):
+            dispatch.dispatch("packed_attention", kernel, lambda: "xla")
+        return dispatch.reasons()
+
+    with dispatch.fresh_reasons(), using(packed_attention=("triton", "native", "xla")):
+        triton, native = twice()
+        assert triton == ("packed_attention", "triton", "a reason of triton") and native.text == "a reason of native"
+        with dispatch.fresh_reasons():
+            assert not dispatch.reasons()
+        assert len(dispatch.reasons()) == 2
+    with dispatch.fresh_reasons():
+        for i in range(dispatch.MOST_REASONS + 1):
+            with using(packed_attention=("triton", "xla")):
+                dispatch.dispatch("packed_attention", lambda name, _: kernel(f"{name} {i}", False), lambda: "xla")  # noqa: B023
+        found = dispatch.reasons()
+    assert len(found) == dispatch.MOST_REASONS and found[0].text == "a reason of triton 1"
+
+
+@pytest.mark.parametrize(
+    ("cache", "reason"),
+    [
+        ("k4v4@token", "140 query rows per kv head; kernels are for at most 16"),
+        ("k16v8@token(rope=pre)", "keys before RoPE; kernels read keys after RoPE"),
+    ],
+)
+def test_reasons_say_what_is_not_served(cache: str, reason: str) -> None:
+    decoding = Decoding(cache)
+    state = jax.eval_shape(decoding.program(), *decoding.prompt())[1]
+    step = {"params": decoding.model.params}, decoding.bases, decoding.tokens[:, :1], state, np.ones(2, np.int32)
+    with dispatch.fresh_reasons(), using(**PLAIN | {"packed_attention": ("native", "xla")}):
+        jax.eval_shape(decoding.program(), *(decoding.prompt() if "query" in reason else step))
+        assert dispatch.reasons() == [("packed_attention", "native", reason)]
+
+
 @pytest.mark.parametrize("names", [{"packed_attention": "cuda"}, {"attention": "xla"}, {"quantize_pack": "native"}])
 def test_unknown_names(names) -> None:
     with (

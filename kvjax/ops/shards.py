@@ -1,0 +1,51 @@
+"""Functions that run on every device of a mesh, each on its own part of the arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import PartitionSpec
+
+from kvjax import mesh as meshes
+
+Result = TypeVar("Result")
+
+
+def per_shard(
+    function: Callable[..., Result], operands: tuple[Any, ...], axes: tuple[Any, ...], result: Any
+) -> Result:
+    """Runs a function on every device of the mesh in context, on that device's part of the operands.
+
+    XLA cannot partition a kernel: without this it would gather the operands. A logical axis is divided where the mesh
+    divides it in every operand that has it; elsewhere it is whole on every device.
+
+    Args:
+      function: takes the operands.
+      operands: trees of arrays.
+      axes: for each operand, a tree (or the upper part of it) of PartitionSpecs of logical names.
+      result: the same of what the function returns.
+
+    Returns:
+      What the function returns. Without a mesh in context it is called as it is.
+    """
+    mesh = meshes.current()
+    if mesh is None:
+        return function(*operands)
+    whole: set[str] = set()
+
+    def note(names: PartitionSpec, arrays: Any) -> None:
+        for array in jax.tree.leaves(arrays):
+            whole.update(n for n, size in zip(names, array.shape, strict=False) if n and size % meshes.parts(mesh, n))
+
+    def divided(names: PartitionSpec) -> PartitionSpec:
+        return PartitionSpec(*(meshes.RULES[n] if meshes.parts(mesh, n, tuple(whole)) > 1 else None for n in names))
+
+    jax.tree.map(note, axes, operands, is_leaf=_is_axes)
+    specs, out_specs = (jax.tree.map(divided, tree, is_leaf=_is_axes) for tree in (axes, result))
+    return jax.shard_map(function, in_specs=specs, out_specs=out_specs, check_vma=False)(*operands)
+
+
+def _is_axes(node: Any) -> bool:
+    return isinstance(node, PartitionSpec)
