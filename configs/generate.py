@@ -14,11 +14,12 @@ def get_config() -> config_dict.ConfigDict:
         dtype="float32",  # or bfloat16, float64
         mesh="",  # devices that share the model: data=2,tensor=4, see kvjax.mesh; one device where empty
         replicate="",  # logical axes that each device keeps whole, such as kv_heads
-        cache="k4v4",  # a plan, see kvjax.caches.plan
+        cache="",  # a plan, see kvjax.caches.plan; k4v4 where neither this nor resume names one
         plugins="",  # modules or Python files that register more caches, separated by commas
         prompt="Explain in two sentences what a cache is.",
         max_new_tokens=64,
         max_len=0,  # tokens to make room for; what the prompt (and what is resumed) needs where 0
+        prefill_chunk=0,  # tokens of the prompt that are read at a time, all where 0; see kvjax.generate
         chat=True,  # put the prompt into the model's chat template, where it has one
         temperature=0.0,  # 0: greedy
         top_k=0,  # 0: all tokens

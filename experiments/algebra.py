@@ -21,6 +21,7 @@ from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.calibrate.bases import load_bases
 from kvjax.checkpoints.load import load
+from kvjax.checks import check_whole
 from kvjax.evaluate.perplexity import cut_windows, hidden_states
 from kvjax.evaluate.text import load_text
 from kvjax.models.decoder import Decoder
@@ -28,6 +29,7 @@ from kvjax.models.model import Model
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
+    check_whole("chunk", config.chunk, 1, config.tokens, ", the tokens")
     jax.config.update("jax_enable_x64", True)
     results = workdir / "algebra.jsonl"
     for dtype in ("float64", "float32"):

@@ -16,6 +16,7 @@ from ml_collections import config_dict
 from kvjax.caches.base import CacheShape
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
+from kvjax.checks import check_whole
 from kvjax.errors import KvjaxError
 from kvjax.models.decoder import Decoder
 from kvjax.models.params import param_shapes
@@ -64,8 +65,11 @@ def cases(config: config_dict.ConfigDict, kernels: Kernels) -> Iterator[Case]:
     """What a config asks for.
 
     Raises:
-      KvjaxError: an op, mode, width, cache or model that is none.
+      KvjaxError: an op, mode, width, cache, model or size that is none.
     """
+    for name in SHAPE:
+        if name != "model":
+            check_whole(name, config[name], 1)
     makers: dict[str, Callable[..., Iterator[Case]]] = {
         **{op: functools.partial(_packed_attention, op) for op in kernels.packed_attention},
         "quantize_pack": _quantize_pack,

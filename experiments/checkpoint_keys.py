@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from kvjax.checkpoints import gguf
+from kvjax.checkpoints import gguf, gguf_tokenizer
 from kvjax.checkpoints.names import FORMS
-from kvjax.models import hf_config
+from kvjax.models import hf_config, tokenizer_files
 from kvjax.models.keys import STEMS, KeyList
 
 
@@ -55,3 +55,16 @@ def gguf_lines() -> list[list[str]]:
 def form_lines() -> list[list[str]]:
     parts = {what: [f"`{part}`" for part in FORMS if FORMS[part] == what] for what in FORMS.values()}
     return [[", ".join(names), what] for what, names in parts.items()]
+
+
+def noted_lines(table: Mapping[str, str]) -> list[list[str]]:
+    """Rows [keys, what becomes of them] of a list that says so itself; keys of one fate share a row."""
+    keys = {note: [f"`{key}`" for key in table if table[key] == note] for note in table.values()}
+    return [[", ".join(names), note] for note, names in keys.items()]
+
+
+TOKENIZERS = {
+    "tokenizer-keys": tokenizer_files.TOKENIZER_CONFIG,
+    "generation-keys": tokenizer_files.GENERATION_CONFIG,
+    "gguf-tokenizer-keys": gguf_tokenizer.KEYS,
+}

@@ -7,6 +7,7 @@ The text goes to standard output, figures to standard error, with --workdir=DIR 
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -19,13 +20,15 @@ from rich.console import Console
 from rich.table import Table
 
 import kvjax
-from experiments import program
+from experiments import compilation, program
 from kvjax import records
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import read_config
 from kvjax.evaluate.tasks import common_prefix
 from kvjax.tables import format_ratio
+
+DEFAULT = "k4v4"
 
 
 def main(config: config_dict.ConfigDict, workdir: Path | None) -> None:
@@ -35,7 +38,7 @@ def main(config: config_dict.ConfigDict, workdir: Path | None) -> None:
         raise kvjax.KvjaxError("compare makes caches of its own; expected no save or resume beside it")
     if config.save and Path(config.save).exists():
         raise kvjax.KvjaxError(f"{config.save} exists already; expected a new folder")
-    names = split_list(config.compare) if config.compare else [config.cache]
+    names = split_list(config.compare) if config.compare else [config.cache or DEFAULT]
     model_config = read_config(config.model)  # a plan that does not fit is refused before weights are loaded
     plans = [CachePlan.parse(name, model_config) for name in names]
     begun = time.perf_counter()
@@ -43,7 +46,7 @@ def main(config: config_dict.ConfigDict, workdir: Path | None) -> None:
     load_seconds = time.perf_counter() - begun
     rows = []
     for plan in plans:
-        cache = kvjax.restore_state(config.resume, model) if config.resume else plan
+        cache = kvjax.restore_state(config.resume, model, config.cache or None) if config.resume else plan
         row, made = _generate(config, model, cache, show=not config.compare)
         row |= {"load_seconds": load_seconds} | records.provenance()
         print(_figures(row), file=sys.stderr)
@@ -64,7 +67,10 @@ def _generate(
     compiled = records.CompileSeconds()
     clock = lambda: time.perf_counter() - compiled.total()  # noqa: E731
     start, times = clock(), []
-    for text, so_far in _stream(config, model, cache):
+    pieces = _stream(config, model, cache)
+    with compilation.shown():
+        first = next(pieces)
+    for text, so_far in itertools.chain([first], pieces):
         times.append(clock())
         made = so_far
         if show:
@@ -80,6 +86,7 @@ def _generate(
         "tokens": state.lengths[0],
         "new_tokens": new,
         "max_len": state.max_len,
+        "prefill_chunk": config.prefill_chunk or None,
         "first_token_seconds": times[0] - start,
         "compile_seconds": compiled.total(),
         "tokens_per_second": (new - 1) / seconds if seconds > 0 else None,
@@ -105,6 +112,7 @@ def _stream(
         stop_strings=config.stop or (),
         max_len=config.max_len or None,
         chat=config.chat,
+        prefill_chunk=config.prefill_chunk or None,
     )
 
 

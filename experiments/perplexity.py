@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 import kvjax
-from experiments import pareto, program
+from experiments import compilation, pareto, program
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import read_config
@@ -37,7 +37,9 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     sizes = {key: config[key] for key in ("protocol", "context", "windows", "offset")}
     tasks: dict[CachePlan, TaskID] = {}
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} windows")
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bars:
+    compiling = compilation.Compiling()
+    shown = Progress(*columns, TimeElapsedColumn(), compiling, console=Console(stderr=True))
+    with compilation.told(compiling), shown as bars:
 
         def progress(plan: CachePlan, done: int, total: int) -> None:
             if plan not in tasks:

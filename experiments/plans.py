@@ -22,7 +22,7 @@ from rich.table import Table
 
 from experiments import program
 from experiments.pareto import save_figure
-from experiments.tune import Bars, calibration, make_search
+from experiments.tune import Bars, calibration, make_search, settings_of
 from experiments.tune_pictures import short_names
 from kvjax import records
 from kvjax.caches.grammar import split_list
@@ -43,13 +43,15 @@ Row = dict[str, Any]
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
+    settings_of(config)  # refuses bad values before the model is loaded
+    budgets = _budgets(config)
     check_unseen(config.judged_on, config.text)
     model = load(config.model, config.dtype)
     windows = calibration(config, model)
     judged = {text: _judged(config, model, text) for text in split_list(config.judged_on)}
     for each in judged.values():
         check_disjoint(each, windows)
-    found = _search(config, model, windows, workdir)
+    found = _search(config, model, windows, budgets, workdir)
     rows = []
     for text, each in judged.items():
         judge = _judge(model, text, each, workdir)
@@ -65,6 +67,15 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     Console(width=160).print(_table(rows))
 
 
+def _budgets(config: config_dict.ConfigDict) -> list[float]:
+    if config.budget_of not in ("nominal", "asymptotic"):
+        raise KvjaxError(f"budget_of={config.budget_of!r}; expected nominal or asymptotic")
+    try:
+        return [float(budget) for budget in config.budgets.split(",")]
+    except ValueError:
+        raise KvjaxError(f"budgets={config.budgets!r}; expected numbers of bits, separated by commas") from None
+
+
 def _judged(config: config_dict.ConfigDict, model: Model, text: str) -> np.ndarray:
     """The windows [w, n] of a text to judge on."""
     own = config_dict.ConfigDict(config.to_dict())
@@ -73,12 +84,12 @@ def _judged(config: config_dict.ConfigDict, model: Model, text: str) -> np.ndarr
 
 
 def _search(
-    config: config_dict.ConfigDict, model: Model, windows: np.ndarray, workdir: Path
+    config: config_dict.ConfigDict, model: Model, windows: np.ndarray, budgets: list[float], workdir: Path
 ) -> list[tuple[str, float, CachePlan, list[CachePlan]]]:
     """Name, budget, plan and the uniform plans that fit the budget, of every search."""
     shared, found = None, []
     for name, candidates in config.searches.items():
-        for budget in map(float, config.budgets.split(",")):
+        for budget in budgets:
             own = config_dict.ConfigDict(config.to_dict())
             asymptotic = budget if config.budget_of == "asymptotic" else 0.0
             own.update(candidates=candidates, budget=budget, budget_asymptotic=asymptotic)
@@ -100,6 +111,8 @@ def _search(
             file = workdir / "plans" / f"{name.replace(', ', '-').replace(' ', '-')}-{budget:g}.yaml"
             write_atomically(file, f"plan: {plan}\n".encode())
             found.append((name, budget, plan, uniform))
+    if not found:
+        raise KvjaxError(f"no search of budgets={config.budgets} can be made; expected one at least")
     return found
 
 

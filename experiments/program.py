@@ -15,11 +15,17 @@ import absl.logging
 from absl import app, flags
 from ml_collections import config_dict, config_flags
 
+from experiments.compilation import keep_programs
 from kvjax.caches.registry import load_plugins
+from kvjax.checks import check_path
 from kvjax.errors import KvjaxError
 
 ROOT = Path(__file__).parent.parent
+HELP = "The study's config."
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results and partial work.")
+_COMPILE_CACHE = flags.DEFINE_bool(
+    "compile_cache", True, "Keeps compiled programs in $KVJAX_CACHE for the next start."
+)
 
 
 def run(main: Callable[[config_dict.ConfigDict, Path], None], config_file: str) -> None:
@@ -39,27 +45,54 @@ def run(main: Callable[[config_dict.ConfigDict, Path], None], config_file: str) 
 def run_anywhere(main: Callable[[config_dict.ConfigDict, Path | None], None], config_file: str) -> None:
     """`run` for a program that may go without a workdir."""
 
+    def started(config: config_dict.ConfigDict, workdir: Path | None) -> None:
+        if _COMPILE_CACHE.value:
+            keep_programs()
+        main(config, workdir)
+
     def guarded(_: list[str]) -> None:
         _hush()
-        workdir = Path(_WORKDIR.value) if _WORKDIR.value else None
-        try:
-            if workdir is not None:
-                _make_folder(workdir)
-            load_plugins(flags.FLAGS.config.get("plugins", ""))  # before anything names a cache
-            main(flags.FLAGS.config, workdir)
-        except KvjaxError as error:
-            _fail(str(error))
-        except OSError as error:
-            _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            sys.exit(130)
+        answer(started, flags.FLAGS.config, _WORKDIR.value)
 
-    app.run(guarded, flags_parser=functools.partial(_parse, ROOT / config_file))
+    app.run(guarded, flags_parser=functools.partial(parse, ROOT / config_file))
 
 
-def _parse(config_file: Path, argv: list[str]) -> list[str]:
-    """Defines and parses the flags, so that all that is wrong with them is said here."""
+def answer(
+    main: Callable[[config_dict.ConfigDict, Path | None], None], config: config_dict.ConfigDict, folder: str | None
+) -> None:
+    """Runs a program: bad input prints one line and exits with 2, an interrupt with 130.
+
+    Args:
+      main: the program.
+      config: its config.
+      folder: for results; made where it is missing.
+    """
+    try:
+        workdir = check_path("workdir", folder) if folder else None
+        if workdir is not None:
+            _make_folder(workdir)
+        load_plugins(config.get("plugins", ""))  # before anything names a cache
+        main(config, workdir)
+    except KvjaxError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def parse(config_file: Path, argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """Defines and parses the flags, so that all that is wrong with them is said here: one line, and exit 2.
+
+    Args:
+      config_file: the program's config.
+      argv: the program's name and its arguments.
+      values: where the flags are defined.
+
+    Returns:
+      The program's name.
+    """
     fields = list(runpy.run_path(str(config_file))["get_config"]().keys())
     expected = f"this program's fields are {', '.join(fields)}"
     for argument in argv[1:]:
@@ -67,9 +100,9 @@ def _parse(config_file: Path, argv: list[str]) -> list[str]:
         if match and match[1] not in fields:
             _fail(f"unknown config field {match[1]!r}; {expected}")
     try:
-        config_flags.DEFINE_config_file("config", str(config_file), "The study's config.", lock_config=True)
-        rest = flags.FLAGS(argv)
-        fits = all(field in flags.FLAGS.config for field in fields)
+        config_flags.DEFINE_config_file("config", str(config_file), HELP, values, lock_config=True, sys_argv=argv)
+        rest = values(argv)
+        fits = all(field in values.config for field in fields)
     except (KeyError, AttributeError):
         fits = False
     except (flags.Error, TypeError, ValueError, OSError, SyntaxError) as error:

@@ -10,7 +10,7 @@ import functools
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -370,6 +370,12 @@ def _calibration(rows: list[Row]) -> str:
 Tables = dict[
     str, tuple[str | None, Callable[[list[Row]], str]]
 ]  # by name: the result file, if any, and what renders it
+
+
+def _key_table(keys: Mapping[str, str]) -> Callable[[list[Row]], str]:
+    return lambda _: table(("key", "what"), checkpoint_keys.noted_lines(keys), numbers=False)
+
+
 TABLES: dict[str, Tables] = {
     "README.md": {
         "sweep": ("demo-streaming.jsonl", sweep),
@@ -405,6 +411,7 @@ TABLES: dict[str, Tables] = {
         "rope-keys": (None, lambda _: table(("key", *ROPE_KEYS), checkpoint_keys.rope_lines(), numbers=False)),
         "forms": (None, lambda _: table(("part of a name", "what"), checkpoint_keys.form_lines(), numbers=False)),
         "gguf-keys": (None, lambda _: table(("key", "what"), checkpoint_keys.gguf_lines(), numbers=False)),
+        **{name: (None, _key_table(keys)) for name, keys in checkpoint_keys.TOKENIZERS.items()},
     },
     "docs/decisions.md": {
         "xquant-beyond": ("xquant-beyond.jsonl", beyond),

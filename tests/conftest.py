@@ -36,6 +36,14 @@ def own_bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What programs that tests start compile does not go to the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("own_programs")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def keeping_programs(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
     """The environment of processes that tests start again and again: what one has compiled the next one loads."""

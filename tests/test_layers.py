@@ -26,6 +26,7 @@ LAYERS = [
     "kvjax.records",
     "kvjax.files",
     "kvjax.tables",
+    "kvjax.checks",
     "kvjax.mesh",
     "kvjax.errors",
     "pallas_kernels",

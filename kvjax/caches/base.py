@@ -280,9 +280,6 @@ class CacheSpec(abc.ABC):
         """
         return []
 
-    def validate_norm(self, norm: Float[Array, "D"]) -> None:  # noqa: B027, most methods store no normalised rows
-        """Raises KvjaxError where rows after a norm of this weight do not fit what the method stores."""
-
     @property
     def program_form(self) -> CacheSpec:
         """The spec that stands for all specs which one program serves, their code widths being data: itself here."""

@@ -75,8 +75,7 @@ class KV(StoredSpec):
         return self.format(self.key_bits, *keys), self.format(self.value_bits, "token", channels)
 
     def tensors(self, shape: LayerShapes) -> list[TensorSpec]:
-        forms = self._formats(shape.head_dim)
-        return [TensorSpec(form, shape.kv_heads, shape.head_dim, own_units=True) for form in forms]
+        return [TensorSpec(form, shape.kv_heads, shape.head_dim) for form in self._formats(shape.head_dim)]
 
     @property
     def bits_nominal(self) -> float:

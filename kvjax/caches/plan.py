@@ -18,6 +18,7 @@ from kvjax.caches import cross_layer, presets
 from kvjax.caches.base import REAL_DTYPE, CacheShape, CacheSpec, LayerCache, ModelShapes, ModelSizes
 from kvjax.caches.grammar import format_layers, join_layers, split_layers
 from kvjax.caches.registry import parse_spec
+from kvjax.checks import check_whole, show
 from kvjax.errors import KvjaxError
 from kvjax.mesh import BATCH, Layout
 from kvjax.tables import align_columns, format_ratio
@@ -129,7 +130,21 @@ class CachePlan:
     # ---- caches
 
     def shape(self, batch: int, max_len: int, dtype: Any) -> CacheShape:
-        """The sizes of each layer's cache; `max_len` in tokens a sequence."""
+        """The sizes of each layer's cache.
+
+        Args:
+          batch: sequences.
+          max_len: tokens a sequence.
+          dtype: of what is unquantised.
+
+        Raises:
+          KvjaxError: no whole numbers from 1 to 2**31 - 1, or no dtype.
+        """
+        batch, max_len = (check_whole(*each, 1) for each in (("batch", batch), ("context", max_len)))
+        try:
+            dtype = jnp.dtype(dtype)
+        except TypeError:
+            raise KvjaxError(f"dtype={show(dtype)}; expected float32, bfloat16 or float64") from None
         return CacheShape.of(self.model, batch, max_len, dtype)
 
     def init(self, shape: CacheShape) -> Cache:

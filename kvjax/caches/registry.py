@@ -18,6 +18,7 @@ from kvjax.caches.grammar import parse_name, split_list
 from kvjax.caches.kv import KV
 from kvjax.caches.x import X
 from kvjax.caches.xcl import XCL
+from kvjax.checks import show
 from kvjax.errors import KvjaxError
 from kvjax.files import brief
 
@@ -36,7 +37,7 @@ def register(method: Method) -> Method:
     Raises:
       KvjaxError: it is no frozen dataclass of CacheSpec with a form and examples, or its names are taken.
     """
-    name = getattr(method, "__name__", repr(method))
+    name = getattr(method, "__name__", "") or show(method)
     if not (isinstance(method, type) and issubclass(method, CacheSpec) and dataclasses.is_dataclass(method)):
         raise KvjaxError(f"{name}: expected a frozen dataclass that inherits from CacheSpec")
     if abstract := sorted(method.__abstractmethods__):
@@ -80,8 +81,10 @@ def load_plugins(names: str) -> None:
       names: importable modules or paths of Python files, separated by commas; nothing where empty.
 
     Raises:
-      KvjaxError: one cannot be imported, or it registers nothing.
+      KvjaxError: it is no text, one cannot be imported, or it registers nothing.
     """
+    if not isinstance(names, str):
+        raise KvjaxError(f"plugins are of type {type(names).__name__}; expected names separated by commas")
     for name in split_list(names) if names else []:
         before = dict(_registered)
         module = _import(name)

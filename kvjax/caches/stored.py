@@ -33,15 +33,13 @@ Encode = Callable[[Tensors, Int[Array, "B N"]], Tensors]
 class TensorSpec:
     """One tensor to keep: its format, heads and width.
 
-    `axis` names its heads for sharding, None where they are not the kv heads. `own_units`: whether values of any
-    size are held, in units of each sequence; normalised layer inputs need none.
+    `axis` names its heads for sharding, None where they are not the kv heads.
     """
 
     format: store.AnyFormat
     heads: int
     width: int
     axis: str | None = "kv_heads"
-    own_units: bool = False
 
 
 @struct.dataclass
@@ -59,9 +57,7 @@ class BlockStore:
         """Empty."""
         block = residual_length or 1
         tokens = -(-store.capacity(shape.max_len, *(t.format for t in tensors)) // block) * block
-        packed = tuple(
-            store.init(t.format, shape.batch, t.heads, tokens, t.width, shape.dtype, t.own_units) for t in tensors
-        )
+        packed = tuple(store.init(t.format, shape.batch, t.heads, tokens, t.width, shape.dtype) for t in tensors)
 
         def exact(tokens: int) -> tuple[Array, ...]:
             return tuple(jnp.zeros((shape.batch, tokens, t.heads, t.width), shape.dtype) for t in tensors)

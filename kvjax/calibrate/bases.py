@@ -28,10 +28,8 @@ def load_bases(model: Model, plan: CachePlan) -> tuple[Any, ...]:
     They are read from $KVJAX_CACHE/bases, where the checksum of the weights that they belong to names them.
 
     Raises:
-      KvjaxError: the files there are of other weights, or damaged, or cannot be written; or a layer's input has a
-        size that its cache cannot hold.
+      KvjaxError: the files there are of other weights, or damaged, or cannot be written.
     """
-    validate_norms(model, plan)
     specs = {spec.bases_key: spec for spec in plan.specs if spec.bases_key}
     if not specs:
         return ((),) * model.config.layers
@@ -44,15 +42,6 @@ def load_bases(model: Model, plan: CachePlan) -> tuple[Any, ...]:
             jax.tree.map(place, _read(checkpointer, folders[s.bases_key], i)) if s.bases_key else ()
             for i, s in enumerate(plan.specs)
         )
-
-
-def validate_norms(model: Model, plan: CachePlan) -> None:
-    """Raises KvjaxError where a layer's input has a size that its cache cannot hold."""
-    for i, spec in enumerate(plan.specs):
-        try:
-            spec.validate_norm(model.params[f"layer_{i}"]["attention_norm"])
-        except KvjaxError as error:
-            raise KvjaxError(f"layer {i}: {error}") from None
 
 
 def folder_of(digest: str, key: str) -> Path:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from kvjax.checkpoints import orbax
 from kvjax.checkpoints.gguf import GGUFFile
 from kvjax.checkpoints.safetensors import load_hf, read_hf_config, weight_files
+from kvjax.checks import check_path, show
 from kvjax.downloads import fetch
 from kvjax.errors import KvjaxError
 from kvjax.files import brief, hashing, sha256
@@ -31,7 +32,7 @@ DTYPES = ("float32", "bfloat16", "float64")
 
 
 def load(
-    name: str,
+    name: str | Path,
     dtype: str | None = None,
     layers: int | None = None,
     *,
@@ -56,14 +57,14 @@ def load(
     Raises:
       KvjaxError: one line that says what was expected.
     """
-    name, layers = _split_layers(name, layers)
+    name, layers = _split_layers(str(check_path("the model's name", name)), layers)
     resolved, layout = _resolve_dtype(dtype), Layout.of(mesh, replicate)
     suffix = "" if layers is None else f"(layers={layers})"
     with _naming(name):
         return Model(name + suffix, *_load(name, resolved, layers, layout), layout)
 
 
-def read_config(name: str) -> ModelConfig:
+def read_config(name: str | Path) -> ModelConfig:
     """Reads the config of a model and none of its weights, so that what does not fit it is refused early.
 
     Args:
@@ -75,7 +76,7 @@ def read_config(name: str) -> ModelConfig:
     Raises:
       KvjaxError: one line that says what was expected.
     """
-    name, layers = _split_layers(name, None)
+    name, layers = _split_layers(str(check_path("the model's name", name)), None)
     with _naming(name):
         return keep_layers(_read_config(name), layers)
 
@@ -150,8 +151,8 @@ def _split_layers(name: str, layers: int | None) -> tuple[str, int | None]:
 def _resolve_dtype(dtype: str | None) -> jnp.dtype:
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if dtype not in DTYPES:
-        raise KvjaxError(f"dtype {dtype!r} is not supported; expected one of {', '.join(DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise KvjaxError(f"dtype {show(dtype)} is not supported; expected one of {', '.join(DTYPES)}")
     if dtype == "float64" and jnp.result_type(float) != jnp.float64:
         raise KvjaxError("dtype float64 needs jax_enable_x64; turn it on before jax computes anything")
     return jnp.dtype(dtype)

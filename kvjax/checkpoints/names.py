@@ -8,7 +8,7 @@ from kvjax.errors import KvjaxError
 
 ROOTS = ("embed_tokens", "layers", "norm", "lm_head")  # where the decoder's own part of a name begins
 # What training, compilation, adapters and multimodal models put before it or between its parts.
-WRAPPERS = ("model", "module", "base_model", "language_model")
+WRAPPERS = ("model", "module", "base_model", "language_model", "text_model", "transformer", "llm", "decoder")
 INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Parts of names that tell weights in another form.
 FORMS = {

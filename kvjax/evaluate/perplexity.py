@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.caches.base import CacheShape
 from kvjax.caches.plan import Cache, CachePlan
 from kvjax.calibrate.bases import load_bases
+from kvjax.checks import check_whole, show
 from kvjax.errors import KvjaxError
 from kvjax.evaluate import vocabulary
 from kvjax.mesh import BATCH, fetch
@@ -37,10 +38,9 @@ def cut_windows(ids: Int[np.ndarray, "n"], context: int, windows: int, offset: i
     Raises:
       KvjaxError: fewer tokens than asked for, or sizes that cannot be scored.
     """
-    if context < 2 or windows < 1 or offset < 0:
-        raise KvjaxError(
-            f"context={context}, windows={windows}, offset={offset}: expected at least 2 tokens, 1 window, offset 0"
-        )
+    context = check_whole("context", context, 2)
+    windows = check_whole("windows", windows, 1)
+    offset = check_whole("offset", offset, 0)
     needed = offset + context * windows
     if len(ids) < needed:
         raise KvjaxError(
@@ -100,8 +100,8 @@ class Scorer:
 
     def __init__(self, model: Model, context: int, windows: int, protocol: str = "streaming"):
         """Raises KvjaxError for an unknown protocol or a context beyond what the model was made for."""
-        if protocol not in PROTOCOLS:
-            raise KvjaxError(f"protocol {protocol!r}; expected one of {', '.join(PROTOCOLS)}")
+        if not isinstance(protocol, str) or protocol not in PROTOCOLS:
+            raise KvjaxError(f"protocol {show(protocol)}; expected one of {', '.join(PROTOCOLS)}")
         if context > model.config.max_positions:
             raise KvjaxError(f"context={context}; expected at most the model's {model.config.max_positions}")
         self.model, self.protocol = model, protocol

@@ -24,11 +24,12 @@ from kvjax import records
 from kvjax.caches.base import CacheSpec
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
+from kvjax.checks import check_path
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score, Scorer, Timing, concatenate, cut_windows, standard_error
 from kvjax.evaluate.text import Text, name_of, read_ids
 from kvjax.evaluate.vocabulary import DenseRun, TokenScores
-from kvjax.models.model import Model
+from kvjax.models.model import Model, check_model
 from kvjax.tables import align_columns, format_figure
 
 Row = dict[str, Any]
@@ -103,6 +104,7 @@ def sweep(
     Raises:
       KvjaxError: one line that says what was expected; arguments are checked before anything is computed.
     """
+    check_model(model)
     names = split_list(caches) if isinstance(caches, str) else caches if isinstance(caches, Sequence) else [caches]
     plans = list(dict.fromkeys(CachePlan.cast(name, model.config) for name in names))
     if not plans:
@@ -137,6 +139,7 @@ def score(
     Raises:
       KvjaxError: one line that says what was expected; arguments are checked before anything is computed.
     """
+    check_model(model)
     plan = CachePlan.cast(cache, model.config)
     cut = cut_windows(read_ids(text, model.tokenizer, model.config.vocab_size), context, windows, offset)
     with kept_in(None) as where:
@@ -181,17 +184,18 @@ def kept_in(folder: str | Path | None) -> Iterator[Path]:
     """The folder, made where it is missing; None: one that is removed afterwards.
 
     Raises:
-      KvjaxError: it cannot be made.
+      KvjaxError: it is no path, or it cannot be made.
     """
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="kvjax-") as made:
             yield Path(made)
         return
+    folder = check_path("folder", folder)
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise KvjaxError(f"{folder} cannot be a folder for results: {error.strerror}") from None
-    yield Path(folder)
+    yield folder
 
 
 class Sweep:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Int
 from numpy.lib.stride_tricks import sliding_window_view
@@ -46,8 +47,8 @@ def read_ids(source: Text, tokenizer: AnyTokenizer, vocab_size: int) -> Int[np.n
     if isinstance(source, str | Path):
         return tokenizer.encode(load_text(source))
     try:
-        ids = np.asarray(source)
-    except ValueError:  # lists of different lengths
+        ids = np.asarray(source if isinstance(source, list | tuple | np.ndarray | jax.Array) else None)
+    except (ValueError, OverflowError):  # lists of different lengths, numbers of any
         ids = np.empty((0, 0))
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise KvjaxError(

@@ -29,10 +29,10 @@ def bucket(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def pad(ids: Sequence[Int[np.ndarray, "n"]]) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
-    """Token ids of any lengths side by side, T their bucket; and how many of the T are real."""
+def pad(ids: Sequence[Int[np.ndarray, "n"]], size: int | None = None) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+    """Token ids of any lengths side by side, T the size, or else their bucket; and how many of the T are real."""
     lengths = np.array([len(each) for each in ids], np.int32)
-    tokens = np.zeros((len(ids), bucket(int(lengths.max()))), np.int32)
+    tokens = np.zeros((len(ids), size or bucket(int(lengths.max()))), np.int32)
     for row, each in zip(tokens, ids, strict=True):
         row[: len(each)] = each
     return jnp.asarray(tokens), jnp.asarray(lengths)

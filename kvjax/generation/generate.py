@@ -12,11 +12,12 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kvjax.caches.base import CacheSpec
 from kvjax.caches.plan import CachePlan
 from kvjax.calibrate.bases import load_bases
+from kvjax.checks import show
 from kvjax.errors import KvjaxError
 from kvjax.generation.decode import DecodeState, bucket, decode_steps, feed, head, hidden_states, pad, pad_stop, start
 from kvjax.generation.prompts import Prompts
@@ -24,7 +25,7 @@ from kvjax.generation.request import Request, ask
 from kvjax.generation.states import Held, State, grow
 from kvjax.mesh import fetch
 from kvjax.models.decoder import Decoder
-from kvjax.models.model import Model
+from kvjax.models.model import Model, check_model
 from kvjax.models.nonfinite import find_first_nonfinite
 
 STREAM = 4  # tokens a call where text is shown as it comes
@@ -68,6 +69,7 @@ def plan(model: Model, cache: str | CacheSpec | CachePlan) -> CachePlan:
     Raises:
       KvjaxError: what `cache` says is no plan for this model, see `kvjax.caches.plan`.
     """
+    check_model(model)
     return CachePlan.cast(cache, model.config)
 
 
@@ -78,6 +80,7 @@ def prefill(
     *,
     max_len: int | None = None,
     chat: bool = True,
+    prefill_chunk: int | None = None,
 ) -> State:
     """Reads prompts into a cache.
 
@@ -87,11 +90,13 @@ def prefill(
       cache: as for `generate`.
       chat: as for `generate`.
       max_len: tokens that each sequence has room for; what the prompts need where None.
+      prefill_chunk: as for `generate`.
 
     Raises:
       KvjaxError: one line that says what was expected.
     """
-    request = ask(model, prompt, cache, max_new_tokens=0, max_len=max_len, chat=chat)
+    options: dict[str, Any] = {"max_len": max_len, "chat": chat, "prefill_chunk": prefill_chunk}
+    request = ask(model, prompt, cache, max_new_tokens=0, **options)
     with model.layout.entered():
         return State(model, _read(request, load_bases(model, request.plan)), request.read)
 
@@ -125,8 +130,8 @@ def logits(
         raise KvjaxError(
             f"sequences of {' and '.join(map(str, sorted(counts)))} tokens; expected one length, above 0"
         )
-    if read not in ("stored", "exact"):
-        raise KvjaxError(f"read={read!r}; expected stored or exact")
+    if not isinstance(read, str) or read not in ("stored", "exact"):
+        raise KvjaxError(f"read={show(read)}; expected stored or exact")
     if read == "stored":
         request.plan.require_whole_windows("logits with read='stored'")
     decoder, bases = Decoder(model.config), load_bases(model, request.plan)
@@ -167,6 +172,9 @@ def generate(*arguments: Any, **options: Any) -> Generation:  # noqa: D417, the 
         is made of. The text ends before it; its tokens stay in the state.
       max_len: tokens that each sequence has room for; what the prompts and max_new_tokens need where None.
       chat: put each text into the model's chat template, where it has one and the sequence starts here or is a chat.
+      prefill_chunk: read the prompts so many tokens at a time, in less memory; in one step where None. Where a method
+        keeps a residual it changes the numbers: a token reads its own chunk exactly, and blocks that were complete
+        before it as stored. What `streaming` scores see are chunks of the residual.
 
     Raises:
       KvjaxError: one line that says what was expected, or where the model's output stopped being finite.
@@ -182,7 +190,10 @@ def stream(*arguments: Any, **options: Any) -> Iterator[tuple[str, Generation]]:
 
     The state of a piece is good until the next piece comes.
     """
-    return _pieces(ask(*arguments, **options))
+    request = ask(*arguments, **options)
+    if len(request.ids) > 1:
+        raise KvjaxError(f"{len(request.ids)} prompts; expected one to stream, generate takes several")
+    return _pieces(request)
 
 
 def _pieces(request: Request) -> Iterator[tuple[str, Generation]]:
@@ -206,15 +217,27 @@ def _before(request: Request) -> Held:
     """What there is before the prompts are read."""
     if request.before is None:
         return Held.empty(request.model, request.plan, len(request.ids), request.max_len)
-    return request.before.held
+    # A copy, with more room where it is needed: the loop writes into it.
+    return grow(request.before.held, request.model, request.max_len)
 
 
 def _read(request: Request, bases: Any) -> Held:
-    """The prompts in a cache that is nobody else's: the loop writes into it."""
-    held = _before(request) if request.before is None else grow(_before(request), request.model, request.max_len)
-    if not any(map(len, request.ids)):
-        return held
-    return feed(Decoder(request.model.config), request.model.params, bases, held, *pad(request.ids))
+    """The prompts in a cache that is nobody else's."""
+    held = _before(request)
+    for tokens, lengths in _prompt_chunks(request):
+        held = feed(Decoder(request.model.config), request.model.params, bases, held, tokens, lengths)
+    return held
+
+
+def _prompt_chunks(request: Request) -> Iterator[tuple[Int[Array, "B T"], Int[Array, "B"]]]:
+    """What is fed at a time, and how much of it is real; chunks have one size, so that one program reads them."""
+    longest, size = max(map(len, request.ids)), request.prefill_chunk
+    if size is None or size >= longest:
+        if longest:
+            yield pad(request.ids)
+        return
+    for first in range(0, longest, size):
+        yield pad([each[first : first + size] for each in request.ids], size)
 
 
 def _decode(request: Request, first: int, piece: int) -> Iterator[Generation]:
@@ -243,10 +266,18 @@ def _generation(request: Request, run: DecodeState) -> Generation:
     tokens = _new_tokens(run)
     ended = [bool(each) and each[-1] in request.stop_tokens for each in tokens]
     bodies = [each[:-1] if by_token else each for each, by_token in zip(tokens, ended, strict=True)]
-    texts = [_cut(request.model.tokenizer.decode(body), request.stop_strings) for body in bodies]
+    texts = [_cut(_text(request, i, body), request.stop_strings) for i, body in enumerate(bodies)]
     read = [before.then(each) for before, each in zip(request.read, tokens, strict=True)]
     stopped = [by_token or found for by_token, (_, found) in zip(ended, texts, strict=True)]
     return Generation([text for text, _ in texts], tokens, stopped, State(request.model, run.held, read))
+
+
+def _text(request: Request, sequence: int, body: list[int]) -> str:
+    """New tokens as text; what goes on from a state begins with the blank that stands between the two."""
+    tokenizer = request.model.tokenizer
+    if request.before is None or len(request.ids[sequence]):
+        return tokenizer.decode(body)
+    return tokenizer.decode_next(body, request.read[sequence].last)
 
 
 def _cut(text: str, stop_strings: Sequence[str]) -> tuple[str, bool]:
@@ -265,8 +296,7 @@ def _explain_nonfinite(request: Request, bases: Any, run: DecodeState) -> str:
     new = _new_tokens(run)
 
     def chunks():
-        if any(map(len, request.ids)):
-            yield pad(request.ids)
+        yield from _prompt_chunks(request)
         for i in range(max(map(len, new))):
             column = [row[i : i + 1] for row in new]
             lengths = jnp.array([len(each) for each in column], jnp.int32)

@@ -131,12 +131,17 @@ def _encode_text(model: Model, text: str, before: Read, chat: bool) -> Encoded:
     in_chat = chat and text and model.tokenizer.chat_template is not None
     if in_chat and (before.chat or not before.tokens):
         return _encode_messages(model, [{"role": "user", "content": text}], before, chat)
-    ids = model.tokenizer.encode_next(text) if before.tokens else model.tokenizer.encode(text, start=True)
+    ids = (
+        model.tokenizer.encode_next(text, before.last) if before.tokens else model.tokenizer.encode(text, start=True)
+    )
     return Encoded(ids, before.then(ids))
 
 
 def _encode_ids(model: Model, ids: Ids, before: Read, chat: bool) -> Encoded:
-    wide = np.asarray(ids, np.int64)  # not to wrap what is outside the vocabulary
+    try:
+        wide = np.asarray(ids, np.int64)  # not to wrap what is outside the vocabulary
+    except OverflowError:
+        raise KvjaxError(f"a token id is beyond 64 bits; expected 0 to {model.config.vocab_size - 1}") from None
     return Encoded(wide, before.then(wide))
 
 
@@ -144,7 +149,7 @@ def _encode_messages(model: Model, messages: Messages, before: Read, chat: bool)
     tokenizer = model.tokenizer
     if before.chat:
         ended = tokenizer.decode([before.last]) if before.last in tokenizer.eos_ids else None
-        ids = tokenizer.encode_next(tokenizer.follow_up(messages, ended))
+        ids = tokenizer.encode_next(tokenizer.follow_up(messages, ended), before.last)
     else:
         ids = tokenizer.encode(tokenizer.chat(messages), start=True)
         if before.tokens:  # a chat that begins behind a document

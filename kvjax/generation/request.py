@@ -11,13 +11,13 @@ from jaxtyping import Int
 
 from kvjax.caches.base import CacheSpec
 from kvjax.caches.plan import CachePlan
+from kvjax.checks import check_whole, show
 from kvjax.errors import KvjaxError
-from kvjax.generation.checks import check_whole
 from kvjax.generation.decode import bucket
 from kvjax.generation.prompts import Prompts, Read, encode_prompts
 from kvjax.generation.sampling import Sampling
 from kvjax.generation.states import State, check_made_by
-from kvjax.models.model import Model
+from kvjax.models.model import Model, check_model
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -34,6 +34,7 @@ class Request:
     sampling: Sampling
     stop_tokens: list[int]
     stop_strings: list[str]
+    prefill_chunk: int | None  # tokens of the prompts that are read at a time; all of them where None
 
 
 def ask(
@@ -50,11 +51,13 @@ def ask(
     stop_strings: str | Sequence[str] = (),
     max_len: int | None = None,
     chat: bool = True,
+    prefill_chunk: int | None = None,
 ) -> Request:
     """Takes the arguments of `generate`, which says what they mean. Raises KvjaxError for the first that does not."""
-    if not isinstance(model, Model):
-        raise KvjaxError(f"the model is of type {type(model).__name__}; expected what kvjax.load gives")
+    check_model(model)
     new = check_whole("max_new_tokens", max_new_tokens, 0)
+    if prefill_chunk is not None:
+        prefill_chunk = check_whole("prefill_chunk", prefill_chunk, 1)
     before = cache if isinstance(cache, State) else None
     if before is not None:
         check_made_by(before, model)
@@ -66,7 +69,7 @@ def ask(
         plan, room = CachePlan.cast(cache, model.config), _find_room(model, ids, new, max_len)
     sampling = Sampling.of(temperature, top_k, top_p, seed, len(ids), model.config.vocab_size)
     stop = _find_stop_tokens(model, stop_tokens), _find_stop_strings(stop_strings)
-    return Request(model, ids, read, before, plan, room, new, sampling, *stop)
+    return Request(model, ids, read, before, plan, room, new, sampling, *stop, prefill_chunk)
 
 
 def _find_room(model: Model, ids: list[np.ndarray], new: int, max_len: int | None) -> int:
@@ -105,12 +108,15 @@ def _find_stop_tokens(model: Model, tokens: Sequence[int] | None) -> list[int]:
     if tokens is None:
         return list(model.tokenizer.eos_ids)
     if isinstance(tokens, str) or not hasattr(tokens, "__iter__"):
-        raise KvjaxError(f"stop_tokens={tokens!r}; expected a list of token ids")
+        raise KvjaxError(f"stop_tokens={show(tokens)}; expected a list of token ids")
     return [check_whole("a stop token", token, 0, model.config.vocab_size - 1) for token in tokens]
 
 
 def _find_stop_strings(strings: str | Sequence[str]) -> list[str]:
-    found: list[Any] = list(strings) if hasattr(strings, "__iter__") and not isinstance(strings, str) else [strings]
-    if not all(isinstance(each, str) and each for each in found):
-        raise KvjaxError(f"stop_strings={strings!r}; expected a text that is not empty, or a list of such")
+    each: Any
+    found: list[str] = []
+    for each in strings if hasattr(strings, "__iter__") and not isinstance(strings, str) else [strings]:
+        if not isinstance(each, str) or not each:
+            raise KvjaxError(f"stop_strings={show(strings)}; expected a text that is not empty, or a list of such")
+        found.append(each)
     return found

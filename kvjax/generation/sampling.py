@@ -13,8 +13,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from kvjax.checks import check_real, check_whole
 from kvjax.errors import KvjaxError
-from kvjax.generation.checks import check_real, check_whole
 
 
 @struct.dataclass

@@ -19,13 +19,13 @@ from jaxtyping import Array, Float
 from kvjax.caches.base import CacheShape, CacheSpec
 from kvjax.caches.plan import Cache, CachePlan
 from kvjax.checkpoints.orbax import new_folder, write_arrays
+from kvjax.checks import check_path, check_whole
 from kvjax.errors import KvjaxError
 from kvjax.files import brief, check_digests, digests, read_json, write_json
-from kvjax.generation.checks import check_whole
 from kvjax.generation.layers import LayerView, read_layer
 from kvjax.generation.prompts import Read
 from kvjax.mesh import BATCH, ONE_DEVICE, Layout, fetch
-from kvjax.models.model import Model
+from kvjax.models.model import Model, check_model
 
 METADATA = "state.json"
 
@@ -145,6 +145,9 @@ def _grow(held: Held, shape: CacheShape) -> Held:
 
 def check_made_by(state: State, model: Model) -> None:
     """Raises KvjaxError where another model made the state, or the same one on other devices."""
+    check_model(model)
+    if not isinstance(state, State):
+        raise KvjaxError(f"the state is of type {type(state).__name__}; expected what kvjax.prefill gives")
     if _made_by(state.model) != _made_by(model) or state.model.config != model.config:
         raise KvjaxError(f"the state was made by another model, {state.model!r}; this is {model!r}")
     if state.model.layout != model.layout:
@@ -167,7 +170,7 @@ def save_state(folder: str | Path, model: Model, state: State) -> None:
         "max_len": state.max_len,
         "read": [each._asdict() for each in state.read],
     }
-    with new_folder(Path(folder)) as part:
+    with new_folder(check_path("folder", folder)) as part:
         write_arrays(part / "arrays", _named(state.held))
         write_json(part / METADATA, metadata | {"arrays": digests(part / "arrays")})
 
@@ -183,7 +186,8 @@ def restore_state(folder: str | Path, model: Model, cache: str | CacheSpec | Cac
     Raises:
       KvjaxError: another model, dtype or plan made it, or it is damaged.
     """
-    folder = Path(folder).absolute()
+    check_model(model)
+    folder = check_path("folder", folder).absolute()
     metadata = read_json(folder / METADATA)
     for key, own in _made_by(model).items():
         if (made := str(metadata.get(key))) != str(own):

@@ -26,6 +26,9 @@ from kvjax.models.rope import Rope, make_rope
 from kvjax.ops.norm import normalize
 from kvjax.ops.rotate import rotate_heads
 
+Weights = dict[str, Array]  # of a layer, by name
+TOKEN_TILE = 1024  # tokens that go through an MLP together
+
 
 def rms_norm(x: Float[Array, "... n"], weight: Float[Array, "n"], eps: float) -> Float[Array, "... n"]:
     """Normalises x by its root mean square and scales it: x / rms(x) * weight.
@@ -48,6 +51,47 @@ def linear(x: Float[Array, "... i"], weight: Float[Array, "o i"]) -> Float[Array
     return jnp.einsum("...i,oi->...o", x, weight)
 
 
+def project(weights: Weights, name: str, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+    """`linear` with the weight of that name, and its bias where there is one."""
+    y, bias = linear(x, weights[name]), weights.get(f"{name}_bias")
+    return y if bias is None else y + bias
+
+
+def finish(
+    weights: Weights, h: Float[Array, "B T D"], attended: Float[Array, "B T q"], eps: float
+) -> Float[Array, "B T D"]:
+    """What a layer does after attention, to every token alone: the output projection, the MLP, the residual sums.
+
+    Args:
+      weights: the layer's, from `o` to `down`.
+      h: the layer's input.
+      attended: the attention's output, all heads side by side.
+      eps: of the norm.
+    """
+    h = h + project(weights, "o", attended)
+    x = rms_norm(h, weights["mlp_norm"], eps)
+    gate, up = (project(weights, name, x) for name in ("gate", "up"))
+    return h + project(weights, "down", jax.nn.silu(gate) * up)
+
+
+def finish_by_tiles(
+    weights: Weights, h: Float[Array, "B T D"], attended: Float[Array, "B T q"], eps: float
+) -> Float[Array, "B T D"]:
+    """`finish` of `TOKEN_TILE` tokens at a time where there are more, so that no array [T, F] is held."""
+    tokens = h.shape[1]
+    if tokens <= TOKEN_TILE:
+        return finish(weights, h, attended, eps)
+    h, attended = (jnp.pad(a, ((0, 0), (0, -tokens % TOKEN_TILE), (0, 0))) for a in (h, attended))
+
+    def step(i: Array, h: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        tiles = [jax.lax.dynamic_slice_in_dim(a, i * TOKEN_TILE, TOKEN_TILE, 1) for a in (h, attended)]
+        # XLA's CPU backend widens bfloat16 weights; without a barrier it would keep those of all layers widened.
+        (below, seen), kept = jax.lax.optimization_barrier((tiles, weights))
+        return jax.lax.dynamic_update_slice_in_dim(h, finish(kept, below, seen, eps), i * TOKEN_TILE, 1)
+
+    return jax.lax.fori_loop(0, h.shape[1] // TOKEN_TILE, step, h)[:, :tokens]
+
+
 class Layer(nn.Module):
     """One transformer layer; its cache is an argument and a result."""
 
@@ -58,9 +102,9 @@ class Layer(nn.Module):
         init = nn.initializers.ones if name.endswith("norm") else nn.initializers.normal(0.02)
         return self.param(name, init, shape)
 
-    def _project(self, name: str, x: Float[Array, "... i"], out: int, bias: bool) -> Float[Array, "... o"]:
-        y = linear(x, self._param(name, out, x.shape[-1]))
-        return y + self._param(f"{name}_bias", out) if bias else y
+    def _projection(self, name: str, inputs: int, outputs: int, bias: bool) -> Weights:
+        weights = {name: self._param(name, outputs, inputs)}
+        return weights | {f"{name}_bias": self._param(f"{name}_bias", outputs)} if bias else weights
 
     @nn.compact
     def __call__(
@@ -111,10 +155,14 @@ class Layer(nn.Module):
             read=read,
         )
         attended, cache, carry = cache.attend(chunk, carry)
-        h = h + self._project("o", attended.reshape(batch, tokens, q_dim), dim, c.o_bias)
-        x = rms_norm(h, self._param("mlp_norm", dim), c.norm_eps)
-        gate, up = (self._project(name, x, c.mlp_dim, c.mlp_bias) for name in ("gate", "up"))
-        return h + self._project("down", jax.nn.silu(gate) * up, dim, c.mlp_bias), cache, carry
+        rest = {
+            **self._projection("o", q_dim, dim, c.o_bias),
+            "mlp_norm": self._param("mlp_norm", dim),
+            **self._projection("gate", dim, c.mlp_dim, c.mlp_bias),
+            **self._projection("up", dim, c.mlp_dim, c.mlp_bias),
+            **self._projection("down", c.mlp_dim, dim, c.mlp_bias),
+        }
+        return finish_by_tiles(rest, h, attended.reshape(batch, tokens, q_dim), c.norm_eps), cache, carry
 
 
 def project_kv(

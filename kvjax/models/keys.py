@@ -14,10 +14,12 @@ from kvjax.models.config import MOST
 
 # Parts of names that say: this key may change what a decoder computes.
 STEMS = (
-    *("activation", "alibi", "bias", "bidirectional", "chunk", "clamp", "clip", "cross_attention", "expert"),
-    *("interleav", "layer_type", "moe", "multiplier", "mup", "norm", "parallel_attn", "position_embedding"),
-    *("qk_", "quantization_config", "residual", "rope", "rotary", "scal", "shared", "sink", "softcap", "sparse"),
-    "window",
+    *("activation", "alibi", "attention_type", "bias", "bidirectional", "block_type", "chunk", "clamp", "clip"),
+    *("conv", "cross_attention", "dense_replace", "diff_attn", "expert", "ffn", "gamma", "glu", "head_dim"),
+    *("hidden_act", "interleav", "layer_type", "layers_block", "local_attention", "lora", "mlp_only", "moe"),
+    *("multiplier", "mup", "nope", "norm", "parallel_attn", "positional", "position_embedding", "qk_"),
+    *("quantization_config", "recurren", "residual", "rope", "rotary", "router", "scal", "shared", "sink"),
+    *("skip_layer", "soft_cap", "softcap", "sparse", "ssm", "window"),
 )
 
 

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from kvjax.errors import KvjaxError
 from kvjax.mesh import ONE_DEVICE, Layout, describe
 from kvjax.models.config import ModelConfig
 from kvjax.models.params import Params
 from kvjax.models.tokenizer import AnyTokenizer
+from kvjax.models.units import in_usual_units
 
 
 @dataclasses.dataclass(repr=False)
 class Model:
-    """A decoder's config and weights, with its tokenizer."""
+    """A decoder's config and weights, with its tokenizer.
+
+    Weights whose keys, values or layer inputs float16 scales would not hold are kept in other units, see
+    `kvjax.models.units`: the same function.
+    """
 
     name: str  # as given; ends in (layers=N) where only the first N layers were kept
     config: ModelConfig
@@ -33,6 +40,10 @@ class Model:
         """The devices; None where it is one."""
         return self.layout.mesh
 
+    def __post_init__(self) -> None:
+        if self.params is not None:
+            self.params = in_usual_units(self.config, self.params)
+
     @property
     def head(self) -> Float[Array, "V D"]:
         """The weight that gives the logits: the embedding where the two are tied."""
@@ -43,3 +54,9 @@ class Model:
         layers = f"{self.config.family}, {self.config.layers} layers"
         where = "" if self.mesh is None else f", on {describe(self.mesh)}"
         return f"<Model {self.name}: {layers}, {count:,} parameters, {self.dtype}{where}>"
+
+
+def check_model(model: Any) -> None:
+    """Raises KvjaxError for anything else than a Model."""
+    if not isinstance(model, Model):
+        raise KvjaxError(f"the model is of type {type(model).__name__}; expected what kvjax.load gives")

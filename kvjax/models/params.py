@@ -13,6 +13,7 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+from kvjax.checks import check_whole
 from kvjax.errors import KvjaxError
 from kvjax.mesh import ONE_DEVICE, Index, Layout
 from kvjax.models.config import ModelConfig
@@ -172,6 +173,4 @@ def keep_layers(config: ModelConfig, layers: int | None) -> ModelConfig:
     """
     if layers is None:
         return config
-    if not 1 <= layers <= config.layers:
-        raise KvjaxError(f"layers={layers}: the model has {config.layers}; expected 1 to {config.layers}")
-    return dataclasses.replace(config, layers=layers)
+    return dataclasses.replace(config, layers=check_whole("layers", layers, 1, config.layers, ", the model's own"))

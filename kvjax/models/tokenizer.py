@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,13 +69,14 @@ class Tokenizer:
         before = self.start_ids if start and tuple(ids[: len(self.start_ids)]) != self.start_ids else ()
         return np.array([*before, *ids], np.int32)
 
-    def encode_next(self, text: str) -> Int[np.ndarray, "n"]:
-        """Turns a text that follows other tokens into token ids.
+    def encode_next(self, text: str, last: int | None = None) -> Int[np.ndarray, "n"]:
+        """Turns a text that follows other tokens into token ids: those that it has in one text with them.
 
-        The ids are those of `encode`, without the blank that SentencePiece puts before a text.
+        SentencePiece puts a blank before a text; here it stands only where it would behind `last`.
 
         Args:
           text: the text.
+          last: the token before it, None where that is an ordinary one.
 
         Returns:
           Token ids, int32.
@@ -82,17 +84,27 @@ class Tokenizer:
         Raises:
           KvjaxError: as `encode`.
         """
-        if not adds_space(self.backend):
-            return self.encode(text)
-        line, both = self.encode("\n"), self.encode("\n" + text)  # transformers' way: a line's end takes the blank
-        return both[line.size :] if np.array_equal(both[: line.size], line) else self.encode(text)
+        added = None if last is None else self.backend.get_added_tokens_decoder().get(last)
+        before = "\n" if added is None else added.content  # a line's end takes the blank, as in transformers
+        alone, both = self.encode(before), self.encode(before + _check_text(text))
+        return both[alone.size :] if np.array_equal(both[: alone.size], alone) else self.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Turns ids into text, special tokens included.
 
         Bytes that are not UTF-8 become U+FFFD; ids without a token are left out.
+
+        Raises:
+          KvjaxError: they are no whole numbers.
         """
-        return self.backend.decode([int(i) for i in ids if 0 <= i < 2**32], skip_special_tokens=False)
+        return self.backend.decode([i for i in _check_ids(ids) if 0 <= i < 2**32], skip_special_tokens=False)
+
+    def decode_next(self, ids: Iterable[int], last: int | None) -> str:
+        """`decode` of ids that follow the token `last`, with the blank that SentencePiece writes between them."""
+        if last is None:
+            return self.decode(ids)
+        before, both = self.decode([last]), self.decode([last, *ids])
+        return both[len(before) :] if both.startswith(before) else self.decode(ids)
 
     def chat(
         self,
@@ -146,7 +158,10 @@ class Tokenizer:
         templates: Any = self.chat_template
         if isinstance(templates, Mapping):
             templates = [{"name": name, "template": each} for name, each in templates.items()]
-        write_json(folder / "tokenizer_config.json", {**self.words, "chat_template": templates})
+        named = {name: word for name, word in self.words.items() if not name.endswith("_token")}
+        words = {name: word for name, word in self.words.items() if name not in named}
+        config = {**words, "extra_special_tokens": named, "chat_template": templates}
+        write_json(folder / "tokenizer_config.json", config)
         ids = {"bos_token_id": self.bos_id, "eos_token_id": list(self.eos_ids)}
         write_json(folder / "generation_config.json", ids)
 
@@ -168,13 +183,17 @@ class ByteTokenizer:
         """Returns the bytes of the text, int32; `start` adds nothing."""
         return np.frombuffer(_check_text(text).encode(), np.uint8).astype(np.int32)
 
-    def encode_next(self, text: str) -> Int[np.ndarray, "n"]:
+    def encode_next(self, text: str, last: int | None = None) -> Int[np.ndarray, "n"]:
         """Returns the same as `encode`."""
         return self.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Turns bytes into text; other ids and bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(bytes([i]) if 0 <= i < 256 else b"\xff" for i in map(int, ids)).decode(errors="replace")
+        return b"".join(bytes([i]) if 0 <= i < 256 else b"\xff" for i in _check_ids(ids)).decode(errors="replace")
+
+    def decode_next(self, ids: Iterable[int], last: int | None) -> str:
+        """Returns the same as `decode`."""
+        return self.decode(ids)
 
     def chat(
         self,
@@ -208,6 +227,13 @@ def _check_text(text: Any) -> str:
     except UnicodeEncodeError as error:
         raise KvjaxError(f"the text holds half a character at {error.start}; expected Unicode text") from None
     return text
+
+
+def _check_ids(ids: Any) -> list[int]:
+    try:
+        return [operator.index(i) for i in ids]
+    except TypeError:
+        raise KvjaxError(f"the ids are of type {type(ids).__name__}; expected whole numbers") from None
 
 
 def _start_ids(processor: Mapping[str, Any]) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Tokenizers of HF folders: tokenizer.json, and what the files beside it say.
 
-Every key of tokenizer_config.json and generation_config.json is used, stands in a table here, or is refused.
+Every key of tokenizer_config.json and generation_config.json that may change the tokens is used, stands in a table
+here, or is refused.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from tokenizers import AddedToken, processors
 from kvjax.errors import KvjaxError
 from kvjax.files import brief, read_json
 from kvjax.models.chat_template import ChatTemplate
+from kvjax.models.keys import KeyList
 from kvjax.models.tokenizer import Tokenizer, adds_space
 
 _SLOW = "tokenizer.json holds the result: only the slow tokenizer reads it"
@@ -141,7 +143,7 @@ GENERATION_CONFIG = {  # key: what kvjax does with it
     **dict.fromkeys(("token_healing", "presence_penalty", "frequency_penalty"), _CHANGES),
     **dict.fromkeys(("max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time"), _LENGTH),
     **dict.fromkeys(("max_window_size", "max_context_size"), _LENGTH),
-    "stop_strings": "not applied: kvjax stops at tokens",
+    "stop_strings": "not applied: generate takes stop_strings",
     **dict.fromkeys(
         ("use_cache", "cache_config", "cache_implementation", "max_cache_len", "prefill_chunk_size"), _RUN
     ),
@@ -155,6 +157,10 @@ GENERATION_CONFIG = {  # key: what kvjax does with it
     **dict.fromkeys(("user_token_id", "assistant_token_id"), "templates are in the files"),
     **dict.fromkeys(("transformers_version", "_from_model_config", "_commit_hash", "trust_remote_code"), _NOTE),
 }
+
+# Parts of names that say: this key may change the tokens of a text, or which tokens an answer has.
+_SPELLS = ("add_", "bos", "byte", "eos", "lower", "merge", "normali", "prefix", "space", "special", "split", "strip")
+_CHOOSES = ("bias", "eos", "forced", "logit", "penalty", "stop", "suppress", "token")
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -175,7 +181,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     config = _tokenizer_config(folder)
     words = _words(config)
     _add_tokens(backend, config, words)
-    generation = _known(folder / "generation_config.json", GENERATION_CONFIG)
+    generation = _known(folder / "generation_config.json", GENERATION_CONFIG, _CHOOSES)
     # As in transformers, generation_config.json has the last word on where generation ends.
     ids = _optional_json(folder / "config.json") | generation
     bos, eos = (_ids(ids.get(f"{x}_token_id"), words.get(f"{x}_token"), backend) for x in ("bos", "eos"))
@@ -236,20 +242,19 @@ def _optional_json(file: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
-def _known(file: Path, table: Mapping[str, str]) -> dict[str, Any]:
-    """The keys of a JSON file that say something; each stands in the table or names a special token."""
+def _known(file: Path, table: Mapping[str, str], stems: tuple[str, ...]) -> dict[str, Any]:
+    """The keys of a JSON file that say something. One that may change the tokens is in the table, or is refused."""
     stated = {key: value for key, value in _optional_json(file).items() if value is not None}
-    for key, value in stated.items():
-        if key not in table and not (key.endswith("_token") and _content(value) is not None):
-            raise KvjaxError(f"{file} has {key!r}, which kvjax does not know; it may change what the model is given")
+    words = [key for key, value in stated.items() if key.endswith("_token") and _content(value) is not None]
+    KeyList((*table, *words), stems=stems).check(stated, str(file))
     return stated
 
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json with what older files hold for it, in transformers' order."""
-    config = _known(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
+    config = _known(folder / "tokenizer_config.json", TOKENIZER_CONFIG, _SPELLS)
     if "added_tokens_decoder" not in config:
-        config |= _known(folder / "special_tokens_map.json", TOKENIZER_CONFIG)
+        config |= _known(folder / "special_tokens_map.json", TOKENIZER_CONFIG, _SPELLS)
         added = _optional_json(folder / "added_tokens.json")
         config["added_tokens_decoder"] = {str(i): {"content": content} for content, i in added.items()}
     for key, kind in (("added_tokens_decoder", dict), ("add_bos_token", bool), ("split_special_tokens", bool)):

@@ -140,10 +140,7 @@ def attend_packed(
         if table is not None or q.dtype == jnp.float64 or not is_decode_shape(q.shape[1] * q.shape[2] // keys.heads):
             raise NotImplementedError("keys before RoPE, float64 and many queries are XLA's")
         how: dict[str, Any] = {"implementation": name, "interpret": interpret, **span.for_kernels()}
-        # Kernels know no units: scores are linear in the keys, the output in the values.
-        scaled = (q * store.unit(keys)).astype(q.dtype)
-        part = Partial(*packed_attention(scaled, store.for_kernels(keys), store.for_kernels(values), **how))
-        return part._replace(output=part.output * store.unit(values))
+        return Partial(*packed_attention(q, store.for_kernels(keys), store.for_kernels(values), **how))
 
     return dispatch("packed_attention", kernel, lambda: _attend_tiles(q, span, keys, values, table))
 
@@ -319,7 +316,7 @@ def attend_keys(
     q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
     q_positions, edges = (jnp.pad(a, ((0, 0), (0, pad))) for a in (q_positions, edges))
 
-    def one_tile(index):
+    def one_tile(index, q):
         first = index * tile
         q_tile = jax.lax.dynamic_slice_in_dim(q, first, tile, 1)
         ends = (jax.lax.dynamic_slice_in_dim(a, first, tile, 1) for a in (q_positions, edges))
@@ -332,10 +329,15 @@ def attend_keys(
         return out, lse.reshape(batch, heads, tile).transpose(0, 2, 1)
 
     if count == 1:
-        return Partial(*one_tile(0))
-    out, lse = jax.lax.map(one_tile, jnp.arange(count))
-    out, lse = (a.swapaxes(0, 1).reshape(batch, count * tile, *a.shape[3:])[:, :tokens] for a in (out, lse))
-    return Partial(out, lse)
+        return Partial(*one_tile(0, q))
+
+    def step(index, state):
+        parts = zip(state, one_tile(index, state[0]), strict=True)
+        return tuple(jax.lax.dynamic_update_slice_in_dim(old, new, index * tile, 1) for old, new in parts)
+
+    # Outputs take the place of their queries: XLA would allocate empty arrays of all layers before the first.
+    out, lse = jax.lax.fori_loop(0, count, step, (q, q[..., 0]))
+    return Partial(out[:, :tokens], lse[:, :tokens])
 
 
 def _online_softmax(

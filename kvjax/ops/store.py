@@ -3,9 +3,6 @@
 The layout is that of pallas_kernels/layout.py: codes [B, K, rows, D], planar along the tokens of a packing block, so
 that a block unpacks with a shift and a mask of whole rows; scales and zero points [B, K, D/group, S] per token,
 [B, K, S/group, D] per channel. A single token is written by replacing its bits in the bytes of its packing block.
-
-Scales are float16, so a sequence whose values are very small or very large is stored in units of its own: x * 2^-e,
-with one e per sequence and tensor that follows from the sequence's first token, and 0 for values of usual size.
 B batch, K kv heads, S allocated tokens, D head_dim.
 """
 
@@ -137,7 +134,6 @@ class PackedStore:
     planes: tuple[Array, ...]
     scale: Any  # Array, None where exact; zero likewise
     zero: Any
-    exponent: Any  # Int8[Array, "B"]: values are stored as x * 2^-exponent; None where always as they are
     format: Format = struct.field(pytree_node=False)
 
     @property
@@ -161,7 +157,6 @@ class UnpackedStore:
     codes: UInt8[Array, "B K S D"]
     scale: Array
     zero: Array
-    exponent: Any  # as in PackedStore
     levels: Float[Array, ""]  # 2^b - 1
     format: Format = struct.field(pytree_node=False)  # of any width: `levels` gives the actual one
 
@@ -180,7 +175,7 @@ Stored = PackedStore | UnpackedStore | RowStore
 
 def exact(x: Float[Array, "B K S D"]) -> PackedStore:
     """Wraps values, unquantised, as a history."""
-    return PackedStore((x,), None, None, None, Format(EXACT, "token", 1, 0))
+    return PackedStore((x,), None, None, Format(EXACT, "token", 1, 0))
 
 
 def for_kernels(stored: Stored) -> layout.Packed:
@@ -212,7 +207,7 @@ def unpacked(packed: PackedStore, levels: Float[Array, ""]) -> UnpackedStore:
       The history with one byte per code.
     """
     codes = read_tile(packed, 0, packed.tokens, jnp.uint8).codes
-    return UnpackedStore(codes, packed.scale, packed.zero, packed.exponent, levels, packed.format)
+    return UnpackedStore(codes, packed.scale, packed.zero, levels, packed.format)
 
 
 def capacity(max_len: int, *formats: AnyFormat) -> int:
@@ -229,9 +224,7 @@ def capacity(max_len: int, *formats: AnyFormat) -> int:
     return -(-max_len // pack) * pack
 
 
-def init(
-    format: AnyFormat, batch: int, kv_heads: int, tokens: int, head_dim: int, dtype, own_units: bool = False
-) -> PackedStore | RowStore:
+def init(format: AnyFormat, batch: int, kv_heads: int, tokens: int, head_dim: int, dtype) -> PackedStore | RowStore:
     """Allocates an empty history.
 
     Args:
@@ -241,7 +234,6 @@ def init(
       tokens: tokens S, a `capacity` of the format.
       head_dim: channels D of a head.
       dtype: dtype of unquantised values.
-      own_units: whether codes are of values in units of each sequence, see `choose_exponent`.
 
     Returns:
       The history, all zeros.
@@ -254,11 +246,10 @@ def init(
         kept = jax.eval_shape(format.encode, rows(tokens, head_dim, dtype))
         return RowStore(tuple(jnp.zeros(a.shape, a.dtype) for a in kept), format)
     if format.bits == EXACT:
-        return PackedStore((rows(tokens, head_dim, dtype),), None, None, None, format)
+        return PackedStore((rows(tokens, head_dim, dtype),), None, None, format)
     planes = tuple(rows(tokens * width // 8, head_dim, jnp.uint8) for width in packing.PLANES[format.bits])
     groups = (head_dim // format.group, tokens) if format.per == "token" else (tokens // format.group, head_dim)
-    exponent = jnp.zeros((batch,), jnp.int8) if own_units else None
-    return PackedStore(planes, rows(*groups, jnp.float16), rows(*groups, jnp.float16), exponent, format)
+    return PackedStore(planes, rows(*groups, jnp.float16), rows(*groups, jnp.float16), format)
 
 
 def logical_axes(packed: Stored, heads: str | None) -> Stored:
@@ -271,51 +262,7 @@ def logical_axes(packed: Stored, heads: str | None) -> Stored:
     Returns:
       The same tree with a PartitionSpec of logical names at every leaf.
     """
-    return jax.tree.map(lambda a: PartitionSpec("batch", *(heads, None, None)[: a.ndim - 1]), packed)
-
-
-USUAL = (-8, 12)  # powers of two: between them the scales of every width are whole float16 numbers, with room to grow
-
-
-def choose_exponent(first: Float[Array, "B K D"]) -> Int[Array, "B"]:
-    """The power of two that a sequence is stored in units of: 0 for values of usual size.
-
-    It depends on the first token alone, so that chunks of any size are stored alike. Later tokens may be 2^23 times
-    as large where the first is below the usual, 16 times where it is above; beyond that they read back as NaN.
-
-    Args:
-      first: values of a sequence's first token.
-
-    Returns:
-      e, int8: values are stored as x * 2^-e.
-    """
-    size = jnp.abs(first.astype(jnp.float32)).max((1, 2))
-    power = jnp.frexp(size)[1]  # size < 2^power
-    unusual = jnp.isfinite(size) & (size > 0)
-    exponent = jnp.minimum(power - 1 - USUAL[0], 0) + jnp.maximum(power - USUAL[1], 0)
-    return jnp.where(unusual, jnp.clip(exponent, -126, 126), 0).astype(jnp.int8)
-
-
-def unit(stored: Stored) -> Float[Array, "B 1 1 1"] | float:
-    """What the stored values are multiplied by when they are read: a power of two, so that nothing is rounded."""
-    exponent = None if isinstance(stored, RowStore) else stored.exponent
-    return 1.0 if exponent is None else _power(exponent)
-
-
-def _power(exponent: Int[Array, "B"]) -> Float[Array, "B 1 1 1"]:
-    return jnp.ldexp(jnp.float32(1), exponent.astype(jnp.int32))[:, None, None, None]
-
-
-def _in_units(
-    packed: PackedStore | UnpackedStore, first: Float[Array, "B K D"], starts: Bool[Array, "B"]
-) -> tuple[PackedStore | UnpackedStore, Callable[[Array], Array]]:
-    """The store with the exponents of sequences that start now, and what turns their values into its units."""
-    if packed.exponent is None:
-        return packed, lambda x: x
-    exponent = jnp.where(starts, choose_exponent(first), packed.exponent)
-    power = _power(-exponent)
-    scaled = lambda x: x * power.reshape(-1, *(1,) * (x.ndim - 1)).astype(x.dtype)  # noqa: E731
-    return dataclasses.replace(packed, exponent=exponent), scaled
+    return jax.tree.map(lambda _: PartitionSpec("batch", heads, None, None), packed)
 
 
 def write_tokens(
@@ -337,14 +284,12 @@ def write_tokens(
     at = jnp.where(step < lengths[:, None], start[:, None] + step, packed.tokens)  # out of range: dropped
     if isinstance(packed, RowStore):
         return packed.write(x, at)
-    if isinstance(packed, PackedStore) and format.bits == EXACT:
-        return dataclasses.replace(packed, planes=(_put(packed.planes[0], x, at),))
-    packed, scaled = _in_units(packed, x[:, 0], (start == 0) & (lengths > 0))
-    x = scaled(x)
     if isinstance(packed, UnpackedStore):
         q = affine.quantize_to(x, packed.levels, -1, format.group)
         scale, zero = _put_last(packed.scale, q.scale, at), _put_last(packed.zero, q.zero, at)
         return dataclasses.replace(packed, codes=_put(packed.codes, q.codes, at), scale=scale, zero=zero)
+    if format.bits == EXACT:
+        return dataclasses.replace(packed, planes=(_put(packed.planes[0], x, at),))
     q = affine.quantize(x, format.bits, -1, format.group)
     # Codes aligned to packing blocks, and the bits of the blocks that they replace.
     count = (tokens + format.pack_size - 2) // format.pack_size + 1
@@ -391,21 +336,20 @@ def write_blocks(
     format = packed.format
     blocks = x.swapaxes(2, 3)  # [B, N, K, R, D]
     counted = mask[:, :, None, :, None]
-    if isinstance(packed, PackedStore) and format.bits == EXACT:
-        return dataclasses.replace(packed, planes=(_put_rows(packed.planes[0], blocks, index),))
-    packed, scaled = _in_units(packed, x[:, 0, 0], index[:, 0] == 0)
     if isinstance(packed, UnpackedStore):
-        q = affine.quantize_to(scaled(blocks), packed.levels, format.group_axis, format.group, counted)
+        q = affine.quantize_to(blocks, packed.levels, format.group_axis, format.group, counted)
         codes, scale, zero = _put_rows(packed.codes, q.codes, index), *_put_scales(packed, q.scale, q.zero, index)
         return dataclasses.replace(packed, codes=codes, scale=scale, zero=zero)
+    if format.bits == EXACT:
+        return dataclasses.replace(packed, planes=(_put_rows(packed.planes[0], blocks, index),))
 
     def xla():
-        q = affine.quantize(scaled(blocks), format.bits, format.group_axis, format.group, counted)
+        q = affine.quantize(blocks, format.bits, format.group_axis, format.group, counted)
         return packing.pack(q.codes, format.bits), q.scale, q.zero
 
     def kernel(name: str, interpret: bool):
         how: dict[str, Any] = {"bits": format.bits, "per": format.per, "group": format.group}
-        flat, each = scaled(blocks).reshape(-1, *blocks.shape[2:]), mask.reshape(-1, mask.shape[2])
+        flat, each = blocks.reshape(-1, *blocks.shape[2:]), mask.reshape(-1, mask.shape[2])
         made = quantize_pack(flat, each, **how, implementation=name, interpret=interpret)
         planes, scale, zero = jax.tree.map(lambda a: a.reshape(*index.shape, *a.shape[1:]), made)
         return planes, *((scale, zero) if format.per == "channel" else (a.swapaxes(3, 4) for a in (scale, zero)))
@@ -535,6 +479,4 @@ def _tile(rows: Callable[..., Array], packed: PackedStore | UnpackedStore, codes
     format = packed.format
     where = (1, 1, 3) if format.per == "token" else (1, format.group, 2)
     scale, zero = rows(packed.scale, *where), rows(packed.zero, *where)
-    if packed.exponent is not None:
-        scale, zero = (a.astype(jnp.float32) * unit(packed) for a in (scale, zero))
     return Tile(codes, scale, zero, format.group_axis, format.group)

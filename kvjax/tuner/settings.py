@@ -8,6 +8,7 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
+from kvjax.checks import check_real, check_whole, show
 from kvjax.errors import KvjaxError
 
 CHOICES = {
@@ -102,5 +103,7 @@ class SearchSettings:
 def _typed(name: str, value: Any, field_type: str) -> Any:
     make, accepted = TYPES[field_type]
     if not isinstance(value, accepted):
-        raise KvjaxError(f"{name}={value!r}; expected {make.__name__}")
-    return make(value)
+        raise KvjaxError(f"{name}={show(value)}; expected {make.__name__}")
+    if make is int:
+        return check_whole(name, value, -(2**63), 2**63 - 1)
+    return check_real(name, value, "a float") if make is float else value

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.caches.base import Attends, CacheShape, CacheSpec, Chunk, LayerCache, ModelSizes
 from kvjax.caches.plan import CachePlan
-from kvjax.calibrate.bases import load_bases, validate_norms
+from kvjax.calibrate.bases import load_bases
 from kvjax.errors import KvjaxError
 from kvjax.evaluate import vocabulary
 from kvjax.mesh import fetch
@@ -216,11 +216,9 @@ class Simulator:
           Scores of shape [w, n - 1] per field.
 
         Raises:
-          KvjaxError: a layer's method does not allow whole windows or cannot hold its input, or the logits are not
-            finite.
+          KvjaxError: a layer's method does not allow whole windows, or the logits are not finite.
         """
         plan.require_whole_windows("a search")
-        validate_norms(self.model, plan)
         with self.model.layout.entered():
             parts = [self._score(plan, w) for w in range(len(self.windows))]
         scores = jax.tree.map(lambda *a: np.stack([fetch(x).astype(np.float64) for x in a]), *parts)

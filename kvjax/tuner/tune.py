@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.caches.plan import CachePlan
+from kvjax.checks import check_path
 from kvjax.evaluate.sweep import identity_of, kept_in
 from kvjax.evaluate.text import Text
-from kvjax.models.model import Model
+from kvjax.models.model import Model, check_model
 from kvjax.tuner.card import make_card, write_plan
 from kvjax.tuner.evaluations import Evaluations
 from kvjax.tuner.judge import make_judge
@@ -46,7 +47,7 @@ class Tuning:
         Raises:
           KvjaxError: the name ends otherwise, or the file cannot be written.
         """
-        write_plan(Path(path), self.plan, self.card)
+        write_plan(check_path("path", path), self.plan, self.card)
 
     def __repr__(self) -> str:
         figures = f"{self.plan.bits_asymptotic:.2f} bits with scales, KL {self.card['expected']['kld']:.3g}"
@@ -84,6 +85,7 @@ def tune(
     Raises:
       KvjaxError: one line that says what was expected; arguments are checked before anything is computed.
     """
+    check_model(model)
     checked = SearchSettings.of({"budget": budget, **settings})
     cut = calibration(model, text, context, windows, offset)
     identity = identity_of(model, names_of(text), cut, "streaming", windows, offset)

@@ -399,8 +399,7 @@ def test_bits_real_counts_everything():
     one_head = ModelSizes(layers=3, heads=1, kv_heads=1, head_dim=32, model_dim=32)
     codes_and_scales = 64 * 5  # 40 tokens are two blocks of 32
     exact = (32 + 4) * 16
-    unit = 8 / 32  # of each element of a token; one exponent per tensor and sequence
-    assert CachePlan.parse("k4v4@kivi(sink=4)", one_head).bits_real(40) == (codes_and_scales + exact + unit) / 40
+    assert CachePlan.parse("k4v4@kivi(sink=4)", one_head).bits_real(40) == (codes_and_scales + exact) / 40
     assert CachePlan.parse("dense", one_head).bits_real(40) == 16
 
 
@@ -421,8 +420,7 @@ def test_nbytes(text, head_dim, dtype, per_head):
     """The formula's bytes, the leaves' bytes and the bytes of a compiled program's argument."""
     shape = dataclasses.replace(SHAPE, head_dim=head_dim, dtype=dtype)
     plan = CachePlan.parse(text, dataclasses.replace(model(2), head_dim=head_dim))
-    packed = sum(bits != "16" for bits in re.findall(r"[kv](\d+)", text))  # tensors: an exponent a sequence each
-    bytes_of_a_layer = shape.batch * (per_head * shape.kv_heads + packed)
+    bytes_of_a_layer = per_head * shape.batch * shape.kv_heads
     assert plan.specs[0].nbytes(shape) == bytes_of_a_layer
     assert plan.nbytes(256, 2, dtype) == 2 * bytes_of_a_layer
     cache = plan.init(shape)

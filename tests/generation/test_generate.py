@@ -104,6 +104,16 @@ def test_stop_tokens_end_each_sequence_by_itself(tiny: Model) -> None:
     assert made.stopped[0] and len(made.tokens[0]) <= 4
 
 
+def test_a_full_state_is_read_on_from(tiny: Model) -> None:
+    """A state without room for more is copied into a larger cache by every reader."""
+    ids = np.arange(5, 45)
+    state = kvjax.prefill(tiny, ids[:16], "k8v4@token", max_len=16)
+    more = kvjax.logits(tiny, ids[16:], state, read="exact")
+    whole = kvjax.logits(tiny, ids, "k8v4@token", read="exact")[:, 16:]
+    np.testing.assert_allclose(more, whole, atol=1e-4 * np.abs(whole).max())
+    assert state.max_len == 16
+
+
 def test_stop_strings_end_across_token_borders(tiny: Model) -> None:
     """Most tokens are one character here, so that each string is made of several."""
     decode = tiny.tokenizer.decode
@@ -220,6 +230,11 @@ def test_bad_input_is_said(weightless: Model, prompt: str | list[str], options: 
     for function in (kvjax.generate, kvjax.stream):  # stream: when it is called, not when it is first read
         with pytest.raises(kvjax.KvjaxError, match=said):
             function(weightless, prompt, **{"max_new_tokens": 2} | options)
+
+
+def test_a_stream_is_of_one_prompt(weightless: Model) -> None:
+    with pytest.raises(kvjax.KvjaxError, match="2 prompts; expected one to stream"):
+        kvjax.stream(weightless, ["a", "b"])
 
 
 def test_what_is_no_model_or_no_argument() -> None:

@@ -99,3 +99,48 @@ def test_a_chat_may_begin_behind_a_document(tiny: Model) -> None:
     ids = ids_of(model, [{"role": "user", "content": "hi"}], document.read[0])
     assert BOS not in ids and model.tokenizer.decode(ids).startswith("<user>")
     assert ids_of(model, "text", document.read[0]) == model.tokenizer.encode("text").tolist()  # goes on with it
+
+
+# ---- SentencePiece, which puts a blank before a text
+
+
+def spaced(scheme: str) -> Tokenizer:
+    """A tokenizer of single characters whose blank is a part of words."""
+    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *"\n▁abcdefghijklmnopqrstuvwxyz?<>/"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>"))
+    if scheme == "prepend":
+        parts = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+        backend.normalizer = tokenizers.normalizers.Sequence(parts)
+        backend.decoder = tokenizers.decoders.Sequence(
+            [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0)]
+        )
+    else:
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme)
+        backend.decoder = tokenizers.decoders.Metaspace(prepend_scheme=scheme)
+    backend.add_special_tokens(["<s>", "</s>"])
+    start_with(backend, BOS)
+    return Tokenizer(backend, BOS, (EOS,), CHAT, {"bos_token": "<s>", "eos_token": "</s>"})
+
+
+@pytest.mark.parametrize("scheme", ["prepend", "always", "first", "never"])
+@pytest.mark.parametrize("ended", [True, False])
+def test_blanks_stand_where_the_whole_text_has_them(tiny: Model, scheme: str, ended: bool) -> None:
+    model = dataclasses.replace(tiny, tokenizer=spaced(scheme))
+    tokenizer = model.tokenizer
+    turns = [("user", "hi"), ("assistant", "yes"), ("user", "why?")]
+    whole = tokenizer.encode(tokenizer.chat([{"role": who, "content": said} for who, said in turns]), start=True)
+    first = encode_prompts(model, "hi")[0]
+    answer = tokenizer.encode_next("yes", int(first.ids[-1])).tolist() + [EOS] * ended
+    assert [*first.ids, *answer, *ids_of(model, "why?", first.read.then(answer))] == whole.tolist()
+    for a, b in (("hello", " world"), ("x</s>", "y"), ("a", "b"), ("end\n", "next")):
+        before = encode_prompts(model, a, chat=False)[0]
+        parts = [*before.ids, *ids_of(model, b, before.read, chat=False)]
+        assert parts == tokenizer.encode(a + b, start=True).tolist()
+
+
+@pytest.mark.parametrize("scheme", ["prepend", "always", "first"])
+def test_resumed_texts_join(scheme: str) -> None:
+    tokenizer = spaced(scheme)
+    ids = tokenizer.encode("hello world and more").tolist()
+    for at in range(1, len(ids)):
+        assert tokenizer.decode(ids[:at]) + tokenizer.decode_next(ids[at:], ids[at - 1]) == "hello world and more"

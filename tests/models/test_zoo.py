@@ -135,7 +135,7 @@ def test_random_shapes_are_the_published_ones(name, parameters):
             "dtype 'float16' is not supported; expected one of float32, bfloat16, float64",
         ),
         (("random:tiny", "float64"), "float64 needs jax_enable_x64"),
-        (("random:tiny", None, 4), "layers=4: the model has 3"),
+        (("random:tiny", None, 4), "layers=4; expected 1 to 3"),
         (("random:tiny(layers=2)", None, 1), "names its layers already"),
     ],
 )

@@ -70,18 +70,6 @@ def leaves_equal(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-def stored(x, format):
-    """Everything in x as a store in units of its sequences gives it back, in the chunks that the format allows."""
-    packed = store.init(format, B, K, x.shape[1], D, jnp.float32, own_units=True)
-    if format.residual_length == 0:
-        for at in range(0, x.shape[1], 8):
-            packed = write_tokens(packed, x[:, at : at + 8], np.full(B, at), np.full(B, 8))
-        return read(packed)
-    blocks = x.reshape(B, -1, format.residual_length, K, D)
-    index = np.broadcast_to(np.arange(blocks.shape[1]), blocks.shape[:2])
-    return read(write_blocks(packed, blocks, np.ones(blocks.shape[:3], bool), index))
-
-
 def full_store(format, seed=99):
     """A store with tokens at every position."""
     packed = store.init(format, B, K, TOKENS, D, jnp.float32)
@@ -362,41 +350,3 @@ def test_capacity(max_len, formats, tokens):
 def test_refuses_blocks_that_do_not_fit(make):
     with pytest.raises(KvjaxError, match="residual"):
         make()
-
-
-@pytest.mark.parametrize(
-    "format", [TOKEN_FORMATS[6], Format(4, "channel", 32, 32), Format(2, "token", 8, 32)], ids=str
-)
-@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e-7, 1e-4, 1e5, 1e30])
-def test_values_of_any_size_are_held(format, size):
-    """float16 scales of 1e-7 vanish, of 1e5 overflow: a store holds either as well as values of usual size."""
-    x = random(3, B, 64, K, D)
-    usual, odd = (np.abs(stored(a, format) - a).max() / np.abs(a).max() for a in (x, x * np.float32(size)))
-    assert odd <= usual * 1.1
-
-
-def test_units_follow_the_first_token_of_each_sequence():
-    """Chunks of any size are stored alike, and a batch as its sequences alone."""
-    x = random(4, B, 64, K, D) * np.array([1e-9, 1.0, 1e6], "f4")[:, None, None, None]
-    x[:, 1:] *= 3
-    format = Format(4, "token", 8, 0)
-    empty = store.init(format, B, K, 64, D, jnp.float32, own_units=True)
-    one_by_one = empty
-    for at in range(5):
-        one_by_one = write_tokens(one_by_one, x[:, at : at + 1], np.full(B, at), np.ones(B, np.int32))
-    leaves_equal(one_by_one, write_tokens(empty, x[:, :5], np.zeros(B, np.int32), np.full(B, 5)))
-    assert one_by_one.exponent[0] < 0 == one_by_one.exponent[1] < one_by_one.exponent[2]
-
-
-@pytest.mark.parametrize("first", [0.0, np.nan, np.inf])
-def test_a_first_token_of_no_size_changes_nothing(first):
-    assert store.choose_exponent(jnp.full((1, K, D), first)).tolist() == [0]
-
-
-def test_what_outgrows_its_unit_is_seen():
-    """The first token of 1e6 sets the unit; 1e9 no longer fits and reads back as NaN, not as something else."""
-    x = np.full((B, 32, K, D), 1e6, np.float32) * np.linspace(1, 2, D, dtype=np.float32)
-    x[:, 5] *= 1000
-    back = stored(x, Format(4, "token", 8, 0))
-    assert np.isnan(back[:, 5]).all()
-    assert np.isfinite(np.delete(back, 5, 1)).all()

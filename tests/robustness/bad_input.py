@@ -31,25 +31,10 @@ from experiments import program
 from kvjax import records
 from kvjax.files import read_json
 from tests.robustness.fuzz import write_gguf
+from tests.robustness.programs import DEFAULTS
 
 ROOT = Path(__file__).parents[2]
 TINY, SHARDED, SCALED = "llama-linear", "qwen3", "llama-llama3"  # of the models' folder
-DEFAULTS = {
-    "perplexity": ("model=tiny", "text=text.txt", "caches=dense,k4v4@token", "context=16", "windows=2"),
-    "generate": ("model=tiny", "cache=k4v4@token", "prompt=the quick brown fox", "max_new_tokens=8"),
-    "tune": (
-        "model=tiny",
-        "text=text.txt",
-        "candidates=k8v8@token,k4v4@token",
-        "budget=6.0",
-        "context=64",
-        "windows=1",
-    ),
-    "throughput": ("models=tiny", "caches=dense", "points=1x64", "heads=4/2x32", "pairs=k4v4@token", "ops=1x256"),
-    "tune_kernels": ("heads=4/2x32", "pairs=k4v4@token", "points=1x256"),
-    "aot": ("ops=packed_attention", "bits=4/4"),
-    "aot_cuda": ("ops=packed_attention", "bits=4/4"),
-}
 LIMITED = """
 import resource, runpy, sys
 most, program = int(sys.argv[1]), sys.argv[2]
@@ -86,7 +71,8 @@ class Case:
         """The arguments that matter, for people."""
         limit = "" if self.disk is None else f"(files of at most {self.disk} bytes) "
         variables = "".join(f"{name}={value} " for name, value in self.environment)
-        return " ".join((limit + variables + self.program, *self.arguments)).replace(f"{ROOT}/", "")
+        line = " ".join((limit + variables + self.program, *self.arguments)).replace(f"{ROOT}/", "")
+        return os.fsencode(line).decode(errors="backslashreplace")
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
@@ -321,6 +307,17 @@ NSGA2 = ("--config.method=nsga2", "--config.trials=3")
 UNGROUPED = ("--config.prune=none", "--config.cluster=none")
 AGREEMENT = ("--config.objective=agreement", "--config.problems=problems.jsonl", "--config.count=2")
 ASKED = json.dumps({"question": "How many?", "answer": "#### 3"}).encode() + b"\n"
+PLUGIN = ("--config.plugins=mine.py",)
+TAKEN = b"""
+import dataclasses
+import kvjax
+from kvjax.caches.kv import KV
+
+@kvjax.register
+@dataclasses.dataclass(frozen=True)
+class Mine(KV):
+    pass
+"""
 CASES = (
     # settings
     _sweep("an unknown flag", "frobnicate", "--frobnicate=1"),
@@ -344,12 +341,13 @@ CASES = (
     _sweep("an unknown model", "expected smollm2-135m", "--config.model=nowhere"),
     _sweep("an unknown protocol", "streaming, decode, parallel", "--config.protocol=serial"),
     _sweep("an unknown dtype", "float32, bfloat16, float64", "--config.dtype=float8"),
-    _sweep("no windows", "at least 2 tokens, 1 window", "--config.windows=0"),
+    _sweep("no windows", "windows=0; expected at least 1", "--config.windows=0"),
     _sweep("a context beyond the model's", "at most the model's 256", "--config.context=300", "--config.windows=1"),
     _generate("a temperature below 0", "expected 0 (greedy)", "--config.temperature=-1"),
     _generate("a prompt longer than max_len", "at most max_len=16", "--config.max_len=16"),
     _generate("a max_len beyond the model's", "expected 1 to 256", "--config.max_len=1000"),
     _generate("an empty prompt", "prompt 0 is empty", "--config.prompt="),
+    _generate("a prompt that is not UTF-8", "half a character at 3", "--config.prompt=" + os.fsdecode(b"caf\xe9")),
     # caches
     _sweep("an unknown cache", "expected dense, k{key_bits}v{value_bits}", "--config.caches=zip"),
     _sweep(
@@ -421,11 +419,24 @@ CASES = (
     _generate("a damaged state", "is damaged", "--config.resume=state", prepare=_damage_state),
     _generate(
         "a prompt that a state has no room for",
-        "do not fit",
+        "do not fit; the model takes 256",
         "--config.resume=state",
-        "--config.max_new_tokens=60",
+        "--config.max_new_tokens=250",
         prepare=_make_state(TINY),
     ),
+    _generate(
+        "less room than a state has",
+        "max_len=32; expected 64 to 256, from the state's room",
+        "--config.resume=state",
+        "--config.max_len=32",
+        prepare=_make_state(TINY),
+    ),
+    # plugins
+    _generate("a plugin that is missing", "mine.py cannot be imported", *PLUGIN),
+    _generate("a plugin that is no Python", "invalid syntax", *PLUGIN, prepare=_write("mine.py", b"a cache, please")),
+    _generate("a plugin that raises", "division by zero", *PLUGIN, prepare=_write("mine.py", b"1 / 0")),
+    _generate("a plugin that registers nothing", "registers no cache", *PLUGIN, prepare=_write("mine.py", b"")),
+    _generate("a plugin of a taken name", "are those of KV already", *PLUGIN, prepare=_write("mine.py", TAKEN)),
     # searches
     _tune("a budget below every candidate", "expected at least 4, the least", "--config.budget=3.5"),
     _tune("a budget with scales below every candidate", "asymptotic bits", "--config.budget_asymptotic=4.0"),
@@ -445,7 +456,7 @@ CASES = (
     _tune("a seed below 0", "expected at least 0", "--config.seed=-1"),
     _tune("a seed beyond 32 bits", "a seed below 2**32", "--config.seed=4294967296"),
     _tune("a worker below 0", "expected at least 0", "--config.worker=-1"),
-    _tune("no windows to calibrate on", "at least 2 tokens, 1 window", "--config.windows=0"),
+    _tune("no windows to calibrate on", "windows=0; expected at least 1", "--config.windows=0"),
     _tune("a context beyond the model's, calibrating", "the model's 256", "--config.context=300"),
     _tune("too few tokens to calibrate on", "expected at least 1280", "--config.windows=20"),
     _tune("one of two texts is missing", "no text 'nowhere.txt'", "--config.text=text.txt,nowhere.txt"),

@@ -1,25 +1,22 @@
-"""Damaged inputs: each loader reads them or refuses them with one clear line, in bounded time and memory.
+"""Damaged files and odd things that people type: a result or one clear line, in bounded time and memory.
 
     python -m tests.robustness.fuzz --config=tests/robustness/fuzz_config.py --workdir=DIR
 
-Small inputs of every kind are made, and one file of them is damaged at a time. Prints what ends otherwise, with the
-seed that repeats it, and appends one row per kind to DIR/fuzz.jsonl; kinds that are there are not tried again.
+Small files of every kind are made, and one of them is damaged at a time; then every public entry is asked for what
+people type (`typed`), and every program given it (`programs`). Prints what ends otherwise, with the seed that repeats
+it, and appends one row per kind to DIR/fuzz.jsonl; kinds that are there are not tried again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import random
 import re
-import resource
 import shutil
-import signal
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,8 @@ import gguf
 import numpy as np
 from gguf.quants import quantize
 from ml_collections import config_dict
+from rich.console import Console
+from rich.progress import track
 from tokenizers.pre_tokenizers import ByteLevel
 
 from experiments import program
@@ -41,10 +40,11 @@ from kvjax.models import zoo
 from kvjax.models.model import Model
 from kvjax.models.params import param_shapes
 from kvjax.models.rope import make_rope
+from tests.robustness import programs, typed
+from tests.robustness.attempts import Kind, attempt
 
 OUTCOMES = ("loaded", "refused", "other")
 MODEL = dataclasses.replace(zoo.RANDOM["random:llama-2-7b"], layers=30)  # that plans are for
-MEMORY = 1 << 29  # bytes that one attempt may add to the peak of the process
 PLAN = "0:k8v8;1-2+29:k4v4@kivi(group=64,residual=128,sink=4);3-28:k4v2@kivi"
 
 
@@ -61,14 +61,14 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
             print(f"{kind.name:28s}" + "".join(f"{row[outcome]:6d} {outcome}" for outcome in OUTCOMES))
             others += row["other"]
     if others:
-        raise KvjaxError(f"{others} inputs were neither loaded nor refused with one clear line")
+        raise KvjaxError(f"{others} inputs were neither taken nor refused with one clear line")
 
 
 def _try(kind: Kind, tries: int, seconds: float) -> dict[str, Any]:
     """How many of so many damaged inputs ended how, and the longest time that one took."""
     counts = dict.fromkeys(OUTCOMES, 0)
     longest = 0.0
-    for seed in range(tries):
+    for seed in track(range(tries), kind.name, console=Console(stderr=True)):
         start = time.perf_counter()
         try:
             outcome = kind.attempt(seed, seconds)
@@ -76,7 +76,8 @@ def _try(kind: Kind, tries: int, seconds: float) -> dict[str, Any]:
             raise
         except BaseException as error:
             outcome = "other"
-            print(f"{error.__notes__[-1]}: {type(error).__name__}: {error}")
+            said = f"{error.__notes__[-1]}: {type(error).__name__}: {error}"
+            print(said.encode("ascii", "backslashreplace").decode(), flush=True)
         counts[outcome] += 1
         longest = max(longest, time.perf_counter() - start)
     return counts | {"seconds_max": longest}
@@ -164,59 +165,14 @@ CHANGES = (_truncate, _flip, _flip, _overwrite, _overwrite, _remove, _repeat, _l
 # ---- attempts
 
 
-class OutOfBounds(BaseException):
-    """An attempt took too long or too much memory; no Exception, so that no loader takes it for its own."""
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raises OutOfBounds in the main thread after so many seconds."""
-
-    def stop(*_: Any) -> None:
-        raise OutOfBounds(f"took more than {seconds} seconds")
-
-    old = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
-
-
-def attempt(loader: Callable[[Path], Any], path: Path, seconds: float = 30.0) -> str:
-    """Says "loaded" or "refused"; whatever else the loader raises passes through.
-
-    Raises:
-      OutOfBounds: too long, too much memory, or a refusal that does not name the path.
-    """
-    before = _peak()
-    with time_limit(seconds):
-        try:
-            loader(path)
-            outcome = "loaded"
-        except KvjaxError as error:
-            outcome, line = "refused", str(error)
-            if path.name not in line:
-                raise OutOfBounds(f"the refusal does not name {path.name}: {line}") from None
-    if (added := _peak() - before) > MEMORY:
-        raise OutOfBounds(f"took {added >> 20} MiB")
-    return outcome
-
-
-def _peak() -> int:
-    """The most memory that the process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 @dataclasses.dataclass(frozen=True)
-class Kind:
-    """One kind of input."""
+class Files:
+    """A kind of files, of which one is damaged at a time."""
 
     name: str
     path: Path  # what the loader is given
     loader: Callable[[Path], Any]
-    files: tuple[Path, ...]  # one of them is damaged at a time
+    files: tuple[Path, ...]  # that are damaged
     head: int
 
     def attempt(self, seed: int, seconds: float = 30.0) -> str:
@@ -226,7 +182,7 @@ class Kind:
         whole = file.read_bytes()
         _replace(file, damage(whole, rng, self.head))
         try:
-            return attempt(self.loader, self.path, seconds)
+            return attempt(lambda: self.loader(self.path), seconds, naming=self.path.name)
         except BaseException as error:
             error.add_note(f"{self.name}, seed {seed}: damage to {file.name}")
             raise
@@ -243,6 +199,11 @@ def _replace(file: Path, data: bytes) -> None:
 
 
 def make_kinds(folder: Path, models: Path) -> list[Kind]:
+    """All kinds; what they need is made in an empty folder from HF folders (llama-llama3, qwen3, llama-linear)."""
+    return [*make_files(folder, models), *typed.make_kinds(folder, models), *programs.make_kinds(folder, models)]
+
+
+def make_files(folder: Path, models: Path) -> list[Files]:
     """Small inputs of every kind in an empty folder, from HF folders: llama-llama3 (one file) and qwen3 (shards)."""
     names = (
         "one-file",
@@ -276,9 +237,9 @@ def make_kinds(folder: Path, models: Path) -> list[Kind]:
         records.append_row(rows, {"experiment": "fuzz", "number": number, "plan": PLAN, "versions": {"jax": "1.0"}})
     text.write_text("Ein Text, drei Zeilen: ä, ö, ü.\n" * 3, encoding="utf-8")
 
-    def model_kind(path: Path, pattern: str, head: int = 1 << 10) -> Kind:
+    def model_kind(path: Path, pattern: str, head: int = 1 << 10) -> Files:
         files = tuple(sorted(file for file in path.rglob(pattern) if file.is_file()))
-        return Kind(f"{path.name}/{pattern}", path, _load, files, head)
+        return Files(f"{path.name}/{pattern}", path, _load, files, head)
 
     return [
         model_kind(one, "config.json"),
@@ -291,14 +252,14 @@ def make_kinds(folder: Path, models: Path) -> list[Kind]:
         model_kind(shards, "*.safetensors", 1 << 11),
         model_kind(saved, orbax.METADATA),
         dataclasses.replace(model_kind(saved / "params", "*"), name="orbax/params", path=saved),
-        Kind("gguf", gguf_file, _load, (gguf_file,), 1 << 12),
+        Files("gguf", gguf_file, _load, (gguf_file,), 1 << 12),
         *(
-            Kind(file.name, file, lambda file: CachePlan.parse(str(file), MODEL), (file,), 1 << 10)
+            Files(file.name, file, lambda file: CachePlan.parse(str(file), MODEL), (file,), 1 << 10)
             for file in (preset, plan_file)
         ),
-        Kind("plan", plan, _parse, (plan,), 1 << 10),
-        Kind("results", rows, records.read_rows, (rows,), 1 << 10),
-        Kind("text", text, lambda file: load_text(str(file)), (text,), 1 << 10),
+        Files("plan", plan, _parse, (plan,), 1 << 10),
+        Files("results", rows, records.read_rows, (rows,), 1 << 10),
+        Files("text", text, lambda file: load_text(str(file)), (text,), 1 << 10),
     ]
 
 

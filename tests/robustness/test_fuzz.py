@@ -1,6 +1,7 @@
 """Damaged inputs are loaded or refused with one clear line; `tests.robustness.fuzz` tries many more."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import signal
@@ -20,26 +21,49 @@ from kvjax.checkpoints.gguf_reader import read_gguf
 from kvjax.checkpoints.load import load
 from kvjax.errors import LONGEST, KvjaxError
 from kvjax.models import zoo
-from tests.robustness import fuzz
-from tests.robustness.fuzz import OutOfBounds, attempt, make_kinds
+from tests.robustness import attempts, fuzz, programs, typed
+from tests.robustness.attempts import OutOfBounds, attempt
 
 TRIES = 80
 
 
 @pytest.fixture(scope="module")
 def kinds(goldens, tmp_path_factory):
-    return {kind.name: kind for kind in make_kinds(tmp_path_factory.mktemp("inputs"), goldens)}
+    return {kind.name: kind for kind in fuzz.make_files(tmp_path_factory.mktemp("inputs"), goldens)}
 
 
 def test_damaged(kinds):
     """A few seeds of every kind; what is not damaged loads."""
     for kind in kinds.values():
-        assert attempt(kind.loader, kind.path) == "loaded", kind.name
+        whole = functools.partial(kind.loader, kind.path)
+        assert attempt(whole) == "loaded", kind.name
         assert "refused" in {kind.attempt(seed) for seed in range(TRIES)}, kind.name
-        assert attempt(kind.loader, kind.path) == "loaded", kind.name
+        assert attempt(whole) == "loaded", kind.name
 
 
-def test_experiment(goldens, tmp_path, kinds):
+def test_typed(goldens, tmp_path, quick_compilation):
+    """A few seeds of what people type."""
+    for kind in typed.make_kinds(tmp_path, goldens):
+        tries = 8 if kind.name == "chat templates" else 30
+        assert "refused" in {kind.attempt(seed) for seed in range(tries)}, kind.name
+
+
+def test_programs(goldens, tmp_path, quick_compilation):
+    """A few seeds of what people type on command lines; seed 0 may start a process."""
+    for kind in programs.make_kinds(tmp_path, goldens):
+        assert "refused" in {kind.attempt(seed) for seed in range(1, 21)}, kind.name
+
+
+def test_ends_of_programs():
+    with pytest.raises(KvjaxError, match="error: it is bad"):
+        programs.judge(2, "a warning\nerror: it is bad\n")
+    for code, said in ((1, "error: x"), (2, "x"), (2, "error: x\nerror: y"), (2, "Traceback\nerror: x"), (2, "")):
+        with pytest.raises(OutOfBounds, match="exit"):
+            programs.judge(code, said)
+
+
+def test_experiment(goldens, tmp_path, kinds, monkeypatch):
+    monkeypatch.setattr(fuzz, "make_kinds", fuzz.make_files)
     fuzz.main(config_dict.create(models=str(goldens), tries=2, seconds=20.0), tmp_path)
     rows = records.read_rows(tmp_path / "fuzz.jsonl")
     assert [row["kind"] for row in rows] == list(kinds)
@@ -50,23 +74,19 @@ def test_experiment(goldens, tmp_path, kinds):
 # ---- what an attempt lets through, and what it does not
 
 
-def test_attempt(tmp_path, kinds, monkeypatch):
-    def refuse(message):
-        def loader(_):
-            raise KvjaxError(message)
+def test_attempt(kinds, monkeypatch):
+    def refuse():
+        raise KvjaxError("the file is bad")
 
-        return loader
-
-    file = tmp_path / "file"
-    assert attempt(lambda path: path, file) == "loaded"
-    assert attempt(refuse(f"{file} is bad"), file) == "refused"
-    with pytest.raises(OutOfBounds, match="does not name file: something is bad"):
-        attempt(refuse("something is bad"), file)
+    assert attempt(lambda: 1) == "loaded"
+    assert attempt(refuse, naming="file") == "refused"
+    with pytest.raises(OutOfBounds, match="does not name text: the file is bad"):
+        attempt(refuse, naming="text")
     with pytest.raises(OutOfBounds, match="took more than"):
-        attempt(lambda _: time.sleep(20), file, seconds=0.1)
-    monkeypatch.setattr(fuzz, "_peak", iter([0, 1 << 40]).__next__)
+        attempt(lambda: time.sleep(20), seconds=0.1)
+    monkeypatch.setattr(attempts, "_peak", iter([0, 1 << 40]).__next__)
     with pytest.raises(OutOfBounds, match="took 1048576 MiB"):
-        attempt(lambda path: path, file)
+        attempt(lambda: 1)
     monkeypatch.undo()
     assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
     whole = kinds["text"].path.read_bytes()
@@ -256,7 +276,7 @@ def test_orbax_folders(goldens, tmp_path):
 def test_plan_files(tmp_path, text):
     file = tmp_path / "plan.yaml"
     file.write_text(text)
-    assert attempt(lambda path: CachePlan.parse(str(path), zoo.RANDOM["random:llama-2-7b"]), file) == "refused"
+    assert attempt(lambda: CachePlan.parse(str(file), zoo.RANDOM["random:llama-2-7b"])) == "refused"
 
 
 @pytest.mark.parametrize("text", ["k{}v4", "{}:k4v4", "0-{}:k4v4", "k4v4(sink={})", "a\x00{}.yaml"])
