@@ -52,7 +52,7 @@ def test_rows_and_going_on(config: config_dict.ConfigDict, tmp_path: Path, monke
         names = [row["name"] for row in rows if (row["batch"], row["tokens"]) == (batch, tokens)]
         assert {"bf16 einsum", "k4v4@token kernel", "k4v4@token xla", "k4v2@kivi xla"} <= set(names)
     packed = next(row for row in rows if row["name"] == "k4v4@token kernel")
-    assert packed["bytes"] == 2 * (2 * 64 * (64 // 2 + 4) + 1)  # K and V: codes, scales, zero points, an exponent
+    assert packed["bytes"] == 2 * 2 * 64 * (64 // 2 + 4)  # K and V, heads, tokens: codes, a scale and a zero point
     assert max(row["times_bf16"] for row in rows if row["name"].startswith("bf16")) == 1.0
     with monkeypatch.context() as patch:
         patch.setattr(throughput, "_decode", full)
