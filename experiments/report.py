@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from scipy.stats import spearmanr
 
@@ -30,6 +30,7 @@ from kvjax.tables import format_figure, format_with_error
 
 ROOT = Path(__file__).parent.parent
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
@@ -157,7 +158,7 @@ def agreement(rows: list[Row]) -> str:
 
 def fuzz(rows: list[Row]) -> str:
     lines = [[row["kind"], *(f"{row[key]}" for key in ("tried", "loaded", "refused", "other"))] for row in rows]
-    header = ("file", "tried", "loaded", "refused in one line", "anything else")
+    header = ("what", "tried", "accepted", "refused in one line", "anything else")
     return f"{describe_source(rows)}\n\n" + table(header, lines)
 
 
@@ -171,7 +172,10 @@ def bad_inputs(rows: list[Row], fuzzed: list[Row]) -> str:
         " and a text, which the case has made bad where its arguments do not say more."
     )
     by = "`python -m tests.robustness.fuzz`"
-    damaged = f"## Damaged files\n\nEach kind of file that is read, cut and altered at random by {by}."
+    damaged = (
+        f"## Damaged files and odd input\n\nDrawn at random by {by}: files of each kind, cut and altered; and what"
+        " people type: prompts, ids, arguments of the library, chat templates, plans, config values, command lines."
+    )
     cases = f"{describe_source(rows)}\n\n{table(header, lines, numbers=False)}"
     return f"# Bad inputs\n\n{text}\n\n{cases}\n\n{damaged}\n\n{fuzz(fuzzed)}\n"
 
@@ -444,6 +448,16 @@ def clean_rows(file: str) -> list[Row]:
     return rows
 
 
+def _of_rows(make: Callable[[list[Row]], T], file: str) -> T:
+    """What `make` makes of clean rows. Raises KvjaxError where they lack what rows have by now."""
+    try:
+        return make(clean_rows(file))
+    except KeyError as error:
+        raise KvjaxError(
+            f"{file} has rows without {error.args[0]!r}, of an earlier form; run its program again"
+        ) from None
+
+
 def fill(page: Path, name: str, file: str | None, render: Callable[[list[Row]], str]) -> None:
     """Puts a table into a page.
 
@@ -456,7 +470,7 @@ def fill(page: Path, name: str, file: str | None, render: Callable[[list[Row]], 
     Raises:
       KvjaxError: its rows are refused; the page stays as it is.
     """
-    body = render(clean_rows(file) if file else [])
+    body = _of_rows(render, file) if file else render([])
     text = page.read_text(encoding="utf-8")
     found = re.search(rf"(<!-- {name} -->\n).*?(<!-- end -->)", text, re.DOTALL)
     assert found, f"{page} has no table named {name}"
@@ -466,7 +480,7 @@ def fill(page: Path, name: str, file: str | None, render: Callable[[list[Row]], 
 def draw(name: str) -> None:
     """Draws a picture of PICTURES. Raises KvjaxError where its rows are refused."""
     file, draw_rows = PICTURES[name]
-    draw_rows(clean_rows(file), ROOT / "docs" / f"{name}.png")
+    _of_rows(lambda rows: draw_rows(rows, ROOT / "docs" / f"{name}.png"), file)
 
 
 def write_bad_inputs() -> None:
