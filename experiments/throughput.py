@@ -72,6 +72,8 @@ class Heads(NamedTuple):
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     check(config)
+    for batch, _ in points_of(config.points):
+        Layout.of(config.mesh, config.replicate).check(batch=batch)
     deadline = time.monotonic() + 60 * config.minutes
     results = workdir / "throughput.jsonl"
     work = [*_ops(config, results), *_models(config, results)]
@@ -281,8 +283,7 @@ def check(config: config_dict.ConfigDict) -> None:
         raise KvjaxError(f"{given}: expected at least 1 round and 1 call, and minutes above 0")
     if config.dtype not in ("float32", "bfloat16"):
         raise KvjaxError(f"dtype={config.dtype}: expected float32 or bfloat16")
-    for batch, _ in points_of(config.points):
-        Layout.of(config.mesh, config.replicate).check(batch=batch)
+    points_of(config.points)
     heads_of(config.heads)
     for name in split_list(config.pairs):
         pair_of(name)

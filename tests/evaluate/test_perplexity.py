@@ -54,8 +54,12 @@ def test_windows() -> None:
     np.testing.assert_array_equal(cut_windows(ids, 10, 3, 5), np.arange(5, 35).reshape(3, 10))
     with pytest.raises(KvjaxError, match="the text has 100 tokens; expected at least 105"):
         cut_windows(ids, 20, 5, 5)
-    for bad in ((1, 3, 0), (10, 0, 0), (10, 3, -1)):
-        with pytest.raises(KvjaxError, match="expected at least"):
+    for bad, said in (
+        ((1, 3, 0), "context=1; expected at least 2"),
+        ((10, 0, 0), "windows=0; expected at least 1"),
+        ((10, 3, -1), "offset=-1; expected 0 or more"),
+    ):
+        with pytest.raises(KvjaxError, match=said):
             cut_windows(ids, *bad)
 
 
