@@ -17,7 +17,7 @@ from kvjax.tables import format_ratio
 
 def run(goldens: Path, workdir: Path, **fields: Any) -> list[dict[str, Any]]:
     config = get_config()
-    config.update({"model": str(goldens / "llama-linear"), "cache": "k4v4", "temperature": 0.9})
+    config.update({"model": str(goldens / "llama-linear"), "temperature": 0.9})
     config.update({"prompt": "hello world", **fields})
     generate.main(config, workdir)
     return read_rows(workdir / "generate.jsonl")
@@ -33,6 +33,8 @@ def test_save_and_resume_with_the_defaults(goldens: Path, tmp_path: Path, capsys
     assert (first["tokens"], rest["tokens"]) == (whole["tokens"] - 20, whole["tokens"])
     assert rest["max_len"] > first["max_len"]
     more = run(goldens, tmp_path / "rest", prompt=" and on", max_new_tokens=9, resume=str(tmp_path / "S"))[1]
+    with pytest.raises(kvjax.KvjaxError, match="holds a cache of k4v4@kivi; expected k2v2@token"):
+        run(goldens, tmp_path / "rest", prompt="", resume=str(tmp_path / "S"), cache="k2v2@token")
     assert more["tokens"] == first["tokens"] + len(" and on") + more["new_tokens"]
 
 
