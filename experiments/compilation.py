@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import glob
+import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,6 +39,20 @@ def keep_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+        warnings.showwarning = functools.partial(_drop_torn, folder, warnings.showwarning)
+
+
+def _drop_torn(folder: Path, show: Callable[..., None], message: Warning | str, *where: Any, **how: Any) -> None:
+    """Shows warnings but those of kept programs: one that cannot be read (a full disk tore it) is removed.
+
+    JAX itself leaves it there, compiles again at every start and says so.
+    """
+    found = re.match(r"Error (reading|writing) persistent compilation cache entry for '([^']*)'", str(message))
+    if found is None:
+        show(message, *where, **how)
+        return
+    for file in folder.glob(f"{glob.escape(found[2])}-*-cache"):
+        file.unlink(missing_ok=True)
 
 
 class Compiling(ProgressColumn):

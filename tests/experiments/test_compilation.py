@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,25 @@ def test_a_program_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     compilation_cache.reset_cache()
     jax.jit(lambda x: jnp.sin(x) * 7 + x)(1.5).block_until_ready()
     assert list((tmp_path / "cache" / "compiled").glob("*-cache"))
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_torn_program_is_made_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """As a full disk leaves it: it is compiled and kept again, without a word."""
+    monkeypatch.setattr(compilation, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    compilation.keep_programs()
+    compilation_cache.reset_cache()
+    compile_it = lambda: jax.jit(lambda x: jnp.cos(x) * 3 + x)(1.5).block_until_ready()  # noqa: E731
+    compile_it()
+    (kept,) = (tmp_path / "cache" / "compiled").glob("jit__lambda-*-cache")
+    whole = kept.stat().st_size
+    kept.write_bytes(kept.read_bytes()[:50])
+    compile_it()
+    assert kept.stat().st_size == pytest.approx(whole, rel=0.2)
+    assert "persistent" not in capfd.readouterr().err
 
 
 def test_another_folder_of_the_user_stays(tmp_path: Path) -> None:
