@@ -58,6 +58,8 @@ def check_path(name: str, value: Any) -> Path:
     """
     if not isinstance(value, str | os.PathLike):
         raise KvjaxError(f"{name} is of type {type(value).__name__}; expected a path")
+    if value == "":
+        raise KvjaxError(f"{name} is empty; expected a path")
     path = Path(value)
     try:
         possible = b"\x00" not in os.fsencode(path)

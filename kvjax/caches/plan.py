@@ -41,6 +41,8 @@ class CachePlan:
         Raises:
           KvjaxError: an unknown method, mode, field or width; gaps, overlaps or layers beyond the model.
         """
+        if not isinstance(text, str):
+            raise KvjaxError(f"the plan is of type {type(text).__name__}; expected a text")
         text = text.strip()
         if match := presets.FILE.fullmatch(text):
             return cls._of_file(Path(match["path"]), match["mode"], match["fields"], model)

@@ -107,7 +107,7 @@ def _grown_room(model: Model, state: State, read: list[Read], new: int, max_len:
 def _find_stop_tokens(model: Model, tokens: Sequence[int] | None) -> list[int]:
     if tokens is None:
         return list(model.tokenizer.eos_ids)
-    if isinstance(tokens, str) or not hasattr(tokens, "__iter__"):
+    if isinstance(tokens, str) or not hasattr(tokens, "__iter__") or getattr(tokens, "ndim", 1) != 1:
         raise KvjaxError(f"stop_tokens={show(tokens)}; expected a list of token ids")
     return [check_whole("a stop token", token, 0, model.config.vocab_size - 1) for token in tokens]
 

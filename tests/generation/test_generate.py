@@ -219,6 +219,7 @@ def weightless(tiny: Model) -> Model:
         ("a", {"stop_tokens": 5}, "stop_tokens=5; expected a list of token ids"),
         ("a", {"stop_tokens": [128]}, "a stop token=128; expected 0 to 127"),
         ("a", {"stop_tokens": "x"}, "stop_tokens='x'; expected a list"),
+        ("a", {"stop_tokens": np.array(2)}, "stop_tokens=array.2.; expected a list"),
         ("a", {"stop_strings": ""}, "stop_strings=''; expected a text that is not empty"),
         ("a", {"stop_strings": ["x", 5]}, r"stop_strings=\['x', 5\]; expected a text"),
         ("a", {"stop_strings": 5}, "stop_strings=5; expected a text"),
