@@ -217,13 +217,16 @@ def _before(request: Request) -> Held:
     """What there is before the prompts are read."""
     if request.before is None:
         return Held.empty(request.model, request.plan, len(request.ids), request.max_len)
-    # A copy, with more room where it is needed: the loop writes into it.
+    if request.max_len == request.before.max_len:
+        return request.before.held
     return grow(request.before.held, request.model, request.max_len)
 
 
 def _read(request: Request, bases: Any) -> Held:
     """The prompts in a cache that is nobody else's."""
     held = _before(request)
+    if request.before is not None and held is request.before.held:
+        held = grow(held, request.model, request.max_len)  # a copy: the loop writes into it
     for tokens, lengths in _prompt_chunks(request):
         held = feed(Decoder(request.model.config), request.model.params, bases, held, tokens, lengths)
     return held
