@@ -60,7 +60,7 @@ def parse(text: str) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices[:needed])
 
 
-def describe(mesh: Mesh) -> str:
+def describe(mesh: Mesh | AbstractMesh) -> str:
     """The text that `parse` takes, without axes of size 1."""
     return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "data=1"
 
@@ -140,16 +140,15 @@ class Layout:
         """
         names = [replicate] if isinstance(replicate, str) else replicate
         whole = tuple(name.strip() for text in names for name in text.split(",") if name.strip())
-        if unknown := [name for name in whole if name not in RULES]:
-            raise KvjaxError(f"replicate={unknown[0]}; expected some of {', '.join(RULES)}")
+        names = [name for name in RULES if name != "tokens"]  # a mesh without seq keeps them whole
+        if unknown := [name for name in whole if name not in names]:
+            raise KvjaxError(f"replicate={unknown[0]}; expected some of {', '.join(names)}")
         if isinstance(mesh, str):
             mesh = parse(mesh) if mesh else None
         if not isinstance(mesh, Mesh | None):
             raise KvjaxError(f"the mesh is of type {type(mesh).__name__}; expected a text or a jax.sharding.Mesh")
         if mesh is not None and not set(mesh.axis_names) <= set(AXES):
             raise KvjaxError(f"the mesh has axes {', '.join(mesh.axis_names)}; expected some of {', '.join(AXES)}")
-        if mesh is not None and mesh.shape.get("seq", 1) > 1:
-            raise KvjaxError(f"seq={mesh.shape['seq']}: not yet; expected a mesh of data and tensor")
         return cls(mesh, whole)
 
     def described(self) -> dict[str, str]:

@@ -19,7 +19,16 @@ FLAGS = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 )
 USUAL = (
-    *("data=2,tensor=4", "bytes of parameters", "bytes of caches", "safetensors", "gguf", "orbax", "states"),
+    *(
+        "data=2,tensor=4",
+        "data=2,seq=2,tensor=2",
+        "bytes of parameters",
+        "bytes of caches",
+        "safetensors",
+        "gguf",
+        "orbax",
+        "states",
+    ),
     *("what does not divide", "the mesh in context"),
 )
 
@@ -48,7 +57,7 @@ def test_on_eight_devices(name: str, found: dict[str, str]) -> None:
 def test_every_method_on_every_mesh(tmp_path: Path) -> None:
     found = run("weekly", tmp_path)
     errors = found.pop("")
-    assert len(found) == 13 and set(found.values()) == {"equal"}, f"{found}\n{errors}"
+    assert len(found) == 21 and set(found.values()) == {"equal"}, f"{found}\n{errors}"
 
 
 def test_a_mesh_of_one_line() -> None:
@@ -66,7 +75,7 @@ def test_what_is_no_mesh(text: str) -> None:
 
 def test_what_is_no_layout() -> None:
     assert Layout.of("", "kv_heads, mlp") == Layout.of(None, ["kv_heads", "mlp"])
-    with pytest.raises(KvjaxError, match="replicate=q; expected some of batch, tokens, heads"):
+    with pytest.raises(KvjaxError, match="replicate=q; expected some of batch, heads"):
         Layout.of(None, "q")
     with pytest.raises(KvjaxError, match="the mesh is of type int"):
         Layout.of(4)  # type: ignore[arg-type]

@@ -75,7 +75,11 @@ class ModelSizes:
 
 @dataclasses.dataclass(frozen=True)
 class CacheShape:
-    """Sizes of one layer's cache. `max_len` in tokens per sequence; `dtype` of what is stored unquantised."""
+    """Sizes of one layer's cache.
+
+    `max_len` in tokens per sequence; `dtype` of what is stored unquantised; `parts`: among how many devices a mesh
+    divides the tokens of a sequence.
+    """
 
     batch: int
     max_len: int
@@ -84,11 +88,12 @@ class CacheShape:
     head_dim: int
     model_dim: int
     dtype: Any = jnp.float32
+    parts: int = 1
 
     @classmethod
-    def of(cls, config: LayerShapes, batch: int, max_len: int, dtype: Any) -> CacheShape:
+    def of(cls, config: LayerShapes, batch: int, max_len: int, dtype: Any, parts: int = 1) -> CacheShape:
         """The shape for a model config (anything with heads, kv_heads, head_dim, model_dim)."""
-        return cls(batch, max_len, config.heads, config.kv_heads, config.head_dim, config.model_dim, dtype)
+        return cls(batch, max_len, config.heads, config.kv_heads, config.head_dim, config.model_dim, dtype, parts)
 
     @property
     def elements_per_token(self) -> int:

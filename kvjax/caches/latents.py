@@ -67,24 +67,21 @@ class LatentCache(StoredCache):
     def remat(self, chunk: Chunk) -> Remat:
         """What turns latents into keys and values."""
 
-    def attend_latents(
-        self, after: BlockStore, chunk: Chunk, latents: Latents, packed: tuple | None
-    ) -> attention.Partial:
-        """Attention over latents of packed tokens; `packed`: their stores, where those hold nothing else."""
+    def attend_latents(self, after: BlockStore, chunk: Chunk, latents: Latents) -> attention.Partial:
+        """Attention over latents of packed tokens."""
         table = rope_table(chunk, latents.tokens)
-        return attend_latents(
-            chunk.q, span(after, chunk), latents, self.remat(chunk), chunk.k.shape[2], table, packed
-        )
+        return attend_latents(chunk.q, span(after, chunk), latents, self.remat(chunk), table)
 
     def keys_and_values(self, latents: Tensors, chunk: Chunk) -> tuple[Array, Array]:
         """Keys before RoPE and values [B, N, K, d] of latents [B, N, G, W] of keys and of values."""
-        remat, kv_heads = self.remat(chunk), chunk.k.shape[2]
+        remat = self.remat(chunk)
         of_keys, of_values = (x.swapaxes(1, 2) for x in latents)
-        return remat.keys(of_keys, kv_heads).swapaxes(1, 2), remat.values(of_values, kv_heads).swapaxes(1, 2)
+        return remat.keys(of_keys).swapaxes(1, 2), remat.values(of_values).swapaxes(1, 2)
 
 
 def remat_of(chunk: Chunk, key: Float[Array, "G r m"], value: Float[Array, "G s m"]) -> Remat:
     """What rebuilds the layer's keys and values, with its biases and its qk-norm."""
     weights, kv_heads = chunk.weights, chunk.k.shape[2]
     k_bias, v_bias = (b if b is None else b.reshape(kv_heads, -1) for b in (weights.k_bias, weights.v_bias))
+    key, value = (w.reshape(*w.shape[:2], kv_heads // w.shape[0], -1) for w in (key, value))
     return Remat(key, value, k_bias, v_bias, weights.k_norm, weights.norm_eps)

@@ -158,6 +158,10 @@ class CachePlan:
         """What runs across the layers within one step, the same tree at every layer; () where nothing does."""
         carries = cross_layer.init_carries(list(self._layers()), shape)
         size = lambda carry: sum(leaf.size for leaf in jax.tree.leaves(carry))  # noqa: E731
+        if shape.parts > 1 and len({*map(size, carries)}) > 1:
+            raise KvjaxError(
+                f"{self}: runs with residuals of their own; devices that share tokens expect the same one"
+            )
         return max(carries, key=size, default=())  # runs with residuals of their own: the longest serves all
 
     def init_shapes(self, shape: CacheShape) -> Any:

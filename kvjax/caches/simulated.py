@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.caches.base import CacheShape, Chunk, LayerShapes
@@ -64,12 +65,22 @@ class SimulatedCache(StoredCache):
     """Keys after RoPE and values, as they would be read back."""
 
     def append(self, chunk: Chunk, carry: Any) -> tuple[BlockStore, Any]:
-        r, sink, end = self.spec.residual_length, self.spec.sink, chunk.positions[:, 0] + chunk.lengths
+        read_back = ReadBack(chunk.positions[:, 0] + chunk.lengths, self.spec)
+        return self.store.append(self.new_tensors(chunk), chunk, read_back), carry
 
-        def encode(tensors: Tensors, positions: Int[Array, "B N"]) -> Tensors:
-            real = (positions >= sink) & (positions < end[:, None])
-            count = r or positions.shape[1]
-            k, v, mask = (a.reshape(-1, count, *a.shape[2:]) for a in (*tensors, real))
-            return [a.reshape(tensors[0].shape) for a in self.spec.simulate(k, v, mask)]
 
-        return self.store.append(self.new_tensors(chunk), chunk, encode), carry
+@struct.dataclass
+class ReadBack:
+    """Keys and values as a quantiser gives them back, of sequences that end at `end`."""
+
+    end: Int[Array, "B"]
+    spec: Any = struct.field(pytree_node=False)  # SimulatedSpec
+
+    def __call__(self, tensors: Tensors, positions: Int[Array, "B N"]) -> Tensors:
+        real = (positions >= self.spec.sink) & (positions < self.end[:, None])
+        count = self.spec.residual_length or positions.shape[1]
+        k, v, mask = (a.reshape(-1, count, *a.shape[2:]) for a in (*tensors, real))
+        return [a.reshape(tensors[0].shape) for a in self.spec.simulate(k, v, mask)]
+
+    def logical_axes(self) -> ReadBack:
+        return ReadBack(PartitionSpec("batch"), self.spec)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,22 @@ from kvjax.caches.base import CacheShape, CacheSpec, Chunk, LayerCache, LayerSha
 from kvjax.errors import KvjaxError
 from kvjax.ops import attention, store
 from kvjax.ops.rotate import rotate_heads
+from kvjax.ops.shards import by_tokens, first_token
 from kvjax.quant.affine import BITS
 
 Tensors = Sequence[Float[Array, "B N G W"]]
-Encode = Callable[[Tensors, Int[Array, "B N"]], Tensors]
+
+
+class Encode(Protocol):
+    """What is packed of tensors, a pytree of all arrays that it takes."""
+
+    def __call__(self, tensors: Tensors, positions: Int[Array, "B N"]) -> Tensors: ...
+
+    def logical_axes(self) -> Any:
+        """The same tree, leaves PartitionSpecs of logical axis names."""
+
+
+Packed = tuple[store.Stored, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,23 +63,25 @@ class BlockStore:
     sinks: tuple[Float[Array, "B s G W"], ...]
     residual_length: int = struct.field(pytree_node=False)  # R
     sink: int = struct.field(pytree_node=False)
+    axes: tuple[str | None, ...] = struct.field(pytree_node=False)  # of each tensor, the logical name of its heads
 
     @classmethod
     def init(cls, shape: CacheShape, tensors: Sequence[TensorSpec], residual_length: int, sink: int) -> BlockStore:
         """Empty."""
-        block = residual_length or 1
-        tokens = -(-store.capacity(shape.max_len, *(t.format for t in tensors)) // block) * block
+        formats = (t.format for t in tensors)
+        tokens = store.capacity(shape.max_len, *formats, block=residual_length or 1, parts=shape.parts)
         packed = tuple(store.init(t.format, shape.batch, t.heads, tokens, t.width, shape.dtype) for t in tensors)
 
         def exact(tokens: int) -> tuple[Array, ...]:
             return tuple(jnp.zeros((shape.batch, tokens, t.heads, t.width), shape.dtype) for t in tensors)
 
-        return cls(packed, exact(residual_length), exact(sink), residual_length, sink)
+        axes = tuple(t.axis for t in tensors)
+        return cls(packed, exact(residual_length), exact(sink), residual_length, sink, axes)
 
-    def logical_axes(self, tensors: Sequence[TensorSpec]) -> BlockStore:
+    def logical_axes(self) -> BlockStore:
         """The same tree with a PartitionSpec of logical names at every leaf."""
-        packed = tuple(store.logical_axes(p, t.axis) for p, t in zip(self.packed, tensors, strict=True))
-        exact: Any = tuple(PartitionSpec("batch", None, t.axis, None) for t in tensors)
+        packed = tuple(store.logical_axes(*pair) for pair in zip(self.packed, self.axes, strict=True))
+        exact: Any = tuple(PartitionSpec("batch", None, axis) for axis in self.axes)
         return dataclasses.replace(self, packed=packed, residual=exact, sinks=exact)
 
     @property
@@ -121,10 +135,22 @@ class BlockStore:
         after = self._store_sinks(new, chunk.positions, real)
         if self.residual_length:
             return after._store_blocks(new, chunk, encode)
-        values = new if encode is None else encode(new, chunk.positions)
-        start, lengths = chunk.positions[:, 0], chunk.lengths
-        packed = tuple(store.write_tokens(old, x, start, lengths) for old, x in zip(self.packed, values, strict=True))
-        return dataclasses.replace(after, packed=packed)
+
+        def write(packed: Packed, new: Tensors, encode: Encode | None, positions: Array, lengths: Array) -> Packed:
+            values = new if encode is None else encode(new, positions)
+            start = positions[:, 0] - first_token(packed[0].tokens)
+            return tuple(store.write_tokens(*pair, start, lengths) for pair in zip(packed, values, strict=True))
+
+        return after._written(write, new, encode, chunk.positions, chunk.lengths)
+
+    def _written(
+        self, write: Callable[..., Packed], new: Tensors, encode: Encode | None, *by_sequence: Array
+    ) -> BlockStore:
+        """The store with `write(packed, new, encode, *by_sequence)` for what is packed: what each device holds."""
+        axes = self.logical_axes().packed, tuple(PartitionSpec("batch", None, axis) for axis in self.axes)
+        more = None if encode is None else encode.logical_axes(), *(PartitionSpec("batch"),) * len(by_sequence)
+        packed = by_tokens(write, (self.packed, tuple(new), encode, *by_sequence), (*axes, *more), axes[0])
+        return dataclasses.replace(self, packed=packed)
 
     def _store_sinks(self, new: Tensors, positions: Int[Array, "B T"], real: Bool[Array, "B T"]) -> BlockStore:
         if self.sink == 0:
@@ -159,17 +185,23 @@ class BlockStore:
         positions = index[:, :, None] * r + jnp.arange(r)
         mask = (positions >= self.sink) & (positions < end[:, None, None])
 
-        def flush(old: store.Stored, x: Array) -> store.Stored:
-            return store.write_blocks(old, x.reshape(x.shape[0], blocks, r, *x.shape[2:]), mask, at)
+        def flush(
+            packed: Packed, new: Tensors, encode: Encode | None, at: Array, mask: Array, positions: Array
+        ) -> Packed:
+            values = new if encode is None else encode(new, positions.reshape(len(positions), -1))
+            here = at - first_token(packed[0].tokens) // r
+
+            def one(old: store.Stored, x: Array) -> store.Stored:
+                return store.write_blocks(old, x.reshape(x.shape[0], blocks, r, *x.shape[2:]), mask, here)
+
+            return tuple(map(one, packed, values))
 
         keep = ((end // r - before // r) * r)[:, None] + jnp.arange(r)
         residual = tuple(jnp.take_along_axis(x, keep[:, :, None, None], 1) for x in pending)
+        after = dataclasses.replace(self, residual=residual)
         if not blocks:
-            return dataclasses.replace(self, residual=residual)
-        values: Tensors = [x[:, : blocks * r] for x in pending]
-        if encode is not None:
-            values = encode(values, positions.reshape(positions.shape[0], -1))
-        return dataclasses.replace(self, packed=tuple(map(flush, self.packed, values)), residual=residual)
+            return after
+        return after._written(flush, [x[:, : blocks * r] for x in pending], encode, at, mask, positions)
 
 
 Width = Literal[1, 2, 3, 4, 5, 6, 8, 16]  # bits of a code; 16 is unquantised
@@ -238,7 +270,7 @@ class StoredSpec(CacheSpec):
 
     def logical_axes(self, shape: CacheShape) -> Any:
         cache = jax.eval_shape(lambda: self.init(shape))
-        return dataclasses.replace(cache, store=cache.store.logical_axes(self.tensors(shape)))
+        return dataclasses.replace(cache, store=cache.store.logical_axes())
 
     @property
     def program_form(self) -> StoredSpec:

@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from kvjax.caches.base import Chunk, KVWeights, LayerShapes
 from kvjax.caches.latents import LatentCache, LatentSpec, remat_of
-from kvjax.caches.stored import BlockStore, Tensors, TensorSpec, Width, read_dtype
+from kvjax.caches.stored import BlockStore, Tensors, TensorSpec, Width
 from kvjax.errors import KvjaxError
 from kvjax.ops import attention, store
 from kvjax.ops.remat import Latents, Remat
@@ -116,13 +116,7 @@ class XCache(LatentCache):
         return self.keys_and_values(self._latents(tensors), chunk)
 
     def attend_packed(self, after: BlockStore, chunk: Chunk, carry: Any) -> attention.Partial:
-        def load(start, size):
-            tiles = (store.read_tile(packed, start, size, read_dtype(chunk)) for packed in after.packed)
-            return self._latents([tile.dequantize() for tile in tiles])
-
-        pack_size = store.capacity(1, *(packed.format for packed in after.packed))
-        packed = None if self.spec.outlier else (after.packed[0], after.packed[-1])
-        return self.attend_latents(after, chunk, Latents(load, after.tokens, pack_size), packed)
+        return self.attend_latents(after, chunk, Latents(after.packed, self._latents if self.spec.outlier else None))
 
     def _latents(self, tensors: Tensors) -> tuple[Array, Array]:
         """Latents of keys and of values; X serves both."""

@@ -11,10 +11,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from kvjax.caches.base import CacheShape, CacheSpec, Chunk, KVWeights, LayerShapes
@@ -26,6 +26,7 @@ from kvjax.errors import KvjaxError
 from kvjax.ops import attention, store
 from kvjax.ops.reconstruct import reconstruct
 from kvjax.ops.remat import Latents, Remat
+from kvjax.ops.shards import first_token
 from kvjax.quant.basis import rotation, svd_basis
 
 ALIGN = 32  # tokens that the accumulator is a multiple of
@@ -115,8 +116,9 @@ class XCL(LatentSpec, CrossLayerSpec):
         return self.index > self.base
 
     def init_carry(self, shape: CacheShape) -> Any:
-        tokens = -(-shape.max_len // ALIGN) * ALIGN
-        tokens = max(tokens, store.capacity(shape.max_len, *(t.format for t in self.tensors(shape))))
+        tokens = store.capacity(
+            shape.max_len, *(t.format for t in self.tensors(shape)), block=ALIGN, parts=shape.parts
+        )
         return {"acc": jnp.zeros((shape.batch, tokens, shape.model_dim), shape.dtype)}
 
     # ---- what it stores
@@ -162,16 +164,10 @@ class XCLCache(LatentCache):
     """X, or its delta, on the layer's basis: z = X U is packed as z - X̂ U."""
 
     def append(self, chunk: Chunk, carry: Any) -> tuple[BlockStore, Any]:
-        acc = carry["acc"]
-
-        def delta(tensors: Tensors, positions: Int[Array, "B N"]) -> Tensors:
-            below = jnp.take_along_axis(acc, jnp.minimum(positions, acc.shape[1] - 1)[:, :, None], 1)
-            return (tensors[0] - self._down(below, chunk)[:, :, None],)
-
-        after = self.store.append(self.new_tensors(chunk), chunk, delta if self.spec.delta else None)
+        acc, basis = carry["acc"], chunk.bases[0] if chunk.bases else None
+        after = self.store.append(self.new_tensors(chunk), chunk, Delta(acc, basis) if self.spec.delta else None)
         end, r = chunk.positions[:, 0] + chunk.lengths, self.spec.residual_length
         stop = end if self.store.reads_stored(chunk) else end // r * r
-        basis = chunk.bases[0] if chunk.bases else None
         return after, {"acc": reconstruct(acc, after.packed[0], basis, self.spec.delta, stop)}
 
     def new_tensors(self, chunk: Chunk) -> Tensors:
@@ -180,10 +176,11 @@ class XCLCache(LatentCache):
             x = chunk.h
         elif self.spec.fold:
             x = chunk.weights.normalize(chunk.h)
-        return (self._down(x, chunk)[:, :, None],)
+        return (project(x, chunk.bases[0] if chunk.bases else None)[:, :, None],)
 
     def remat(self, chunk: Chunk) -> Remat:
-        w_k, w_v = (chunk.norm[:, None] * w.T if self.spec.fold else w.T for w in (chunk.weights.k, chunk.weights.v))
+        in_weights = self.spec.fold or self.spec.norm == "pre"  # the norm's weight
+        w_k, w_v = (chunk.norm[:, None] * w.T if in_weights else w.T for w in (chunk.weights.k, chunk.weights.v))
         return remat_of(chunk, w_k[None], w_v[None])
 
     def rebuild_kv(self, tensors: Tensors, chunk: Chunk) -> tuple[Array, Array]:
@@ -193,21 +190,35 @@ class XCLCache(LatentCache):
         return self.keys_and_values((self._normed(x, chunk),) * 2, chunk)
 
     def attend_packed(self, after: BlockStore, chunk: Chunk, carry: Any) -> attention.Partial:
-        acc = carry["acc"]
-
-        def load(start, size):
-            return (self._normed(jax.lax.dynamic_slice_in_dim(acc, start, size, 1), chunk)[:, None],) * 2
-
-        packed = None if self.spec.norm == "pre" else (store.exact(acc[:, None]),) * 2
-        return self.attend_latents(after, chunk, Latents(load, acc.shape[1], 1), packed)
+        normed = lambda tiles: (self._normed(tiles[0], chunk),) * 2  # noqa: E731
+        latents = Latents((store.exact(carry["acc"][:, None]),), normed if self.spec.norm == "pre" else None)
+        return self.attend_latents(after, chunk, latents)
 
     def read_packed(self, source: BlockStore, chunk: Chunk, carry: Any) -> tuple[Array, Array]:
         x = self._normed(carry["acc"], chunk).astype(read_dtype(chunk))[:, :, None]
         return self.keys_and_values((x, x), chunk)
 
     def _normed(self, x: Float[Array, "... D"], chunk: Chunk) -> Float[Array, "... D"]:
-        """The rows that W_k and W_v are for, of reconstructed ones."""
-        return chunk.weights.normalize(x) * chunk.norm if self.spec.norm == "pre" else x
+        """The rows that `remat` is for, of reconstructed ones."""
+        return chunk.weights.normalize(x) if self.spec.norm == "pre" else x
 
-    def _down(self, x: Float[Array, "... D"], chunk: Chunk) -> Float[Array, "... r"]:
-        return x @ chunk.bases[0].astype(x.dtype) if chunk.bases else x
+
+@struct.dataclass
+class Delta:
+    """Packs the difference from the accumulator, the reconstruction of the layer below."""
+
+    acc: Float[Array, "B S D"]
+    basis: Float[Array, "D r"] | None
+
+    def __call__(self, tensors: Tensors, positions: Int[Array, "B N"]) -> Tensors:
+        at = positions - first_token(self.acc.shape[1])
+        below = jnp.take_along_axis(self.acc, jnp.clip(at, 0, self.acc.shape[1] - 1)[:, :, None], 1)
+        return (tensors[0] - project(below, self.basis)[:, :, None],)
+
+    def logical_axes(self) -> Delta:
+        return Delta(PartitionSpec("batch", "tokens"), PartitionSpec())  # type: ignore[arg-type]
+
+
+def project(x: Float[Array, "... D"], basis: Float[Array, "D r"] | None) -> Float[Array, "... r"]:
+    """X on the columns of a basis; X itself where there is none."""
+    return x if basis is None else x @ basis.astype(x.dtype)

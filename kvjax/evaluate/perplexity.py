@@ -18,7 +18,6 @@ import numpy as np
 import scipy.special
 from jaxtyping import Array, Float, Int
 
-from kvjax.caches.base import CacheShape
 from kvjax.caches.plan import Cache, CachePlan
 from kvjax.calibrate.bases import load_bases
 from kvjax.checks import check_whole, show
@@ -108,7 +107,7 @@ class Scorer:
         # A whole window already fills a matmul; chunks and steps need a few windows side by side, on each device.
         devices = model.layout.parts("batch")
         self.batch = devices * min(-(-windows // devices), 1 if protocol == "parallel" else 4)
-        self.shape = CacheShape.of(model.config, self.batch, context, model.dtype)
+        self.shape = model.cache_shape(self.batch, context)
         self._decoder = Decoder(model.config)
         self._compiled: dict[Any, Any] = {}
         self._loaded: dict[CachePlan, Any] = {}

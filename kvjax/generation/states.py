@@ -46,7 +46,7 @@ class Held:
           KvjaxError: the model's mesh does not divide the batch.
         """
         model.layout.check(batch=batch)
-        return _empty(plan, CacheShape.of(model.config, batch, max_len, model.dtype), model.layout)
+        return _empty(plan, model.cache_shape(batch, max_len), model.layout)
 
     def axes(self) -> Any:
         """The same tree, leaves PartitionSpecs of logical axis names."""
@@ -128,16 +128,17 @@ class State:
 
 def grow(held: Held, model: Model, max_len: int) -> Held:
     """The same sequences in caches with room for `max_len` tokens, no fewer than before; copied."""
-    batch = held.hidden.shape[0]
-    return _grow(held, CacheShape.of(model.config, batch, max_len, model.dtype))
+    return _refit(held, model.cache_shape(held.hidden.shape[0], max_len), model.layout)
 
 
-@functools.partial(jax.jit, static_argnames="shape")
-def _grow(held: Held, shape: CacheShape) -> Held:
-    empty = _empty(held.cache.plan, shape, held.layout)
+@functools.partial(jax.jit, static_argnames=("shape", "layout"))
+def _refit(held: Held, shape: CacheShape, layout: Layout) -> Held:
+    empty = _empty(held.cache.plan, shape, layout)
 
     def place(old: Array, new: Array) -> Array:
-        return jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim)  # tokens lie in order from the start
+        """Tokens lie in order from the start; those that no longer fit hold nothing."""
+        kept = jax.lax.slice(old, (0,) * old.ndim, tuple(map(min, old.shape, new.shape)))
+        return jax.lax.dynamic_update_slice(new, kept, (0,) * new.ndim)
 
     leaves = map(place, jax.tree.leaves(held), jax.tree.leaves(empty))
     return jax.tree.unflatten(jax.tree.structure(empty), list(leaves)).placed()
@@ -168,6 +169,7 @@ def save_state(folder: str | Path, model: Model, state: State) -> None:
         "name": model.name,
         "cache": str(state.plan),
         "max_len": state.max_len,
+        "parts": state.cache.shape.parts,
         "read": [each._asdict() for each in state.read],
     }
     with new_folder(check_path("folder", folder)) as part:
@@ -197,7 +199,8 @@ def restore_state(folder: str | Path, model: Model, cache: str | CacheSpec | Cac
     try:
         plan = CachePlan.parse(metadata["cache"], model.config)
         read = [_check_read(Read(**each)) for each in metadata["read"]]
-        expected = jax.eval_shape(lambda: Held.empty(model, plan, len(read), metadata["max_len"]))
+        shape, layout = _layout_of(model, len(read), metadata["max_len"], metadata.get("parts", 1))
+        expected = jax.eval_shape(lambda: _empty(plan, shape, layout))
         sums = metadata["arrays"]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise KvjaxError(f"{folder / METADATA} is not one that kvjax wrote: {brief(error)}") from None
@@ -209,10 +212,27 @@ def restore_state(folder: str | Path, model: Model, cache: str | CacheSpec | Cac
         arrays[_name(i)] if leaf.size else jnp.zeros(leaf.shape, leaf.dtype)
         for i, leaf in enumerate(jax.tree.leaves(expected))
     ]
-    state = State(model, jax.tree.unflatten(jax.tree.structure(expected), leaves), read)
+    held = jax.tree.unflatten(jax.tree.structure(expected), leaves)
+    if layout != model.layout:
+        held = _refit(held, model.cache_shape(len(read), shape.max_len), model.layout)
+    state = State(model, held, read)
     if state.lengths != [each.tokens for each in read]:
         raise KvjaxError(f"{folder / METADATA} is not one that kvjax wrote: the cache holds {state.lengths} tokens")
     return state
+
+
+def _layout_of(model: Model, batch: int, max_len: int, parts: int) -> tuple[CacheShape, Layout]:
+    """The shape of a saved state, and where it is put: all tokens on every device where another mesh divided them.
+
+    Raises:
+      KvjaxError: the model's mesh does not divide the batch.
+    """
+    model.layout.check(batch=batch)
+    shape, layout = model.cache_shape(batch, max_len), model.layout
+    if parts == shape.parts:
+        return shape, layout
+    whole = dataclasses.replace(layout, replicate=(*layout.replicate, "tokens"))
+    return dataclasses.replace(shape, parts=check_whole("parts", parts, 1)), whole
 
 
 def _check_read(read: Read) -> Read:

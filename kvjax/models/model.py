@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from kvjax.caches.base import CacheShape
 from kvjax.errors import KvjaxError
 from kvjax.mesh import ONE_DEVICE, Layout, describe
 from kvjax.models.config import ModelConfig
@@ -48,6 +49,10 @@ class Model:
     def head(self) -> Float[Array, "V D"]:
         """The weight that gives the logits: the embedding where the two are tied."""
         return self.params["embed" if self.config.tied else "head"]
+
+    def cache_shape(self, batch: int, max_len: int) -> CacheShape:
+        """The sizes of each layer's cache for this model, where it lives."""
+        return CacheShape.of(self.config, batch, max_len, self.dtype, self.layout.parts("tokens"))
 
     def __repr__(self) -> str:
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params))

@@ -15,9 +15,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from kvjax.errors import KvjaxError
+from kvjax.mesh import RULES
 from kvjax.ops import store
 from kvjax.ops.dispatch import dispatch
 from kvjax.ops.rotate import rotate
+from kvjax.ops.shards import first_token, token_parts
 from kvjax.ops.store import Tile
 from pallas_kernels.layout import MASKED
 from pallas_kernels.packed_attention import packed_attention
@@ -25,6 +28,7 @@ from pallas_kernels.packed_attention import packed_attention
 QUERY_TILE = 256  # queries that share a pass over the keys
 
 BY_SEQUENCE = PartitionSpec("batch")
+BY_TOKEN = PartitionSpec("tokens")
 BY_HEAD = PartitionSpec("batch", None, "kv_heads")  # query heads lie where the kv head is that they read
 
 _DECODE_ROWS = 16  # query rows per kv head up to which folding scales costs less than applying them
@@ -71,6 +75,15 @@ class Span(NamedTuple):
     first: int
     stop: Int[Array, "B"]
     window: int | None
+
+    @property
+    def ends(self) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+        """The arrays of the span."""
+        return self.positions, self.stop
+
+    def between(self, positions: Int[Array, "B T"], stop: Int[Array, "B"]) -> Span:
+        """The same span of other `ends`: of a part of the sequences."""
+        return self._replace(positions=positions, stop=stop)
 
     @property
     def arrays(self) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
@@ -126,6 +139,33 @@ def merge(parts: Sequence[Partial]) -> Float[Array, "B T H D"]:
     return sum(w[..., None] * part.output for w, part in zip(weight, parts, strict=True))
 
 
+def attend_held(span: Span, tokens: int, attend: Callable[[Span], Partial]) -> Partial:
+    """Attends to the stored tokens of all devices, each to those it holds.
+
+    Args:
+      span: which stored positions each query sees.
+      tokens: tokens S that a device holds.
+      attend: attends to them, with the span counted from the first.
+
+    Returns:
+      The output and its log-sum-exp; on one device, what `attend` gives for the span.
+    """
+    if token_parts() == 1:
+        return attend(span)
+    first = first_token(tokens)
+    here = span._replace(positions=span.positions - first, stop=jnp.clip(span.stop - first, 0, tokens))
+    if span.first > tokens:
+        raise KvjaxError(f"{span.first} sinks; expected at most the {tokens} tokens that a device holds")
+    # `first` is static in kernels; it counts on the first device alone.
+    later = lambda: attend(here._replace(first=0))  # noqa: E731
+    part = jax.lax.cond(first == 0, lambda: attend(here), later) if span.first else later()
+    axis = RULES["tokens"]
+    top = jax.lax.pmax(part.lse, axis)
+    weight = jnp.exp(part.lse - top)
+    total = jax.lax.psum(weight, axis)
+    return Partial(jax.lax.psum(part.output * (weight / total)[..., None], axis), top + jnp.log(total))
+
+
 def attend_packed(
     q: Float[Array, "B T H D"],
     span: Span,
@@ -147,17 +187,26 @@ def attend_packed(
     """
 
     def kernel(
-        name: str, interpret: bool, q: Array, keys: store.Stored, values: store.Stored, *ends: Array
+        name: str, interpret: bool, q: Array, keys: store.Stored, values: store.Stored, table: Any, *ends: Array
     ) -> Partial:
         check_queries(q, keys.heads)
         if table is not None:
             raise NotImplementedError("keys before RoPE; kernels read keys after RoPE")
-        how: dict[str, Any] = {"implementation": name, "interpret": interpret, **span.settings}
-        return Partial(*packed_attention(q, store.for_kernels(keys), store.for_kernels(values), *ends, **how))
+        packed = [store.for_kernels(each) for each in (keys, values)]
 
-    axes = (BY_HEAD, *(store.logical_axes(each, "kv_heads") for each in (keys, values)), *(BY_SEQUENCE,) * 2)
-    xla = lambda: _attend_tiles(q, span, keys, values, table)  # noqa: E731
-    return dispatch("packed_attention", kernel, xla, (q, keys, values, *span.arrays), axes, BY_HEAD)
+        def attend(span: Span) -> Partial:
+            how: dict[str, Any] = {"implementation": name, "interpret": interpret, **span.settings}
+            return Partial(*packed_attention(q, packed[0], packed[1], *span.arrays, **how))
+
+        return attend_held(span.between(*ends), keys.tokens, attend)
+
+    def xla(q: Array, keys: store.Stored, values: store.Stored, table: Any, *ends: Array) -> Partial:
+        attend = lambda span: _attend_tiles(q, span, keys, values, table)  # noqa: E731
+        return attend_held(span.between(*ends), keys.tokens, attend)
+
+    stored = (store.logical_axes(each, "kv_heads") for each in (keys, values))
+    axes = (BY_HEAD, *stored, BY_TOKEN, *(BY_SEQUENCE,) * 2)
+    return dispatch("packed_attention", kernel, xla, (q, keys, values, table, *span.ends), axes, BY_HEAD)
 
 
 def check_queries(q: Float[Array, "B T H D"], kv_heads: int) -> None:

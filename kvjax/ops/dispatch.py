@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 
 from kvjax.errors import KvjaxError
-from kvjax.ops.shards import per_shard
+from kvjax.ops.shards import by_tokens, per_shard
 from pallas_kernels import packed_attention, quantize_pack, remat_attention
 
 ORDER = {"gpu": ("triton", "xla"), "tpu": ("mosaic_tpu", "xla"), "cpu": ("native", "xla")}
@@ -93,7 +93,7 @@ def fresh_reasons() -> Iterator[None]:
 def dispatch(
     op: str,
     kernel: Callable[..., Result],
-    xla: Callable[[], Result],
+    xla: Callable[..., Result],
     operands: tuple[Any, ...] = (),
     axes: tuple[Any, ...] = (),
     result: Any = None,
@@ -104,7 +104,8 @@ def dispatch(
       op: name of the op.
       kernel: `kernel(name, interpret, *operands)` runs a kernel, under a mesh on each device's part of the operands;
         it raises NotImplementedError with the reason where it cannot serve the call.
-      xla: runs the op in XLA.
+      xla: `xla(*operands)` runs the op in XLA: on all devices as one, or where the mesh divides tokens likewise on
+        each device's part.
       operands: all arrays that the kernel takes.
       axes: their logical axes, as `per_shard` takes them.
       result: the logical axes of what the kernel returns, likewise.
@@ -125,7 +126,7 @@ def dispatch(
             _note(Reason(op, name, str(error)))
             if name == names[-1]:
                 raise
-    return xla()
+    return by_tokens(xla, operands, axes, result)
 
 
 def _default(op: str) -> Sequence[str]:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.ops import store
 from kvjax.ops.dispatch import dispatch
+from kvjax.ops.shards import first_token
 from pallas_kernels import remat_attention
 
 _TILE_ELEMENTS = 2**16  # elements of one tile of the accumulator
@@ -44,12 +45,20 @@ def reconstruct(
         if acc.dtype == jnp.float64:
             raise NotImplementedError("an accumulator in float64; kernels take float32 and bfloat16")
         up, packed = basis.T.astype(acc.dtype), store.for_kernels(stored)
-        return remat_attention.reconstruct(acc, packed, up, stop, implementation=name, interpret=interpret)
+        here = _held(stop, stored)
+        return remat_attention.reconstruct(acc, packed, up, here, implementation=name, interpret=interpret)
 
-    batch = PartitionSpec("batch")
-    axes = batch, store.logical_axes(stored, None), PartitionSpec(), batch
-    xla = lambda: _rebuild_tiles(acc, stored, basis, delta, stop)  # noqa: E731
-    return dispatch("remat_attention", kernel, xla, (acc, stored, basis, stop), axes, batch)
+    def xla(acc: Array, stored: Any, basis: Any, stop: Array) -> Array:
+        return _rebuild_tiles(acc, stored, basis, delta, _held(stop, stored))
+
+    by_token = PartitionSpec("batch", "tokens")
+    axes = by_token, store.logical_axes(stored, None), PartitionSpec(), PartitionSpec("batch")
+    return dispatch("remat_attention", kernel, xla, (acc, stored, basis, stop), axes, by_token)
+
+
+def _held(stop: Int[Array, "B"], stored: store.Stored) -> Int[Array, "B"]:
+    """`stop` counted from the first token that this device holds."""
+    return jnp.clip(stop - first_token(stored.tokens), 0, stored.tokens)
 
 
 def _rebuild_tiles(acc, stored, basis, delta, stop):

@@ -12,11 +12,13 @@ r and s widths of a latent of keys and of values.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
@@ -24,8 +26,10 @@ from kvjax.ops import store
 from kvjax.ops.attention import (
     BY_HEAD,
     BY_SEQUENCE,
+    BY_TOKEN,
     Partial,
     Span,
+    attend_held,
     attend_keys,
     check_queries,
     is_decode_shape,
@@ -41,87 +45,108 @@ from pallas_kernels.remat_attention.weights import Rebuild
 Table = tuple[Float[Array, "S D"], Float[Array, "S D"]]
 
 
-class Remat(NamedTuple):
-    """The weights that turn latents into keys (before RoPE) and values."""
+@struct.dataclass
+class Remat:
+    """The weights that turn latents into keys (before RoPE) and values, of K = G * k kv heads.
 
-    key: Float[Array, "G r m"]  # m: all kv heads' channels where G = 1, else one head's
-    value: Float[Array, "G s m"]
+    Either all kv heads read the same latents (G = 1), or each its own (k = 1).
+    """
+
+    key: Float[Array, "G r k D"]
+    value: Float[Array, "G s k D"]
     key_bias: Float[Array, "K D"] | None
     value_bias: Float[Array, "K D"] | None
     key_norm: Float[Array, "D"] | None = None  # the weight of qk-norm, where the model has it
-    eps: float = 1e-6
+    eps: float = struct.field(pytree_node=False, default=1e-6)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.key.shape[0] * self.key.shape[2]
+
+    @property
+    def latents_axis(self) -> str | None:
+        """The logical name of the axis G."""
+        return "kv_heads" if self.key.shape[2] == 1 else None
+
+    def logical_axes(self) -> Remat:
+        """The upper part of the same tree, leaves PartitionSpecs of logical names."""
+        weight = PartitionSpec("kv_heads") if self.latents_axis else PartitionSpec(None, None, "kv_heads")
+        bias = PartitionSpec("kv_heads")
+        return Remat(weight, weight, bias, bias, PartitionSpec(), self.eps)  # type: ignore[arg-type]
 
     def astype(self, dtype) -> Remat:
         """Casts the weights, once for all tiles: XLA does not move the cast out of a loop."""
-        return self._replace(key=self.key.astype(dtype), value=self.value.astype(dtype))
+        return dataclasses.replace(self, key=self.key.astype(dtype), value=self.value.astype(dtype))
 
-    def keys(self, latents: Float[Array, "B G n r"], kv_heads: int) -> Float[Array, "B K n D"]:
-        k = _rebuild(latents, self.key, kv_heads)
+    def keys(self, latents: Float[Array, "B G n r"]) -> Float[Array, "B K n D"]:
+        k = _rebuild(latents, self.key)
         if self.key_bias is not None:
             k = k + self.key_bias[:, None].astype(k.dtype)
         return k if self.key_norm is None else normalize(k, self.eps) * self.key_norm
 
-    def values(self, latents: Float[Array, "B G n s"], kv_heads: int) -> Float[Array, "B K n D"]:
-        v = _rebuild(latents, self.value, kv_heads)
+    def values(self, latents: Float[Array, "B G n s"]) -> Float[Array, "B K n D"]:
+        v = _rebuild(latents, self.value)
         return v if self.value_bias is None else v + self.value_bias[:, None].astype(v.dtype)
 
-    def absorbed(self, output: Float[Array, "B T H s"], kv_heads: int) -> Float[Array, "B T H D"]:
+    def absorbed(self, output: Float[Array, "B T H s"]) -> Float[Array, "B T H D"]:
         """Turns attention output over latents of values into attention output over values.
 
         Args:
           output: probabilities times latents.
-          kv_heads: K.
 
         Returns:
           Probabilities times values.
         """
         batch, tokens, heads, _ = output.shape
-        rows = output.reshape(batch, tokens, kv_heads, heads // kv_heads, -1)
-        weight = self.value.reshape(self.value.shape[0], self.value.shape[1], -1, self._head_dim(kv_heads))
-        weight = weight[0].swapaxes(0, 1) if weight.shape[0] == 1 else weight[:, :, 0]  # [K, s, D]
+        rows = output.reshape(batch, tokens, self.kv_heads, heads // self.kv_heads, -1)
+        weight = self.value[:, :, 0] if self.latents_axis else self.value[0].swapaxes(0, 1)  # [K, s, D]
         out = jnp.einsum("btkqs,ksd->btkqd", rows, weight.astype(rows.dtype))
         if self.value_bias is not None:
             out = out + self.value_bias[:, None].astype(out.dtype)
         return out.reshape(batch, tokens, heads, -1)
 
-    def _head_dim(self, kv_heads: int) -> int:
-        return self.value.shape[2] * self.value.shape[0] // kv_heads
 
-
-def _rebuild(
-    latents: Float[Array, "B G n r"], weight: Float[Array, "G r m"], kv_heads: int
-) -> Float[Array, "B K n D"]:
-    out = jnp.einsum("bgnr,grm->bgnm", latents, weight.astype(latents.dtype))
-    if weight.shape[0] == kv_heads:
+def _rebuild(latents: Float[Array, "B G n r"], weight: Float[Array, "G r k D"]) -> Float[Array, "B K n D"]:
+    groups, rank, heads, head_dim = weight.shape
+    out = jnp.einsum("bgnr,grm->bgnm", latents, weight.reshape(groups, rank, -1).astype(latents.dtype))
+    if heads == 1:
         return out
-    batch, _, count, width = out.shape
-    return out.reshape(batch, count, kv_heads, width // kv_heads).swapaxes(1, 2)
+    batch, _, count, _ = out.shape
+    return out.reshape(batch, count, heads, head_dim).swapaxes(1, 2)
+
+
+Tiles = Sequence[Float[Array, "B G n _"]]
 
 
 class Latents(NamedTuple):
-    """A source of latents.
+    """Stored latents.
 
     Attributes:
-      load: `load(start, size)` returns latents of keys and of values for tokens [start, start + size); both numbers
-        are multiples of `pack_size`.
-      tokens: allocated tokens S.
-      pack_size: tokens that are packed together.
+      stores: what holds them: keys' first, values' last, one store where the two share it.
+      change: turns tiles of all stores into latents of keys and of values; None where the first and the last are
+        these as they are, which kernels need.
     """
 
-    load: Callable[[Array | int, int], tuple[Float[Array, "B G n r"], Float[Array, "B G n s"]]]
-    tokens: int
-    pack_size: int
+    stores: tuple[store.Stored, ...]
+    change: Callable[[Tiles], tuple[Float[Array, "B G n r"], Float[Array, "B G n s"]]] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Allocated tokens S."""
+        return self.stores[0].tokens
+
+    @property
+    def pack_size(self) -> int:
+        """Tokens that are packed together, of all stores."""
+        return store.capacity(1, *(each.format for each in self.stores))
+
+    def read(self, start: Array | int, size: int, dtype: Any) -> Tiles:
+        """Latents of keys and of values of tokens [start, start + size), multiples of `pack_size`."""
+        tiles = [store.read_tile(each, start, size, dtype).dequantize() for each in self.stores]
+        return self.change(tiles) if self.change else (tiles[0], tiles[-1])
 
 
-def attend_latents(
-    q: Float[Array, "B T H D"],
-    span: Span,
-    latents: Latents,
-    remat: Remat,
-    kv_heads: int,
-    table: Table,
-    packed: tuple[store.Stored, store.Stored] | None = None,
-) -> Partial:
+def attend_latents(q: Float[Array, "B T H D"], span: Span, latents: Latents, remat: Remat, table: Table) -> Partial:
     """Attends to the stored latents of a span.
 
     Args:
@@ -129,62 +154,55 @@ def attend_latents(
       span: which stored positions each query sees.
       latents: the stored latents.
       remat: the weights that turn them into keys and values.
-      kv_heads: K.
       table: cos and sin of every position.
-      packed: the stores behind `latents`, of keys and of values (one object where they share it), where latents are
-        read from them unchanged; kernels need these. None otherwise.
 
     Returns:
       The output and its log-sum-exp.
     """
-    absorb = is_decode_shape(q.shape[1] * q.shape[2] // kv_heads)
+    absorb = is_decode_shape(q.shape[1] * q.shape[2] // remat.kv_heads)
 
-    groups, rank, _ = remat.key.shape
-    up = remat.key.reshape(groups, rank, kv_heads // groups, -1)
-    stores = () if packed is None else packed[: 1 if packed[1] is packed[0] else 2]
-
-    def kernel(name: str, interpret: bool, q: Array, stores: tuple, up: Array, bias: Any, *others: Any) -> Partial:
-        check_queries(q, up.shape[0] * up.shape[2])
-        if not stores:
+    def kernel(
+        name: str, interpret: bool, q: Array, stores: tuple, remat: Remat, table: Table, *ends: Array
+    ) -> Partial:
+        check_queries(q, remat.kv_heads)
+        if latents.change:
             raise NotImplementedError("latents that are changed after they are read; kernels read them as they are")
         packed = [store.for_kernels(each) for each in stores]
-        norm, (cos, sin), ends = others
-        rebuild = Rebuild(up.reshape(*up.shape[:2], -1), cos, sin, bias, norm, remat.eps)
-        how: dict[str, Any] = {"implementation": name, "interpret": interpret, **span.settings}
-        return Partial(*remat_attention(q, packed[0], packed[-1], rebuild, *ends, **how))
+        up = remat.key.reshape(*remat.key.shape[:2], -1)
+        rebuild = Rebuild(up, *table, remat.key_bias, remat.key_norm, remat.eps)
 
-    # Either every kv head has latents of its own, or its channels of the weights are all that tells it from others.
-    own, shared = ("kv_heads", None) if groups == kv_heads else (None, "kv_heads")
-    axes = (
-        *(BY_HEAD, tuple(store.logical_axes(each, own) for each in stores), PartitionSpec(own, None, shared)),
-        *(PartitionSpec("kv_heads"), PartitionSpec(), PartitionSpec(), BY_SEQUENCE),
-    )
-    operands = q, stores, up, remat.key_bias, remat.key_norm, table, span.arrays
-    xla = lambda: _attend_rebuilt(q, span, latents, remat, kv_heads, table, absorb)  # noqa: E731
+        def attend(span: Span) -> Partial:
+            how: dict[str, Any] = {"implementation": name, "interpret": interpret, **span.settings}
+            return Partial(*remat_attention(q, packed[0], packed[-1], rebuild, *span.arrays, **how))
+
+        return attend_held(span.between(*ends), stores[0].tokens, attend)
+
+    def xla(q: Array, stores: tuple, remat: Remat, table: Table, *ends: Array) -> Partial:
+        held = latents._replace(stores=stores)
+        attend = lambda span: _attend_rebuilt(q, span, held, remat, table, absorb)  # noqa: E731
+        return attend_held(span.between(*ends), held.tokens, attend)
+
+    stored = tuple(store.logical_axes(each, remat.latents_axis) for each in latents.stores)
+    axes = BY_HEAD, stored, remat.logical_axes(), BY_TOKEN, *(BY_SEQUENCE,) * 2
+    operands = q, latents.stores, remat, table, *span.ends
     part = dispatch("remat_attention", kernel, xla, operands, axes, BY_HEAD)
-    return part._replace(output=remat.absorbed(part.output, kv_heads)) if absorb else part
+    return part._replace(output=remat.absorbed(part.output)) if absorb else part
 
 
 def _attend_rebuilt(
-    q: Float[Array, "B T H D"],
-    span: Span,
-    latents: Latents,
-    remat: Remat,
-    kv_heads: int,
-    table: Table,
-    absorb: bool,
+    q: Float[Array, "B T H D"], span: Span, latents: Latents, remat: Remat, table: Table, absorb: bool
 ) -> Partial:
     """`attend_latents` in XLA; with `absorb`, the output is a sum of latents of values, not yet of values."""
-    dtype, tokens = jnp.promote_types(q.dtype, jnp.float32), latents.tokens
+    dtype, tokens, kv_heads = jnp.promote_types(q.dtype, jnp.float32), latents.tokens, remat.kv_heads
     remat = remat.astype(dtype)
     size = tile_size(tokens, max(remat.key.shape[1] * remat.key.shape[0], kv_heads * q.shape[3]), q.shape[1])
     size = min(tokens, -(-size // latents.pack_size) * latents.pack_size)
 
     def load(start):
-        of_keys, of_values = (x.astype(dtype) for x in latents.load(start, size))
+        of_keys, of_values = latents.read(start, size, dtype)
         cos, sin = (jax.lax.dynamic_slice_in_dim(a, start, size) for a in table)
-        k = rotate(remat.keys(of_keys, kv_heads), cos, sin)
-        return Tile(k), Tile(of_values if absorb else remat.values(of_values, kv_heads))
+        k = rotate(remat.keys(of_keys), cos, sin)
+        return Tile(k), Tile(of_values if absorb else remat.values(of_values))
 
     width = remat.value.shape[1] if absorb else q.shape[3]
     return attend_keys(q, span.positions, kv_heads, span.tiles(tokens, size, load, width), span.window)

@@ -1,4 +1,8 @@
-"""Functions that run on every device of a mesh, each on its own part of the arrays."""
+"""Functions that run on every device of a mesh, each on its own part of the arrays.
+
+Where the mesh divides the tokens of a cache (`seq`), every device holds as many, in order: it writes and reads those
+that it holds, and what it cannot see it drops.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,10 @@ from typing import Any, TypeVar
 
 import jax
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Int
 
 from kvjax import mesh as meshes
+from kvjax.errors import KvjaxError
 
 Result = TypeVar("Result")
 
@@ -29,6 +35,9 @@ def per_shard(
 
     Returns:
       What the function returns. Without a mesh in context it is called as it is.
+
+    Raises:
+      KvjaxError: the mesh divides tokens, and not these.
     """
     mesh = meshes.current()
     if mesh is None:
@@ -43,8 +52,31 @@ def per_shard(
         return PartitionSpec(*(meshes.RULES[n] if meshes.parts(mesh, n, tuple(whole)) > 1 else None for n in names))
 
     jax.tree.map(note, axes, operands, is_leaf=_is_axes)
+    if "tokens" in whole:  # `first_token` would be wrong
+        raise KvjaxError(f"tokens that do not divide over {meshes.describe(mesh)}; see CacheShape.parts")
     specs, out_specs = (jax.tree.map(divided, tree, is_leaf=_is_axes) for tree in (axes, result))
     return jax.shard_map(function, in_specs=specs, out_specs=out_specs, check_vma=False)(*operands)
+
+
+def by_tokens(
+    function: Callable[..., Result], operands: tuple[Any, ...], axes: tuple[Any, ...], result: Any
+) -> Result:
+    """`per_shard` where the mesh in context divides tokens; elsewhere the function as it is."""
+    mesh = meshes.current()
+    divided = mesh is not None and meshes.parts(mesh, "tokens") > 1
+    return per_shard(function, operands, axes, result) if divided else function(*operands)
+
+
+def token_parts() -> int:
+    """Among how many devices the tokens of a cache are divided, asked by one of them; 1 elsewhere."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axis = meshes.RULES["tokens"]
+    return mesh.shape[axis] if axis in mesh.manual_axes else 1
+
+
+def first_token(tokens: int) -> Int[Array, ""] | int:
+    """The position of the first token that this device holds, of `tokens` that each holds."""
+    return jax.lax.axis_index(meshes.RULES["tokens"]) * tokens if token_parts() > 1 else 0
 
 
 def _is_axes(node: Any) -> bool:

@@ -211,17 +211,20 @@ def unpacked(packed: PackedStore, levels: Float[Array, ""]) -> UnpackedStore:
     return UnpackedStore(codes, packed.scale, packed.zero, levels, packed.format)
 
 
-def capacity(max_len: int, *formats: AnyFormat) -> int:
+def capacity(max_len: int, *formats: AnyFormat, block: int = 1, parts: int = 1) -> int:
     """Returns the number of tokens to allocate.
 
     Args:
       max_len: tokens that must fit.
       *formats: the formats of the tensors that are stored side by side.
+      block: tokens that are stored together.
+      parts: among how many devices they are divided.
 
     Returns:
-      `max_len` rounded up to whole packing blocks of every format.
+      `max_len` rounded up to whole blocks, and whole packing blocks of every format, on every device.
     """
-    pack = math.lcm(*(format.pack_size for format in formats))
+    # The same for all formats with the same block: XQuant-CL's accumulator is divided like the store it is read with.
+    pack = math.lcm(block, *(format.pack_size for format in formats), PACK if parts > 1 else 1) * parts
     return -(-max_len // pack) * pack
 
 
@@ -263,7 +266,13 @@ def logical_axes(packed: Stored, heads: str | None) -> Stored:
     Returns:
       The same tree with a PartitionSpec of logical names at every leaf.
     """
-    return jax.tree.map(lambda a: PartitionSpec(*("batch", heads, None, None)[: a.ndim]), packed)
+    rows, last = PartitionSpec("batch", heads, "tokens"), PartitionSpec("batch", heads, None, "tokens")
+    if isinstance(packed, RowStore):
+        return RowStore((rows,) * len(packed.kept), packed.format)  # type: ignore[arg-type]
+    scale = None if packed.scale is None else last if packed.format.per == "token" else rows
+    if isinstance(packed, UnpackedStore):
+        return UnpackedStore(rows, scale, scale, PartitionSpec(), packed.format)  # type: ignore[arg-type]
+    return PackedStore((rows,) * len(packed.planes), scale, scale, packed.format)  # type: ignore[arg-type]
 
 
 def write_tokens(
@@ -274,7 +283,7 @@ def write_tokens(
     Args:
       packed: the history.
       x: values of T tokens.
-      start: per sequence, the position of the first token; the others follow.
+      start: per sequence, the position of the first token; the others follow. Those below 0 are dropped.
       lengths: per sequence, how many of the T tokens are stored.
 
     Returns:
@@ -282,7 +291,8 @@ def write_tokens(
     """
     format, tokens = packed.format, x.shape[1]
     step = jnp.arange(tokens)
-    at = jnp.where(step < lengths[:, None], start[:, None] + step, packed.tokens)  # out of range: dropped
+    at = start[:, None] + step
+    at = jnp.where((step < lengths[:, None]) & (at >= 0), at, packed.tokens)  # out of range: dropped
     if isinstance(packed, RowStore):
         return packed.write(x, at)
     if isinstance(packed, UnpackedStore):
@@ -299,7 +309,8 @@ def write_tokens(
     codes = jnp.take_along_axis(q.codes, jnp.clip(slot, 0, tokens - 1)[:, :, None, None], 1)
     codes = jnp.where(new[:, :, None, None], codes, 0)
     index = (start // format.pack_size)[:, None] + jnp.arange(count)
-    index = jnp.where(new.reshape(-1, count, format.pack_size).any(-1), index, packed.tokens // format.pack_size)
+    some = new.reshape(-1, count, format.pack_size).any(-1) & (index >= 0)
+    index = jnp.where(some, index, packed.tokens // format.pack_size)
     full = jnp.broadcast_to(new[:, :, None, None] * jnp.uint8(2**format.bits - 1), (*new.shape, 1, 1))
     planes = tuple(
         _put_rows(old, word | (_get_rows(old, index, word.shape[3]) & ~replaced), index)
@@ -327,11 +338,12 @@ def write_blocks(
       packed: the history.
       x: values of N blocks per sequence.
       mask: tokens that count towards minima and maxima.
-      index: where each block is stored, in blocks; blocks at or beyond S/R are dropped.
+      index: where each block is stored, in blocks; blocks below 0 and those at or beyond S/R are dropped.
 
     Returns:
       The history with the blocks stored.
     """
+    index = jnp.where(index < 0, packed.tokens // x.shape[2], index)
     if isinstance(packed, RowStore):
         return packed.write(x.reshape(x.shape[0], -1, *x.shape[3:]), _rows(index, x.shape[2]))
     format = packed.format
@@ -363,7 +375,7 @@ def _encode_blocks(
 ) -> tuple[tuple[Array, ...], Array, Array]:
     """Planes [B, N, K, R*w/8, D] of blocks, and their scales and zero points as `_put_scales` takes them."""
 
-    def xla():
+    def xla(blocks: Array, mask: Array):
         q = affine.quantize(blocks, format.bits, format.group_axis, format.group, mask[:, :, None, :, None])
         return packing.pack(q.codes, format.bits), q.scale, q.zero
 

@@ -1,4 +1,6 @@
-"""Each name's caches on one device and sharded over four: run by the contract suite in a process of its own.
+"""Each name's caches on one device and sharded over four, whole sequences or parts of them.
+
+The contract suite runs it in a process of its own:
 
     XLA_FLAGS=--xla_force_host_platform_device_count=4 python -m kvjax.testing.sharded PLUGINS NAME ...
 
@@ -23,11 +25,13 @@ from kvjax.testing.contract import bases_of, plan_of
 from kvjax.testing.layers import BATCH, CONFIG, SHAPE, attend, make_chunk, quick_jit, same_trees, stack
 
 WIDTH = 37
+MESHES = ("data=2,tensor=2", "seq=2,tensor=2")
 FIRST, SECOND = np.array([37, 20, 0, 31]), np.array([36, 37, 33, 32])  # tokens of two chunks of ragged sequences
 AXES = {  # of what a chunk holds, whole on every device where not named
     **dict.fromkeys(("h", "x", "positions", "lengths", "rotation"), PartitionSpec("data")),
     **dict.fromkeys("qkv", PartitionSpec("data", None, "tensor")),
 }
+CARRY = ("data", "seq")
 EXCHANGE = re.compile(r"= (.*) (all-gather|all-to-all|collective-permute)(?:-start)?\(")
 
 
@@ -40,14 +44,15 @@ class Feeder:
 
     def __init__(self, text: str, mesh: Mesh) -> None:
         self.text, self.mesh, self.plan = text, mesh, plan_of(text)
-        self.layouts = self.plan.shardings(SHAPE, mesh)
-        empty = (spec.init(SHAPE) for spec in self.plan.specs)
+        self.shape = dataclasses.replace(SHAPE, parts=mesh.shape["seq"])
+        self.layouts = self.plan.shardings(self.shape, mesh)
+        empty = (spec.init(self.shape) for spec in self.plan.specs)
         self.caches = [jax.device_put(cache, layout) for cache, layout in zip(empty, self.layouts, strict=True)]
         self.programs: dict[tuple[Any, ...], Any] = {}
 
     def carry(self) -> Any:
         """What the first layer is given."""
-        return jax.device_put(self.plan.init_carry(SHAPE), self._over("data"))
+        return jax.device_put(self.plan.init_carry(self.shape), self._over(*CARRY))
 
     def program(self, i: int, chunk: Chunk, carry: Any) -> Any:
         """The compiled step of layer `i`; layers with the same spec share it."""
@@ -56,7 +61,7 @@ class Feeder:
             heads = NamedSharding(self.mesh, AXES["q"])
             step = quick_jit(
                 lambda cache, chunk, carry: cache.attend(chunk, carry),
-                out_shardings=(heads, self.layouts[i], self._over("data")),
+                out_shardings=(heads, self.layouts[i], self._over(*CARRY)),
             )
             with jax.set_mesh(self.mesh):
                 self.programs[key] = step.lower(self.caches[i], self.spread(chunk), carry).compile()
@@ -88,10 +93,10 @@ class Feeder:
 def check(text: str, mesh: Mesh) -> None:
     """Raises AssertionError where the sharded caches or their outputs differ, or devices exchange what they hold."""
     many = Feeder(text, mesh)
-    plain = [spec.init(SHAPE) for spec in many.plan.specs]
+    plain = [spec.init(many.shape) for spec in many.plan.specs]
     at = np.zeros(BATCH, int)
     for lengths in (FIRST, SECOND):
-        carry, carry_sharded = many.plan.init_carry(SHAPE), many.carry()
+        carry, carry_sharded = many.plan.init_carry(many.shape), many.carry()
         for i, layer in enumerate(stack()[: len(plain)]):
             chunk = make_chunk(layer, bases_of(text)[i], at, lengths, WIDTH)
             output, plain[i], carry = attend(plain[i], chunk, carry)
@@ -101,7 +106,7 @@ def check(text: str, mesh: Mesh) -> None:
         at += lengths
     leaves = [leaf for leaf in jax.tree.leaves(many.caches) if leaf.size]
     shares = [leaf.size // np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves]
-    assert min(shares, default=4) >= 2, "a leaf is not spread over the batch"
+    assert min(shares, default=4) >= mesh.shape["data"], "a leaf is not spread over the batch"
     check_exchanges(many)
 
 
@@ -128,11 +133,12 @@ def main(plugins: str, *names: str) -> None:
     """Checks every name."""
     jax.config.update("jax_enable_x64", True)
     load_plugins(plugins)
-    mesh = parse("data=2,tensor=2")
+    meshes = [parse(mesh) for mesh in MESHES]
     assert BATCH % 2 == 0 and CONFIG.kv_heads % 2 == 0
     for text in names:
         try:
-            check(text, mesh)
+            for mesh in meshes:
+                check(text, mesh)
         except AssertionError as error:
             print(" ".join(str(error).split())[:500], text, sep="\t")
         else:

@@ -174,7 +174,7 @@ class Simulator:
         if windows.shape[1] > model.config.max_positions:
             raise KvjaxError(f"context={windows.shape[1]}; expected at most the model's {model.config.max_positions}")
         self.model, self.windows = model, windows
-        self.shape = CacheShape.of(model.config, 1, windows.shape[1], model.dtype)
+        self.shape = model.cache_shape(1, windows.shape[1])
         self.layers_run = 0
         self.dense_plan = CachePlan.parse("dense", model.config)
         self._bases: dict[str, tuple[Any, ...]] = {"": ((),) * model.config.layers}

@@ -61,9 +61,9 @@ def packed_attention(kv_heads: int, keys: Any) -> tuple[Callable, list[Any], lis
 def remat_attention(groups: int) -> tuple[Callable, list[Any], list[Any]]:
     def op(q, keys, values, weights, bias, positions):
         span = attention.Span(positions, 0, positions[:, 0] + 1, None)
-        latents = Latents(lambda start, size: (jnp.zeros(0),) * 2, S, 32)  # kernels read the stores
-        remat = Remat(weights, weights, bias, bias, jnp.ones(D))
-        return attend_latents(q, span, latents, remat, K, (random(S, D), random(S, D + 1)[:, 1:]), (keys, values))
+        up = weights.reshape(groups, M, K // groups, D)
+        remat = Remat(up, up, bias, bias, jnp.ones(D))
+        return attend_latents(q, span, Latents((keys, values)), remat, (random(S, D), random(S, D + 1)[:, 1:]))
 
     stored = [history(CHANNEL, groups, M), history(TOKEN, groups, M)]
     own, shared = ("tensor", None) if groups == K else (None, "tensor")
