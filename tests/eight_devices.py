@@ -161,7 +161,7 @@ def states(folder: Path) -> None:
         state = kvjax.restore_state(saved, here)
         assert nbytes(state.held) == nbytes(Held.empty(here, state.plan, 8, 50))
         assert kvjax.generate(here, [""] * 8, state, max_new_tokens=6).tokens == made.tokens
-    refused("is where .* is; this is", lambda: kvjax.generate(model("data=8"), [""] * 8, state))
+    refused("is where .* is; this is", lambda: kvjax.generate(model(there), [""] * 8, state))
 
 
 def what_does_not_divide() -> None:

@@ -67,10 +67,15 @@ def _made(layers: list[tuple[KVWeights, jax.Array]], digest: str, spec: CacheSpe
     """Computes the bases and writes them, a layer at a time: in float64 all layers' are as large as their weights."""
     folder = folder_of(digest, spec.bases_key)
     print(f"kvjax: computing bases of {len(layers)} layers ({spec.bases_key}), once, for {folder}", file=sys.stderr)
-    with new_folder(folder) as part:
-        for i, (weights, norm) in enumerate(layers):
-            write_arrays(part / "arrays" / str(i), spec.bases(weights, norm))
-        write_json(part / METADATA, {"weights": digest, "key": spec.bases_key, "arrays": digests(part / "arrays")})
+    try:
+        with new_folder(folder) as part:
+            for i, (weights, norm) in enumerate(layers):
+                write_arrays(part / "arrays" / str(i), spec.bases(weights, norm))
+            write_json(part / METADATA, {"weights": digest, "key": spec.bases_key, "arrays": digests(part / "arrays")})
+    except KvjaxError:
+        if not folder.exists():
+            raise
+        return _found(digest, spec.bases_key) or folder  # another program has made them meanwhile
     return folder
 
 

@@ -40,6 +40,22 @@ def test_made_once_and_read_back(tiny: Model, kept: Path, monkeypatch: pytest.Mo
     assert load_bases(tiny, kvjax.plan(tiny, "k4v4")) == ((), ())
 
 
+def test_two_programs_make_them_at_once(tiny: Model, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that is later takes what is there."""
+    plan = kvjax.plan(tiny, "x4@latent(group=8)")
+    write, made = module.write_arrays, []
+
+    def overtaken(folder: Path, tree: object) -> None:
+        monkeypatch.setattr(module, "write_arrays", write)
+        if not made:
+            made.append(load_bases(tiny, plan))
+        write(folder, tree)
+
+    monkeypatch.setattr(module, "write_arrays", overtaken)
+    jax.tree.map(np.testing.assert_array_equal, load_bases(tiny, plan), made[0])
+    assert len(list(kept.iterdir())) == 1
+
+
 def test_other_weights_have_other_bases(tiny: Model, kept: Path) -> None:
     plan = kvjax.plan(tiny, "x4@latent(group=8)")
     load_bases(tiny, plan)
