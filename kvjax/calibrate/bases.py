@@ -71,7 +71,9 @@ def _made(layers: list[tuple[KVWeights, jax.Array]], digest: str, spec: CacheSpe
         with new_folder(folder) as part:
             for i, (weights, norm) in enumerate(layers):
                 write_arrays(part / "arrays" / str(i), spec.bases(weights, norm))
-            write_json(part / METADATA, {"weights": digest, "key": spec.bases_key, "arrays": digests(part / "arrays")})
+            write_json(
+                part / METADATA, {"weights": digest, "key": spec.bases_key, "arrays": digests(part / "arrays")}
+            )
     except KvjaxError:
         if not folder.exists():
             raise
