@@ -142,8 +142,15 @@ class Latents(NamedTuple):
 
     def read(self, start: Array | int, size: int, dtype: Any) -> Tiles:
         """Latents of keys and of values of tokens [start, start + size), multiples of `pack_size`."""
-        tiles = [store.read_tile(each, start, size, dtype).dequantize() for each in self.stores]
+        tiles = [_read(each, start, size, dtype) for each in self.stores]
         return self.change(tiles) if self.change else (tiles[0], tiles[-1])
+
+
+def _read(stored: store.Stored, start: Array | int, size: int, dtype: Any) -> Float[Array, "B G n _"]:
+    if stored.format.bits == store.EXACT and stored.heads == 1:
+        rows = jax.lax.dynamic_slice_in_dim(stored.planes[0][:, 0], start, size, 1)
+        return rows.astype(dtype)[:, None]  # with an axis of size 1 XLA would copy the accumulator to turn it
+    return store.read_tile(stored, start, size, dtype).dequantize()
 
 
 def attend_latents(q: Float[Array, "B T H D"], span: Span, latents: Latents, remat: Remat, table: Table) -> Partial:
