@@ -147,7 +147,7 @@ class Latents(NamedTuple):
 
 
 def _read(stored: store.Stored, start: Array | int, size: int, dtype: Any) -> Float[Array, "B G n _"]:
-    if stored.format.bits == store.EXACT and stored.heads == 1:
+    if isinstance(stored, store.PackedStore) and stored.format.bits == store.EXACT and stored.heads == 1:
         rows = jax.lax.dynamic_slice_in_dim(stored.planes[0][:, 0], start, size, 1)
         return rows.astype(dtype)[:, None]  # with an axis of size 1 XLA would copy the accumulator to turn it
     return store.read_tile(stored, start, size, dtype).dequantize()
