@@ -26,10 +26,10 @@ import kvjax
 from kvjax.calibrate import bases
 from kvjax.checkpoints.orbax import save
 from kvjax.generation.states import Held
-from kvjax.mesh import current
+from kvjax.mesh import abstract, current
 from kvjax.models import zoo
 from kvjax.models.config import ModelConfig, RopeConfig
-from kvjax.models.params import param_shapes
+from kvjax.models.params import param_nbytes, param_shapes
 from tests.checkpoints.test_gguf import F32, Q8_0, write_gguf
 
 CONFIG = ModelConfig("llama", 256, 64, 128, 2, 8, 4, 16, 256, rope=RopeConfig(1e3), qkv_bias=True)
@@ -91,6 +91,7 @@ def bytes_of_parameters() -> None:
     share = whole + (sum(shapes.values()) - whole) / 4
     held = nbytes(model(MESH).params)
     assert len(held) == 8 and set(held.values()) == {share}
+    assert param_nbytes(CONFIG, "float64", abstract(MESH)) == share
 
 
 def bytes_of_caches() -> None:
@@ -107,6 +108,7 @@ def bytes_of_caches() -> None:
         held = nbytes(cache.layers)
         share = plan.nbytes(256, 8, jnp.float64) / 2 / heads
         assert len(held) == 8 and all(abs(size / share - 1) < 0.01 for size in held.values()), (name, held, share)
+        assert set(held.values()) == {plan.part_nbytes(cache.shape, abstract(MESH))}, (name, held)
 
 
 def same_parameters(load: Callable[[str], kvjax.Model]) -> None:
@@ -168,6 +170,7 @@ def what_does_not_divide() -> None:
         lambda: kvjax.load(name, "float64", mesh="tensor=4"),
     )
     whole = odd_model()
+    assert set(nbytes(whole.params).values()) == {param_nbytes(whole.config, "float64", whole.mesh, ["kv_heads"])}
     assert whole.params["layer_0"]["k"].addressable_shards[0].data.shape == (48, 48)
     tokens = [kvjax.generate(m, "ab", short, max_new_tokens=3).tokens for m in (whole, kvjax.load(name, "float64"))]
     assert tokens[0] == tokens[1]
