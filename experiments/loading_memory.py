@@ -137,7 +137,7 @@ def watch(folder: Path, dtype: str, mesh: str, devices: int) -> dict[str, Any]:
     return {**json.loads(told), "anonymous_peak": peak}
 
 
-def over(row: dict[str, Any]) -> float:
+def over_held(row: dict[str, Any]) -> float:
     """Anonymous memory at the peak over that of the parameters, both without what was there before."""
     return (row["anonymous_peak"] - row["anonymous_before"]) / row["distinct_bytes"]
 
@@ -148,7 +148,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(name, justify="left" if name == "mesh" else "right")
     for row in rows:
         sizes = (f"{row[key] / 1e6:.0f}" for key in ("parameter_bytes", "distinct_bytes", "anonymous_peak"))
-        rest = f"{over(row):.3f}", f"{row['disk_bytes'] / row['file_bytes']:.3f}", f"{row['seconds']:.1f}"
+        rest = f"{over_held(row):.3f}", f"{row['disk_bytes'] / row['file_bytes']:.3f}", f"{row['seconds']:.1f}"
         table.add_row(row["mesh"] or "one device", *sizes, *rest)
     return table
 
