@@ -25,10 +25,13 @@ import numpy as np
 import kvjax
 from kvjax.calibrate import bases
 from kvjax.checkpoints.orbax import save
+from kvjax.generation.decode import decode_steps, start
+from kvjax.generation.sampling import Sampling
 from kvjax.generation.states import Held
 from kvjax.mesh import abstract, current
 from kvjax.models import zoo
 from kvjax.models.config import ModelConfig, RopeConfig
+from kvjax.models.decoder import Decoder
 from kvjax.models.params import param_nbytes, param_shapes
 from tests.checkpoints.test_gguf import F32, Q8_0, write_gguf
 
@@ -38,6 +41,7 @@ REST = "0:dense;1:k4v4@token;2:x4@latent(group=8);3-4:xcl3(base=0)"  # the rest 
 MESH = "data=2,tensor=4"
 PROMPTS = [list(range(5 + i, 21 + 3 * i)) for i in range(8)]
 TEXT = [(7 * i * i + 3 * i) % 256 for i in range(8 * 24)]
+EXCHANGE = r"= \w+\[([\d,]*)\]\S* (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 GOLDEN = Path(__file__).parent / "goldens" / "llama-llama3"
 
 
@@ -109,6 +113,20 @@ def bytes_of_caches() -> None:
         share = plan.nbytes(256, 8, jnp.float64) / 2 / heads
         assert len(held) == 8 and all(abs(size / share - 1) < 0.01 for size in held.values()), (name, held, share)
         assert set(held.values()) == {plan.part_nbytes(cache.shape, abstract(MESH))}, (name, held)
+
+
+def exchanges() -> None:
+    """A step sums what `o`, `down` and the embedding give; else only a few numbers a sequence go between devices."""
+    here, stop = model(MESH), jnp.zeros(1, jnp.int32)
+    for name in ("dense", "k4v4@token"):
+        with here.layout.entered():
+            run = start(Held.empty(here, kvjax.plan(here, name), 8, 64), 16)
+            greedy = Sampling.of(0.0, None, None, 0, 8, CONFIG.vocab_size)
+            lowered = decode_steps.lower(Decoder(CONFIG), here.params, ((),) * 2, run, greedy, stop, 16, 16)
+        found = re.findall(EXCHANGE, lowered.compile().as_text())
+        sizes = [math.prod(int(n) for n in shape.split(",") if n) for shape, _ in found]
+        sums = sizes.count(8 // 2 * CONFIG.model_dim)
+        assert sums == 2 * CONFIG.layers + 1 and sorted(sizes)[-sums - 1] <= 8 * 4, (name, found)
 
 
 def same_parameters(load: Callable[[str], kvjax.Model]) -> None:
@@ -212,6 +230,7 @@ def checks(folder: Path) -> dict[str, Callable[[], None]]:
         MESH: functools.partial(same_numbers, MESH, PLAN, "streaming"),
         "bytes of parameters": bytes_of_parameters,
         "bytes of caches": bytes_of_caches,
+        "exchanges": exchanges,
         "safetensors": safetensors,
         "gguf": functools.partial(gguf, folder),
         "orbax": functools.partial(orbax, folder),
