@@ -24,17 +24,8 @@ FLAGS = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 )
 USUAL = (
-    *(
-        "data=2,tensor=4",
-        "bytes of parameters",
-        "bytes of caches",
-        "exchanges",
-        "safetensors",
-        "gguf",
-        "orbax",
-        "states",
-    ),
-    *("what does not divide", "the mesh in context"),
+    *("data=2,tensor=4", "bytes of parameters", "bytes of caches", "safetensors", "gguf", "orbax", "states"),
+    *("what does not divide", "counted bytes", "exchanges", "the mesh in context"),
 )
 
 
