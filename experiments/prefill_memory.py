@@ -33,7 +33,7 @@ from kvjax.generation.decode import feed
 from kvjax.generation.states import Held
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
-from kvjax.models.params import param_shapes
+from kvjax.models.params import Params, param_shapes
 from kvjax.models.zoo import RANDOM
 
 
@@ -63,20 +63,25 @@ def _lengths(text: str, model: ModelConfig) -> list[int]:
 
 def _figures(model: ModelConfig, plan: CachePlan, tokens: int, dtype: Any) -> dict[str, Any]:
     """Bytes and seconds of compiling the step that reads a prompt of `tokens` tokens."""
-    shaped: Any = jax.ShapeDtypeStruct
-    params = unflatten_dict({path: shaped(size, dtype) for path, size in param_shapes(model).items()})
-    shape = CacheShape.of(model, 1, tokens, dtype)
-    cache = plan.init_shapes(shape)
-    held = Held(cache, shaped((1, model.model_dim), dtype))
-    bases = tuple(jax.tree.map(lambda a: shaped(a.shape, dtype), _bases(spec, model)) for spec in plan.specs)
+    params, bases, held = arguments(model, plan, tokens, dtype)
+    shaped = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     begun = time.perf_counter()
-    lowered = feed.lower(Decoder(model), params, bases, held, shaped((1, tokens), jnp.int32), shaped((1,), jnp.int32))
+    lowered = feed.lower(Decoder(model), params, bases, held, shaped((1, tokens)), shaped((1,)))
     memory: Any = lowered.compile().memory_analysis()
     return {
         "temp_bytes": memory.temp_size_in_bytes,
-        "cache_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers)),
+        "cache_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(held.cache.layers)),
         "compile_seconds": time.perf_counter() - begun,
     }
+
+
+def arguments(model: ModelConfig, plan: CachePlan, max_len: int, dtype: Any) -> tuple[Params, Any, Held]:
+    """What programs take of one sequence, without arrays: parameters, bases, and a state of `max_len` tokens."""
+    shaped: Any = jax.ShapeDtypeStruct
+    params = unflatten_dict({path: shaped(size, dtype) for path, size in param_shapes(model).items()})
+    bases = tuple(jax.tree.map(lambda a: shaped(a.shape, dtype), _bases(spec, model)) for spec in plan.specs)
+    cache = plan.init_shapes(CacheShape.of(model, 1, max_len, dtype))
+    return params, bases, Held(cache, shaped((1, model.model_dim), dtype))
 
 
 @functools.cache

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 
 from scipy.stats import spearmanr
 
-from experiments import checkpoint_keys, closed_loop, pareto, plans, tune_pictures
+from experiments import checkpoint_keys, closed_loop, device_bytes, pareto, plans, tune_pictures
 from experiments import searches as search_courses
+from experiments.loading_memory import over_held
 from experiments.sources import check_clean, describe_source
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
@@ -371,6 +372,42 @@ def _calibration(rows: list[Row]) -> str:
     return f"Calibrated on {size} of {row['text']}."
 
 
+# ---- docs/scaling.md
+
+
+def loading(rows: list[Row]) -> str:
+    """What loading holds at its peak and reads from disk."""
+    lines = []
+    for row in rows:
+        sizes = (f"{row[key] / 1e6:.0f}" for key in ("parameter_bytes", "distinct_bytes", "anonymous_peak"))
+        read = f"{row['disk_bytes'] / row['file_bytes']:.3f}"
+        lines.append([row["mesh"] or "one device", *sizes, f"{over_held(row):.3f}", read, f"{row['seconds']:.1f}"])
+    header = ("mesh", "parameters MB", "held MB", "peak MB", "× held", "read / files", "seconds")
+    return f"{describe_source(rows)}\n\n" + table(header, lines)
+
+
+def compile_seconds(rows: list[Row]) -> str:
+    """CPU seconds of tracing and compiling the decode loop."""
+    lines = [
+        [
+            f"`{row['cache']}`",
+            *(str(row["layers"]), f"{row['lines']}"),
+            *(f"{row[key]:.1f}" for key in ("trace_cpu_seconds", "compile_cpu_seconds")),
+        ]
+        for row in rows
+    ]
+    return f"{describe_source(rows)}\n\n" + table(("cache", "layers", "lines", "trace, s", "compile, s"), lines)
+
+
+def starts(rows: list[Row]) -> str:
+    """CPU seconds of cold and warm starts."""
+    lines = []
+    for row in rows:
+        cold, warm = row["cold_cpu_seconds"], row["warm_cpu_seconds"]
+        lines.append([f"`{row['cache']}`", f"{cold:.1f}", f"{warm:.1f}", f"{warm / cold:.2f}"])
+    return f"{describe_source(rows)}\n\n" + table(("cache", "cold, s", "warm, s", "warm / cold"), lines)
+
+
 Tables = dict[
     str, tuple[str | None, Callable[[list[Row]], str]]
 ]  # by name: the result file, if any, and what renders it
@@ -416,6 +453,18 @@ TABLES: dict[str, Tables] = {
         "forms": (None, lambda _: table(("part of a name", "what"), checkpoint_keys.form_lines(), numbers=False)),
         "gguf-keys": (None, lambda _: table(("key", "what"), checkpoint_keys.gguf_lines(), numbers=False)),
         **{name: (None, _key_table(keys)) for name, keys in checkpoint_keys.TOKENIZERS.items()},
+    },
+    "docs/scaling.md": {
+        "axes": (None, lambda _: table(device_bytes.AXES_HEADER, device_bytes.axes(), numbers=False)),
+        "parameters": (None, lambda _: table(device_bytes.header("model"), device_bytes.parameters())),
+        "caches": (None, lambda _: table(device_bytes.header("cache"), device_bytes.caches())),
+        "sequences": (
+            None,
+            lambda _: table(device_bytes.header("cache", device_bytes.ONE), device_bytes.sequences()),
+        ),
+        "loading": ("loading_memory.jsonl", loading),
+        "compile-seconds": ("compile_seconds.jsonl", compile_seconds),
+        "starts": ("starts.jsonl", starts),
     },
     "docs/decisions.md": {
         "xquant-beyond": ("xquant-beyond.jsonl", beyond),

@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 from kvjax.errors import KvjaxError
 
 AXES = ("data", "seq", "tensor")
+AUTO = (AxisType.Auto,) * len(AXES)
 RULES: Mapping[str, str] = MappingProxyType(
     {
         **{"batch": "data", "tokens": "seq"},
@@ -47,17 +48,30 @@ def parse(text: str) -> Mesh:
     Raises:
       KvjaxError: another axis, a size below 1, or fewer devices than the sizes multiply to.
     """
-    sizes = dict.fromkeys(AXES, 1)
+    sizes, devices = _sizes(text), jax.devices()
+    needed = math.prod(sizes)
+    if needed > len(devices):
+        raise KvjaxError(f"mesh {text} needs {needed} devices; there are {len(devices)}")
+    return jax.make_mesh(sizes, AXES, axis_types=AUTO, devices=devices[:needed])
+
+
+def abstract(text: str) -> AbstractMesh:
+    """The mesh of a text without its devices, which need not be there: for `part_nbytes`.
+
+    Raises:
+      KvjaxError: another axis, or a size below 1.
+    """
+    return AbstractMesh(_sizes(text), AXES, axis_types=AUTO)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    """The size of each of AXES in the text of a mesh."""
     parts = [re.fullmatch(r"\s*(\w+)=([1-9]\d*)\s*", part) for part in text.split(",")]
     names = [part[1] for part in parts if part]
     if not all(parts) or not set(names) <= set(AXES) or len(set(names)) < len(names):
         raise KvjaxError(f"mesh {text!r}; expected sizes of {', '.join(AXES)}, as in data=2,tensor=4")
-    sizes |= {part[1]: int(part[2]) for part in parts if part}
-    needed, devices = math.prod(sizes.values()), jax.devices()
-    if needed > len(devices):
-        raise KvjaxError(f"mesh {text} needs {needed} devices; there are {len(devices)}")
-    types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices[:needed])
+    named = {part[1]: int(part[2]) for part in parts if part}
+    return tuple(named.get(axis, 1) for axis in AXES)
 
 
 def describe(mesh: Mesh | AbstractMesh) -> str:
@@ -97,7 +111,9 @@ def parts(mesh: Mesh | AbstractMesh, axis: str | None, replicate: Sequence[str] 
     return 1 if axis is None or axis in replicate else mesh.shape.get(RULES[axis], 1)
 
 
-def sharding(mesh: Mesh, axes: PartitionSpec, shape: Sequence[int], replicate: Sequence[str] = ()) -> NamedSharding:
+def sharding(
+    mesh: Mesh | AbstractMesh, axes: PartitionSpec, shape: Sequence[int], replicate: Sequence[str] = ()
+) -> NamedSharding:
     """Where an array of this shape lives.
 
     Args:
@@ -115,6 +131,26 @@ def sharding(mesh: Mesh, axes: PartitionSpec, shape: Sequence[int], replicate: S
     check(mesh, {axis: size for axis, size in zip(axes, shape, strict=False) if axis}, replicate)
     divided = (RULES[axis] if parts(mesh, axis, replicate) > 1 else None for axis in axes)
     return NamedSharding(mesh, PartitionSpec(*divided))
+
+
+def part_nbytes(mesh: Mesh | AbstractMesh, axes: Any, arrays: Any, replicate: Sequence[str] = ()) -> int:
+    """Bytes of a tree of arrays that each device holds.
+
+    Args:
+      mesh: the mesh.
+      axes: the same tree of PartitionSpecs of logical axis names.
+      arrays: the arrays, or their ShapeDtypeStructs.
+      replicate: logical axes that are kept whole.
+
+    Raises:
+      KvjaxError: as `check`.
+    """
+
+    def of(names: PartitionSpec, array: Any) -> int:
+        shape = sharding(mesh, names, array.shape, replicate).shard_shape(tuple(array.shape))
+        return math.prod(shape) * array.dtype.itemsize
+
+    return sum(jax.tree.leaves(_over(of, axes, arrays)))
 
 
 def fetch(array: jax.Array | np.ndarray) -> np.ndarray:

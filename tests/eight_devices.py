@@ -25,11 +25,14 @@ import numpy as np
 import kvjax
 from kvjax.calibrate import bases
 from kvjax.checkpoints.orbax import save
+from kvjax.generation.decode import decode_steps, start
+from kvjax.generation.sampling import Sampling
 from kvjax.generation.states import Held
-from kvjax.mesh import current
+from kvjax.mesh import abstract, current
 from kvjax.models import zoo
 from kvjax.models.config import ModelConfig, RopeConfig
-from kvjax.models.params import param_shapes
+from kvjax.models.decoder import Decoder
+from kvjax.models.params import param_nbytes, param_shapes
 from tests.checkpoints.test_gguf import F32, Q8_0, write_gguf
 
 CONFIG = ModelConfig("llama", 256, 64, 128, 2, 8, 4, 16, 256, rope=RopeConfig(1e3), qkv_bias=True)
@@ -172,6 +175,7 @@ def what_does_not_divide() -> None:
         lambda: kvjax.load(name, "float64", mesh="tensor=4"),
     )
     whole = odd_model()
+    assert set(nbytes(whole.params).values()) == {param_nbytes(whole.config, "float64", whole.mesh, ["kv_heads"])}
     assert whole.params["layer_0"]["k"].addressable_shards[0].data.shape == (48, 48)
     tokens = [kvjax.generate(m, "ab", short, max_new_tokens=3).tokens for m in (whole, kvjax.load(name, "float64"))]
     assert tokens[0] == tokens[1]
@@ -191,6 +195,33 @@ def the_mesh_in_context() -> None:
         look(1.0)
     look(1)
     assert dict(seen[0].shape) == {"data": 1, "seq": 1, "tensor": 4} and seen[1:] == [None, None]
+
+
+def counted_bytes() -> None:
+    """What is counted without devices is what each device holds, on every mesh."""
+    for mesh in (MESH, "data=8"):
+        for text, layers in ((PLAN, 2), (REST, 5)):
+            here, places = model(mesh, layers), abstract(mesh)
+            assert set(nbytes(here.params).values()) == {param_nbytes(here.config, "float64", places)}
+            cache = Held.empty(here, kvjax.plan(here, text), 8, 256).cache
+            assert set(nbytes(cache.layers).values()) == {cache.plan.part_nbytes(cache.shape, places)}, (mesh, text)
+
+
+EXCHANGE = r"= \w+\[([\d,]*)\]\S* (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+
+
+def exchanges() -> None:
+    """A step sums what `o`, `down` and the embedding give; else only a few numbers a sequence go between devices."""
+    here, stop = model(MESH), jnp.zeros(1, jnp.int32)
+    for name in ("dense", "k4v4@token"):
+        with here.layout.entered():
+            run = start(Held.empty(here, kvjax.plan(here, name), 8, 64), 16)
+            greedy = Sampling.of(0.0, None, None, 0, 8, CONFIG.vocab_size)
+            lowered = decode_steps.lower(Decoder(CONFIG), here.params, ((),) * 2, run, greedy, stop, 16, 16)
+        found = re.findall(EXCHANGE, lowered.compile().as_text())
+        sizes = [math.prod(int(n) for n in shape.split(",") if n) for shape, _ in found]
+        sums = sizes.count(8 // 2 * CONFIG.model_dim)
+        assert sums == 2 * CONFIG.layers + 1 and sorted(sizes)[-sums - 1] <= 8 * 4, (name, found)
 
 
 @functools.cache
@@ -217,6 +248,8 @@ def checks(folder: Path) -> dict[str, Callable[[], None]]:
         "orbax": functools.partial(orbax, folder),
         "states": functools.partial(states, folder),
         "what does not divide": what_does_not_divide,
+        "counted bytes": counted_bytes,
+        "exchanges": exchanges,
         "the mesh in context": the_mesh_in_context,
     }
 

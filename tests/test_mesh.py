@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
+from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
-from kvjax.mesh import Layout, parse, sharding
+from kvjax.mesh import Layout, abstract, parse, sharding
+from kvjax.models.params import param_nbytes, param_shapes
+from kvjax.models.zoo import RANDOM
 
 # Eight devices, and programs that compile far sooner.
 FLAGS = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 )
 USUAL = (
-    *(
-        "data=2,tensor=4",
-        "data=2,seq=2,tensor=2",
-        "bytes of parameters",
-        "bytes of caches",
-        "safetensors",
-        "gguf",
-        "orbax",
-        "states",
-    ),
-    *("what does not divide", "the mesh in context"),
+    *("data=2,tensor=4", "data=2,seq=2,tensor=2", "bytes of parameters", "bytes of caches", "safetensors", "gguf"),
+    *("orbax", "states", "what does not divide", "counted bytes", "exchanges", "the mesh in context"),
 )
 
 
@@ -65,6 +61,22 @@ def test_a_mesh_of_one_line() -> None:
     assert dict(mesh.shape) == {"data": 1, "seq": 1, "tensor": 1}
     assert sharding(mesh, PartitionSpec("batch", None, "kv_heads"), (3, 5, 7)).spec == PartitionSpec(None, None, None)
     assert mesh.devices.ravel().tolist() == jax.devices()[:1]
+
+
+def test_bytes_are_counted_without_devices() -> None:
+    config = RANDOM["random:llama-3.1-70b"]
+    plan = CachePlan.parse("k4v2@kivi", config)
+    whole = plan.nbytes(8192, 8, jnp.bfloat16)
+    shape = plan.shape(8, 8192, jnp.bfloat16)
+    assert plan.part_nbytes(shape, abstract("data=1")) == whole
+    assert plan.part_nbytes(shape, abstract("data=8,tensor=8")) == pytest.approx(whole / 64, rel=1e-3)
+    assert plan.part_nbytes(shape, abstract("data=2,tensor=16"), ("kv_heads",)) == pytest.approx(whole / 2, rel=1e-3)
+    with pytest.raises(KvjaxError, match="kv_heads 8 does not divide over tensor=16"):
+        plan.part_nbytes(shape, abstract("tensor=16"))
+    count = sum(math.prod(shape) for shape in param_shapes(config).values())
+    assert param_nbytes(config, jnp.bfloat16, abstract("data=4")) == 2 * count
+    with pytest.raises(KvjaxError, match="kv_heads 8 does not divide over tensor=16"):
+        param_nbytes(config, jnp.bfloat16, abstract("tensor=16"))
 
 
 @pytest.mark.parametrize("text", ["data", "data=0", "rows=2", "data=2,data=2", "data=2;tensor=2", "data=-1"])

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Int
 
 from kvjax.caches import cross_layer, presets
@@ -20,7 +20,7 @@ from kvjax.caches.grammar import format_layers, join_layers, split_layers
 from kvjax.caches.registry import parse_spec
 from kvjax.checks import check_whole, show
 from kvjax.errors import KvjaxError
-from kvjax.mesh import BATCH, Layout
+from kvjax.mesh import BATCH, Layout, part_nbytes
 from kvjax.tables import align_columns, format_ratio
 
 DEFAULT_STREAM = 32  # tokens per streaming chunk where every layer allows any
@@ -232,6 +232,19 @@ class CachePlan:
         """Allocated bytes of all layers for `batch` sequences of `context` tokens, `dtype` what is unquantised."""
         shape = self.shape(batch, context, dtype)
         return sum(len(layers) * spec.nbytes(shape) for spec, layers in self._layers().items())
+
+    def part_nbytes(self, shape: CacheShape, mesh: Mesh | AbstractMesh, replicate: tuple[str, ...] = ()) -> int:
+        """Allocated bytes of all layers that each device of a mesh holds; `replicate` names logical axes kept whole.
+
+        Raises:
+          KvjaxError: the mesh does not divide an axis.
+        """
+
+        def of(spec: CacheSpec) -> int:
+            arrays = jax.eval_shape(lambda: spec.init(shape))
+            return part_nbytes(mesh, spec.logical_axes(shape), arrays, replicate)
+
+        return sum(len(layers) * of(spec) for spec, layers in self._layers().items())
 
     def counted_bytes(self, context: int, batch: int = 1) -> float:
         """`nbytes`, with the claimed bytes of simulated layers."""

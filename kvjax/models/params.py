@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
 from kvjax.checks import check_whole
 from kvjax.errors import KvjaxError
-from kvjax.mesh import ONE_DEVICE, Index, Layout
+from kvjax.mesh import ONE_DEVICE, Index, Layout, check, part_nbytes
 from kvjax.models.config import ModelConfig
 
 Params = dict[str, Any]
@@ -80,7 +80,32 @@ def param_axes(path: ParamPath) -> PartitionSpec:
 
 def check_layout(config: ModelConfig, layout: Layout) -> None:
     """Raises KvjaxError where a mesh would cut heads, or divides the MLP or the vocabulary unevenly."""
-    layout.check(heads=config.heads, kv_heads=config.kv_heads, mlp=config.mlp_dim, vocab=config.vocab_size)
+    layout.check(**_divided(config))
+
+
+def _divided(config: ModelConfig) -> dict[str, int]:
+    """What meshes divide, and its size."""
+    return {"heads": config.heads, "kv_heads": config.kv_heads, "mlp": config.mlp_dim, "vocab": config.vocab_size}
+
+
+def param_nbytes(
+    config: ModelConfig, dtype: DTypeLike, mesh: Mesh | AbstractMesh, replicate: Sequence[str] = ()
+) -> int:
+    """Bytes of a decoder's parameters that each device holds.
+
+    Args:
+      config: the decoder's config.
+      dtype: dtype of the parameters.
+      mesh: the mesh.
+      replicate: logical axes that are kept whole.
+
+    Raises:
+      KvjaxError: the mesh does not divide the model.
+    """
+    check(mesh, _divided(config), replicate)
+    shapes = param_shapes(config)
+    arrays = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()}
+    return part_nbytes(mesh, {path: param_axes(path) for path in shapes}, arrays, replicate)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,12 +25,11 @@ SMOLLM2 = Pinned(
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
 FILES = {"smollm2-135m": SMOLLM2, "smollm2-135m-mha": SMOLLM2}
+LLAMA3 = RopeConfig(500000.0, "llama3", 8.0, 1.0, 4.0, 8192)
 RANDOM = {
     "random:llama-2-7b": ModelConfig("llama", 32000, 4096, 11008, 32, 32, 32, 128, 4096, 1e-5),
-    "random:llama-3.1-8b": ModelConfig(
-        *("llama", 128256, 4096, 14336, 32, 32, 8, 128, 131072, 1e-5),
-        rope=RopeConfig(500000.0, "llama3", 8.0, 1.0, 4.0, 8192),
-    ),
+    "random:llama-3.1-8b": ModelConfig(*("llama", 128256, 4096, 14336, 32, 32, 8, 128, 131072, 1e-5), rope=LLAMA3),
+    "random:llama-3.1-70b": ModelConfig(*("llama", 128256, 8192, 28672, 80, 64, 8, 128, 131072, 1e-5), rope=LLAMA3),
     "random:qwen2.5-7b": ModelConfig(
         *("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, 131072, 1e-6), rope=RopeConfig(1e6), qkv_bias=True
     ),

@@ -118,6 +118,7 @@ def test_random_weights(tiny):
     [
         ("random:llama-2-7b", 6_738_415_616),
         ("random:llama-3.1-8b", 8_030_261_248),
+        ("random:llama-3.1-70b", 70_553_706_496),
         ("random:qwen2.5-7b", 7_615_616_512),
         ("random:mistral-7b", 7_248_023_552),
     ],

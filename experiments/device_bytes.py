@@ -1,0 +1,81 @@
+"""Tables of docs/scaling.md: what each device of a mesh holds, by the shapes and axes that allocate it."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from kvjax import mesh
+from kvjax.caches.plan import CachePlan
+from kvjax.models import params
+from kvjax.models.zoo import RANDOM
+
+MODELS = ("llama-3.1-8b", "llama-3.1-70b")
+PLANS = ("dense", "k8v4@kivi", "k4v4@token", "k4v2@kivi", "x4@latent", "xcl3@latent")
+CONTEXTS = (8192, 32768, 131072)  # tokens of each sequence
+BATCH = 8
+DTYPE = jnp.bfloat16  # of parameters and of what caches keep exactly
+MANY = ("data=1", "data=2,tensor=4", "tensor=8", "data=2,tensor=8", "tensor=16")  # meshes for BATCH sequences
+ONE = ("data=1", "tensor=8")  # meshes for one sequence
+WHOLE = {"tensor=16": ("kv_heads",)}  # what a mesh does not divide
+AXES_HEADER = ("logical axis", "is divided by", "in parameters", "in caches")
+
+
+def header(first: str, meshes: tuple[str, ...] = MANY) -> list[str]:
+    """Names of columns: the meshes."""
+    whole = {text: f"{text}, {' and '.join(names)} whole" for text, names in WHOLE.items()}
+    return [first, *((whole | {"data=1": "one device"}).get(text, text) for text in meshes)]
+
+
+def parameters() -> list[list[str]]:
+    """Rows [model, gigabytes of parameters that a device of each mesh holds]."""
+    return [[model, *(_parameters(model, text) for text in MANY)] for model in MODELS]
+
+
+def caches() -> list[list[str]]:
+    """Rows [cache of BATCH sequences, gigabytes of it that a device of each mesh holds]."""
+    each = itertools.product(MODELS, CONTEXTS, PLANS)
+    return [_cache(model, tokens, plan, BATCH, MANY) for model, tokens, plan in each]
+
+
+def sequences() -> list[list[str]]:
+    """Rows [cache of one sequence of the longest context, gigabytes of it that a device of each mesh holds]."""
+    return [_cache(model, CONTEXTS[-1], plan, 1, ONE) for model, plan in itertools.product(MODELS, PLANS)]
+
+
+def axes() -> list[list[str]]:
+    """Rows [logical axis, the mesh's axis, parameters that have it, caches that have it]."""
+    stored = {plan: _cache_axes(plan) for plan in PLANS}
+    lines = []
+    for axis, by in mesh.RULES.items():
+        weights = [f"`{name}`" for name, names in params.AXES.items() if axis in names]
+        plans = [f"`{plan}`" for plan in PLANS if axis in stored[plan]]
+        lines.append(
+            [f"`{axis}`", f"`{by}`", ", ".join(weights), "all" if len(plans) == len(PLANS) else ", ".join(plans)]
+        )
+    return lines
+
+
+def _parameters(model: str, text: str) -> str:
+    nbytes = params.param_nbytes(RANDOM[f"random:{model}"], DTYPE, mesh.abstract(text), WHOLE.get(text, ()))
+    return f"{nbytes / 1e9:.2f}"
+
+
+def _cache(model: str, tokens: int, name: str, batch: int, meshes: tuple[str, ...]) -> list[str]:
+    plan = CachePlan.parse(name, RANDOM[f"random:{model}"])
+    shape = plan.shape(batch, tokens, DTYPE)
+    sizes = (plan.part_nbytes(shape, mesh.abstract(text), WHOLE.get(text, ())) / 1e9 for text in meshes)
+    return [f"{model}, {tokens // 1024}K, `{name}`", *(f"{size:.2f}" for size in sizes)]
+
+
+def _cache_axes(name: str) -> set[str]:
+    plan = CachePlan.parse(name, RANDOM[f"random:{MODELS[0]}"])
+    names = jax.tree.leaves(plan.logical_axes(plan.shape(BATCH, CONTEXTS[0], DTYPE)), is_leaf=_is_axes)
+    return {axis for each in names for axis in each if axis}
+
+
+def _is_axes(node: object) -> bool:
+    return isinstance(node, PartitionSpec)
