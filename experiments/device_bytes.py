@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import jax
@@ -19,7 +20,7 @@ CONTEXTS = (8192, 32768, 131072)  # tokens of each sequence
 BATCH = 8
 DTYPE = jnp.bfloat16  # of parameters and of what caches keep exactly
 MANY = ("data=1", "data=2,tensor=4", "tensor=8", "data=2,tensor=8", "tensor=16")  # meshes for BATCH sequences
-ONE = ("data=1", "tensor=8")  # meshes for one sequence
+ONE = ("data=1", "tensor=8", "seq=2,tensor=4", "seq=8")  # meshes for one sequence
 WHOLE = {"tensor=16": ("kv_heads",)}  # what a mesh does not divide
 AXES_HEADER = ("logical axis", "is divided by", "in parameters", "in caches")
 
@@ -66,8 +67,11 @@ def _parameters(model: str, text: str) -> str:
 
 def _cache(model: str, tokens: int, name: str, batch: int, meshes: tuple[str, ...]) -> list[str]:
     plan = CachePlan.parse(name, RANDOM[f"random:{model}"])
-    shape = plan.shape(batch, tokens, DTYPE)
-    sizes = (plan.part_nbytes(shape, mesh.abstract(text), WHOLE.get(text, ())) / 1e9 for text in meshes)
+    sizes = []
+    for text in meshes:
+        places = mesh.abstract(text)
+        shape = dataclasses.replace(plan.shape(batch, tokens, DTYPE), parts=mesh.parts(places, "tokens"))
+        sizes.append(plan.part_nbytes(shape, places, WHOLE.get(text, ())) / 1e9)
     return [f"{model}, {tokens // 1024}K, `{name}`", *(f"{size:.2f}" for size in sizes)]
 
 

@@ -399,6 +399,16 @@ def compile_seconds(rows: list[Row]) -> str:
     return f"{describe_source(rows)}\n\n" + table(("cache", "layers", "lines", "trace, s", "compile, s"), lines)
 
 
+def prefill_memory(rows: list[Row]) -> str:
+    """Megabytes of temporaries of one prefill step, a column per number of tokens."""
+    tokens = sorted({row["tokens"] for row in rows})
+    by_plan: dict[str, dict[int, int]] = {}
+    for row in rows:
+        by_plan.setdefault(row["cache"], {})[row["tokens"]] = row["temp_bytes"]
+    lines = [[f"`{plan}`", *(f"{found[n] / 1e6:,.0f}" for n in tokens)] for plan, found in by_plan.items()]
+    return f"{describe_source(rows)}\n\n" + table(("cache", *(f"{n // 1024}K" for n in tokens)), lines)
+
+
 def starts(rows: list[Row]) -> str:
     """CPU seconds of cold and warm starts."""
     lines = []
@@ -462,6 +472,7 @@ TABLES: dict[str, Tables] = {
             None,
             lambda _: table(device_bytes.header("cache", device_bytes.ONE), device_bytes.sequences()),
         ),
+        "prefill-memory": ("prefill_memory.jsonl", prefill_memory),
         "loading": ("loading_memory.jsonl", loading),
         "compile-seconds": ("compile_seconds.jsonl", compile_seconds),
         "starts": ("starts.jsonl", starts),

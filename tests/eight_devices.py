@@ -199,7 +199,7 @@ def the_mesh_in_context() -> None:
 
 def counted_bytes() -> None:
     """What is counted without devices is what each device holds, on every mesh."""
-    for mesh in (MESH, "data=8"):
+    for mesh in (MESH, "data=8", CUBE):
         for text, layers in ((PLAN, 2), (REST, 5)):
             here, places = model(mesh, layers), abstract(mesh)
             assert set(nbytes(here.params).values()) == {param_nbytes(here.config, "float64", places)}
