@@ -295,5 +295,6 @@ class Sweep:
         return DenseRun(**records.load_arrays(self._file("dense run", start)))
 
     def _file(self, what: str, start: int) -> Path:
-        key = json.dumps([self.identity, what, self.scorer.batch], sort_keys=True)  # which follows the mesh
+        kept = [field.name for field in dataclasses.fields(DenseRun)]  # what kept others cannot be gone on from
+        key = json.dumps([self.identity, what, self.scorer.batch, kept], sort_keys=True)  # the batch follows the mesh
         return self.folder / "partial" / hashlib.sha256(key.encode()).hexdigest()[:16] / f"{start}.npz"
