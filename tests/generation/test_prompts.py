@@ -8,10 +8,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 import kvjax
 from kvjax.generation.prompts import encode_prompts
 from kvjax.models.model import Model
+from kvjax.models.tokenizer_files import start_with
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}|"
 HELLO = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
@@ -34,6 +36,20 @@ def test_texts(chatty: Model) -> None:
     assert encoded(chatty, "hello") == [encode("<user>hello|").tolist()]
     assert encoded(chatty, "hello", chat=False) == [encode("hello", start=True).tolist()]
     assert encoded(chatty, ("a", "bc", ""), chat=False) == [encode(t, start=True).tolist() for t in ("a", "bc", "")]
+
+
+def test_a_chat_begins_behind_an_empty_text(chatty: Model) -> None:
+    """What holds bos alone goes on as a sequence that begins; what holds a text does not."""
+    backend = tokenizers.Tokenizer.from_str(chatty.tokenizer.backend.to_str())
+    start_with(backend, 1)
+    model = dataclasses.replace(chatty, tokenizer=dataclasses.replace(chatty.tokenizer, backend=backend))
+    (nothing,), (text,) = (encode_prompts(model, prompt, chat=False) for prompt in ("", "hello"))
+    assert nothing.ids.tolist() == [1]
+    for prompt in ("hello", HELLO[1:]):
+        (after,) = encode_prompts(model, prompt, before=[nothing.read])
+        assert [1, *after.ids.tolist()] == encoded(model, "hello")[0] and after.read.chat
+    (after,) = encode_prompts(model, "hello", before=[text.read])
+    assert after.ids.tolist() == model.tokenizer.encode_next("hello").tolist() and not after.read.chat
 
 
 @pytest.mark.parametrize(
