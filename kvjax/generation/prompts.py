@@ -155,11 +155,15 @@ def _encode_messages(model: Model, messages: Messages, before: Read, chat: bool)
     tokenizer = model.tokenizer
     if before.chat:
         ended = tokenizer.decode([before.last]) if before.last in tokenizer.eos_ids else None
-        ids = tokenizer.encode_next(tokenizer.follow_up(messages, ended), before.last)
+        text = tokenizer.follow_up(messages, ended)
+        ids = tokenizer.encode_next(text, before.last)
     else:
-        ids = tokenizer.encode(tokenizer.chat(messages), start=True)
+        text = tokenizer.chat(messages)
+        ids = tokenizer.encode(text, start=True)
         if before.tokens:  # a chat that begins behind a document
             ids = ids[len(tokenizer.start_ids) :]
+    if not text:
+        raise KvjaxError("the chat template writes nothing for the messages; give a text itself, with chat=False")
     return Encoded(ids, before.then(ids)._replace(chat=True))
 
 

@@ -108,6 +108,22 @@ def test_anything_else_is_refused(chatty: Model, prompt: Any, said: str) -> None
         encode_prompts(chatty, prompt, chat=False)
 
 
+@pytest.mark.parametrize("template", ["", "{% if not messages %}never{% endif %}", "{{ bos_token }}"])
+def test_a_template_that_writes_nothing(chatty: Model, template: str) -> None:
+    model = dataclasses.replace(chatty, tokenizer=dataclasses.replace(chatty.tokenizer, chat_template=template))
+    for prompt in ("hello", HELLO):
+        with pytest.raises(kvjax.KvjaxError, match="template writes nothing for the messages; give a text itself"):
+            encode_prompts(model, prompt)
+
+
+@pytest.mark.parametrize("chat", ["no", 0, None, [True]])
+def test_chat_is_true_or_false(chatty: Model, chat: Any) -> None:
+    """A word would count as True, "no" as well."""
+    with pytest.raises(kvjax.KvjaxError, match=r"chat=.*; expected True or False"):
+        kvjax.generate(chatty, "hello", chat=chat)
+    assert encoded(chatty, "hello", np.False_) == encoded(chatty, "hello", chat=False)  # type: ignore[arg-type]
+
+
 def test_messages_need_a_template(tiny: Model) -> None:
     with pytest.raises(kvjax.KvjaxError, match="no chat template"):
         encode_prompts(tiny, HELLO)
