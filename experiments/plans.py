@@ -29,14 +29,14 @@ from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
-from kvjax.evaluate.perplexity import Score, mean_and_interval
-from kvjax.evaluate.sweep import identity_of, strip_paths
-from kvjax.evaluate.text import check_disjoint, check_unseen
+from kvjax.evaluate.perplexity import mean_and_interval
+from kvjax.evaluate.sweep import strip_paths
+from kvjax.evaluate.text import check_unseen
 from kvjax.files import write_atomically
 from kvjax.models.model import Model
 from kvjax.tuner.evaluations import Evaluations
+from kvjax.tuner.judge import make_judge
 from kvjax.tuner.search import Search
-from kvjax.tuner.simulate import Simulator
 from kvjax.tuner.space import pareto
 
 Row = dict[str, Any]
@@ -48,13 +48,14 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     check_unseen(config.judged_on, config.text)
     model = load(config.model, config.dtype)
     windows = calibration(config, model)
-    judged = {text: _judged(config, model, text) for text in split_list(config.judged_on)}
-    for each in judged.values():
-        check_disjoint(each, windows)
+    sizes = config.context, config.judged_windows
+    judges = {
+        text: make_judge(model, config.text, windows, text, *sizes, workdir / "judged")
+        for text in split_list(config.judged_on)
+    }
     found = _search(config, model, windows, budgets, workdir)
     rows = []
-    for text, each in judged.items():
-        judge = _judge(model, text, each, workdir)
+    for text, judge in judges.items():
         plans = list(dict.fromkeys(plan for _, _, plan, uniform in found for plan in [plan, *uniform]))
         with Bars() as bars:
             for count, plan in enumerate(plans, 1):
@@ -74,13 +75,6 @@ def _budgets(config: config_dict.ConfigDict) -> list[float]:
         return [float(budget) for budget in config.budgets.split(",")]
     except ValueError:
         raise KvjaxError(f"budgets={config.budgets!r}; expected numbers of bits, separated by commas") from None
-
-
-def _judged(config: config_dict.ConfigDict, model: Model, text: str) -> np.ndarray:
-    """The windows [w, n] of a text to judge on."""
-    own = config_dict.ConfigDict(config.to_dict())
-    own.update(text=text, windows=config.judged_windows, offset=0)
-    return calibration(own, model)
 
 
 def _search(
@@ -120,26 +114,6 @@ def _best(search: Search, uniform: list[CachePlan]) -> CachePlan:
     with Bars() as search.progress:
         plans = search.plans()
     return min([*filter(search.bits.fits, plans), *uniform], key=search.loss)
-
-
-def _judge(model: Model, text: str, windows: np.ndarray, workdir: Path) -> Evaluations:
-    """Evaluations on a text of its own; `window_kld` is the mean KL of every window."""
-    made: list[Simulator] = []
-
-    def evaluate(plan: CachePlan) -> dict[str, Any]:
-        made[:] = made or [Simulator(model, windows)]
-        scores = made[0].score(plan)
-        score = Score.of(scores, windows)
-        by_window = scores.kld.mean(1).tolist()
-        return {
-            "kld": score.kld,
-            "nll": score.nll,
-            "top1": score.top1,
-            "kld_se": score.kld_se,
-            "window_kld": by_window,
-        }
-
-    return Evaluations(workdir / "judged", identity_of(model, text, windows, "streaming"), evaluate)
 
 
 def _rows(

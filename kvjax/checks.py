@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import operator
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from kvjax.errors import KvjaxError
 
@@ -44,6 +47,20 @@ def check_real(name: str, value: Any, expected: str) -> float:
     except (TypeError, ValueError, OverflowError):
         pass
     raise KvjaxError(f"{name}={show(value)}; expected {expected}")
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """The value as a bool. Raises KvjaxError for anything else: "no" is not False."""
+    if value is True or value is False or type(value) is np.bool_:
+        return bool(value)
+    raise KvjaxError(f"{name}={show(value)}; expected True or False")
+
+
+def check_progress(value: Any) -> Callable[..., None]:
+    """What hears how far a call is; nothing does where None. Raises KvjaxError for what cannot be called."""
+    if value is not None and not callable(value):
+        raise KvjaxError(f"progress is of type {type(value).__name__}; expected what can be called")
+    return value or (lambda *_: None)
 
 
 def check_path(name: str, value: Any) -> Path:

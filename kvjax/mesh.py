@@ -175,6 +175,8 @@ class Layout:
           KvjaxError: it is no mesh, or there is no such axis.
         """
         names = [replicate] if isinstance(replicate, str) else replicate
+        if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+            raise KvjaxError(f"replicate={replicate!r}; expected a text or a list of {', '.join(RULES)}")
         whole = tuple(name.strip() for text in names for name in text.split(",") if name.strip())
         names = [name for name in RULES if name != "tokens"]  # a mesh without seq keeps them whole
         if unknown := [name for name in whole if name not in names]:

@@ -89,6 +89,9 @@ def test_what_is_no_layout() -> None:
     assert Layout.of("", "kv_heads, mlp") == Layout.of(None, ["kv_heads", "mlp"])
     with pytest.raises(KvjaxError, match="replicate=q; expected some of batch, heads"):
         Layout.of(None, "q")
+    for odd in (3, None, [3]):
+        with pytest.raises(KvjaxError, match=r"replicate=.*; expected a text or a list of batch, tokens"):
+            Layout.of(None, odd)  # type: ignore[arg-type]
     with pytest.raises(KvjaxError, match="the mesh is of type int"):
         Layout.of(4)  # type: ignore[arg-type]
     with pytest.raises(KvjaxError, match="the mesh has axes x; expected some of data"):

@@ -264,8 +264,10 @@ class Score:
         """This score minus another one of the same windows, token by token.
 
         Raises:
-          KvjaxError: the other score is of other tokens.
+          KvjaxError: the other is no score, or of other tokens.
         """
+        if not isinstance(other, Score):
+            raise KvjaxError(f"the other score is of type {type(other).__name__}; expected what kvjax.score gives")
         if not np.array_equal(self.windows, other.windows):
             raise KvjaxError("the scores are of other tokens; expected two plans on the same windows of one text")
         nll, kld = (getattr(self.per_token, n) - getattr(other.per_token, n) for n in ("nll", "kld"))

@@ -24,7 +24,7 @@ from kvjax import records
 from kvjax.caches.base import CacheSpec
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
-from kvjax.checks import check_path
+from kvjax.checks import check_path, check_progress
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score, Scorer, Timing, concatenate, cut_windows, standard_error
 from kvjax.evaluate.text import Text, name_of, read_ids
@@ -105,6 +105,7 @@ def sweep(
       KvjaxError: one line that says what was expected; arguments are checked before anything is computed.
     """
     check_model(model)
+    hears = check_progress(progress)
     names = split_list(caches) if isinstance(caches, str) else caches if isinstance(caches, Sequence) else [caches]
     plans = list(dict.fromkeys(CachePlan.cast(name, model.config) for name in names))
     if not plans:
@@ -112,7 +113,7 @@ def sweep(
     cut = cut_windows(read_ids(text, model.tokenizer, model.config.vocab_size), context, windows, offset)
     identity = identity_of(model, name_of(text), cut, protocol, offset=offset)
     with kept_in(folder) as where:
-        return Sweep(model, cut, identity, where).rows(plans, progress or (lambda plan, done, total: None))
+        return Sweep(model, cut, identity, where).rows(plans, hears)
 
 
 def score(
@@ -295,5 +296,6 @@ class Sweep:
         return DenseRun(**records.load_arrays(self._file("dense run", start)))
 
     def _file(self, what: str, start: int) -> Path:
-        key = json.dumps([self.identity, what, self.scorer.batch], sort_keys=True)  # which follows the mesh
+        kept = [field.name for field in dataclasses.fields(DenseRun)]  # what kept others cannot be gone on from
+        key = json.dumps([self.identity, what, self.scorer.batch, kept], sort_keys=True)  # the batch follows the mesh
         return self.folder / "partial" / hashlib.sha256(key.encode()).hexdigest()[:16] / f"{start}.npz"

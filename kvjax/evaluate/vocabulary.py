@@ -1,12 +1,14 @@
 """Scores of tokens in one pass over the vocabulary, tile by tile, without storing the logits.
 
-Logits are linear in the final hidden state h, l = h·E (E the head's rows), so that with p, lse of the dense run and
-its expected row m = Σ_v p_v E_v
+Logits are linear in the final hidden state h, l = h·E (E the head's rows). With p of the dense run, q of the other,
+the dense argmax t and the expected row m = Σ_v p_v E_v of the dense run
 
-    KL(dense || cache) = Σ_v p_v (l_v - lse - l'_v + lse') = (h - h')·m - lse + lse'.
+    KL(dense || cache) = Σ_v p_v (l_v - l_t - l'_v + l'_t) + log p_t - log q_t
+                       = (h - h')·(m - E_t) + log p_t - log q_t.
 
-The dense run is thus kept as h, m, lse and the argmax: 2 D + 2 numbers a token instead of V logits, computed once and
-exact (docs/decisions.md). m is attention of h over the vocabulary with E as keys and values.
+The dense run is thus kept as h, m, log p_t and t: 2 D + 2 numbers a token instead of V logits, computed once and
+exact (docs/decisions.md). m is attention of h over the vocabulary with E as keys and values. Every term is relative
+to the largest logit: where all probability lies on t, the first two are 0 whatever the size of the logits.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ class DenseRun:
 
     hidden: Float[Array, "N D"]
     mean: Float[Array, "N D"]  # expected head row
-    lse: Float[Array, "N"]
     top: Int[Array, "N"]  # argmax of the logits
+    top_nll: Float[Array, "N"]  # its negative log-likelihood
 
 
 @struct.dataclass
@@ -61,9 +63,9 @@ def dense_run(
 
     def rows(h, y):
         state = _pass(h, head, y, y, keep=True)
-        lse = state["max"] + jnp.log(state["sum"])
-        dense = DenseRun(h, state["mean"] / state["sum"][:, None], lse, state["argmax"])
-        return TokenScores(lse - state["target"], jnp.zeros_like(lse), jnp.ones_like(lse)), dense
+        zeros = jnp.zeros_like(state["sum"])
+        dense = DenseRun(h, state["mean"] / state["sum"][:, None], state["argmax"], _nll(state, state["max"]))
+        return TokenScores(_nll(state, state["target"]), zeros, zeros + 1), dense
 
     return _by_rows(rows, hidden, targets)
 
@@ -85,12 +87,18 @@ def compare(
 
     def rows(h, y, ref):
         state = _pass(h, head, y, ref.top, keep=False)
-        lse = state["max"] + jnp.log(state["sum"])
         wide = ref.mean.dtype
-        moved = ((ref.hidden.astype(wide) - h.astype(wide)) * ref.mean).sum(-1)
-        return TokenScores(lse - state["target"], moved - ref.lse + lse, (state["top"] >= state["max"]).astype(wide))
+        moved = (ref.hidden.astype(wide) - h.astype(wide)) * (ref.mean - jnp.take(head, ref.top, 0).astype(wide))
+        kld = moved.sum(-1) - ref.top_nll + _nll(state, state["top"])
+        kld = jnp.maximum(kld, 0)  # no KL is negative: what comes out below 0 is rounding
+        return TokenScores(_nll(state, state["target"]), kld, (state["top"] >= state["max"]).astype(wide))
 
     return _by_rows(rows, hidden, targets, dense)
+
+
+def _nll(state: dict[str, Array], logit: Float[Array, "N"]) -> Float[Array, "N"]:
+    """The negative log-likelihood of the words that have these logits."""
+    return (state["max"] - logit) + jnp.log(state["sum"])
 
 
 def _by_rows(f, *args):

@@ -129,12 +129,18 @@ def _describe(value: Any) -> str:
 
 def _encode_text(model: Model, text: str, before: Read, chat: bool) -> Encoded:
     in_chat = chat and text and model.tokenizer.chat_template is not None
-    if in_chat and (before.chat or not before.tokens):
+    if in_chat and (before.chat or _holds_no_text(model, before)):
         return _encode_messages(model, [{"role": "user", "content": text}], before, chat)
     ids = (
         model.tokenizer.encode_next(text, before.last) if before.tokens else model.tokenizer.encode(text, start=True)
     )
     return Encoded(ids, before.then(ids))
+
+
+def _holds_no_text(model: Model, read: Read) -> bool:
+    """Whether nothing was read but what the tokenizer puts before every text."""
+    start = model.tokenizer.start_ids
+    return not read.tokens or (read.tokens, read.last) == (len(start), *start[-1:])
 
 
 def _encode_ids(model: Model, ids: Ids, before: Read, chat: bool) -> Encoded:
@@ -149,11 +155,15 @@ def _encode_messages(model: Model, messages: Messages, before: Read, chat: bool)
     tokenizer = model.tokenizer
     if before.chat:
         ended = tokenizer.decode([before.last]) if before.last in tokenizer.eos_ids else None
-        ids = tokenizer.encode_next(tokenizer.follow_up(messages, ended), before.last)
+        text = tokenizer.follow_up(messages, ended)
+        ids = tokenizer.encode_next(text, before.last)
     else:
-        ids = tokenizer.encode(tokenizer.chat(messages), start=True)
+        text = tokenizer.chat(messages)
+        ids = tokenizer.encode(text, start=True)
         if before.tokens:  # a chat that begins behind a document
             ids = ids[len(tokenizer.start_ids) :]
+    if not text:
+        raise KvjaxError("the chat template writes nothing for the messages; give a text itself, with chat=False")
     return Encoded(ids, before.then(ids)._replace(chat=True))
 
 

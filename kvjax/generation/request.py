@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from kvjax.caches.base import CacheSpec
 from kvjax.caches.plan import CachePlan
-from kvjax.checks import check_whole, show
+from kvjax.checks import check_flag, check_whole, show
 from kvjax.errors import KvjaxError
 from kvjax.generation.decode import bucket
 from kvjax.generation.prompts import Prompts, Read, encode_prompts
@@ -61,7 +61,7 @@ def ask(
     before = cache if isinstance(cache, State) else None
     if before is not None:
         check_made_by(before, model)
-    prompts = encode_prompts(model, prompt, chat, before.read if before else None)
+    prompts = encode_prompts(model, prompt, check_flag("chat", chat), before.read if before else None)
     ids, read = [each.ids for each in prompts], [each.read for each in prompts]
     if isinstance(cache, State):
         plan, room = cache.plan, _grown_room(model, cache, read, new, max_len)

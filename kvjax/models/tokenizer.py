@@ -19,17 +19,68 @@ from kvjax.models import chat_template
 from kvjax.models.chat_template import ChatTemplate, Message
 
 
+class Chats:
+    """What every tokenizer does with the chat template of its model."""
+
+    chat_template: ChatTemplate | None
+    words: Mapping[str, str]  # the special tokens that templates see by name
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """Formats a conversation by the model's chat template, as transformers' `apply_chat_template` does.
+
+        Args:
+          messages: one {"role": "system" | "user" | "assistant", "content": text} per message. The content may be a
+            list of parts, {"type": "text", "text": text} each. Other keys, tool_calls for example, are passed on.
+          tools: JSON schemas of functions that the model may call.
+          documents: {"title": ..., "text": ...} each.
+          add_generation_prompt: go on up to where the assistant answers.
+
+        Returns:
+          The text, which holds bos where the template writes it: encode it with start=False.
+
+        Raises:
+          KvjaxError: the model has no template, the template refuses the messages, or it takes too long.
+        """
+        template = chat_template.choose(self.chat_template, tools is not None)
+        names = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
+        return chat_template.render(template, [messages], {**self.words, **names})[0]
+
+    def follow_up(self, messages: Sequence[Message], ended: str | None = None) -> str:
+        """Formats the messages that follow an answer whose tokens stand in a cache.
+
+        What was said earlier need not be known: the template is shown another short conversation instead.
+
+        Args:
+          messages: the new messages, as for `chat`; mostly one of the user.
+          ended: the stop token with which the answer in the cache ends, written out; None where it ends without one.
+
+        Returns:
+          The text from the end of the answer to where the assistant answers again, for `encode_next`. It begins with
+          the template's stop token, unless that is `ended`. It holds bos only where the template writes one per turn.
+
+        Raises:
+          KvjaxError: as `chat`, or the template does not show earlier answers.
+        """
+        template = chat_template.choose(self.chat_template, False)
+        names = {"tools": None, "documents": None, "add_generation_prompt": True}
+        return chat_template.follow_up(template, messages, ended, {**self.words, **names})
+
+
 @dataclasses.dataclass(frozen=True)
-class Tokenizer:
+class Tokenizer(Chats):
     """A model's tokenizer. A special token written out in a text is encoded as its id."""
 
     backend: tokenizers.Tokenizer
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     chat_template: ChatTemplate | None = None
-    words: Mapping[str, str] = dataclasses.field(
-        default_factory=dict
-    )  # the special tokens that templates see by name
+    words: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises KvjaxError for invalid ids, and for templates and words that are not texts."""
@@ -106,52 +157,6 @@ class Tokenizer:
         before, both = self.decode([last]), self.decode([last, *ids])
         return both[len(before) :] if both.startswith(before) else self.decode(ids)
 
-    def chat(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-    ) -> str:
-        """Formats a conversation by the model's chat template, as transformers' `apply_chat_template` does.
-
-        Args:
-          messages: one {"role": "system" | "user" | "assistant", "content": text} per message. The content may be a
-            list of parts, {"type": "text", "text": text} each. Other keys, tool_calls for example, are passed on.
-          tools: JSON schemas of functions that the model may call.
-          documents: {"title": ..., "text": ...} each.
-          add_generation_prompt: go on up to where the assistant answers.
-
-        Returns:
-          The text, which holds bos where the template writes it: encode it with start=False.
-
-        Raises:
-          KvjaxError: the model has no template, the template refuses the messages, or it takes too long.
-        """
-        template = chat_template.choose(self.chat_template, tools is not None)
-        names = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
-        return chat_template.render(template, [messages], {**self.words, **names})[0]
-
-    def follow_up(self, messages: Sequence[Message], ended: str | None = None) -> str:
-        """Formats the messages that follow an answer whose tokens stand in a cache.
-
-        What was said earlier need not be known: the template is shown another short conversation instead.
-
-        Args:
-          messages: the new messages, as for `chat`; mostly one of the user.
-          ended: the stop token with which the answer in the cache ends, written out; None where it ends without one.
-
-        Returns:
-          The text from the end of the answer to where the assistant answers again, for `encode_next`. It begins with
-          the template's stop token, unless that is `ended`. It holds bos only where the template writes one per turn.
-
-        Raises:
-          KvjaxError: as `chat`, or the template does not show earlier answers.
-        """
-        template = chat_template.choose(self.chat_template, False)
-        names = {"tools": None, "documents": None, "add_generation_prompt": True}
-        return chat_template.follow_up(template, messages, ended, {**self.words, **names})
-
     def save(self, folder: Path) -> None:
         """Writes the JSON files that `read_tokenizer` reads."""
         self.backend.save(str(folder / "tokenizer.json"))
@@ -167,12 +172,13 @@ class Tokenizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class ByteTokenizer:
+class ByteTokenizer(Chats):
     """A tokenizer whose ids are UTF-8 bytes, for models that come without a vocabulary."""
 
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     chat_template: ChatTemplate | None = None
+    words: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def start_ids(self) -> tuple[int, ...]:
@@ -194,20 +200,6 @@ class ByteTokenizer:
     def decode_next(self, ids: Iterable[int], last: int | None) -> str:
         """Returns the same as `decode`."""
         return self.decode(ids)
-
-    def chat(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-    ) -> str:
-        """Raises KvjaxError: there is no chat template."""
-        return chat_template.choose(None, tools is not None)
-
-    def follow_up(self, messages: Sequence[Message], ended: str | None = None) -> str:
-        """Raises KvjaxError: there is no chat template."""
-        return chat_template.choose(None, False)
 
 
 AnyTokenizer = Tokenizer | ByteTokenizer

@@ -12,6 +12,7 @@ from kvjax.caches.registry import plugins_of
 from kvjax.errors import KvjaxError
 from kvjax.files import write_atomically
 from kvjax.tuner.evaluations import Evaluations
+from kvjax.tuner.judge import FIGURES
 from kvjax.tuner.search import Row, Search
 from kvjax.tuner.space import pareto
 
@@ -49,10 +50,15 @@ def make_card(search: Search, rows: list[Row], seconds: float, judge: Evaluation
             "seconds": round(seconds, 1),
         },
         "expected": {key: chosen[key] for key in EXPECTED},
-        **({"judged": {key: judge.identity[key] for key in CALIBRATION} | judge(plan)} if judge else {}),
+        **({"judged": _judged(judge, plan)} if judge else {}),
         "front": [[row["bits_asymptotic"], row["kld"]] for row in front],
         "made_with": {key: chosen[key] for key in ("device", "versions", "git")},
     }
+
+
+def _judged(judge: Evaluations, plan: CachePlan) -> dict[str, Any]:
+    figures = judge(plan)
+    return {key: judge.identity[key] for key in CALIBRATION} | {key: figures[key] for key in FIGURES}
 
 
 def write_plan(file: Path, plan: CachePlan, card: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from kvjax.tuner.evaluations import Evaluations
 from kvjax.tuner.search import calibration, names_of
 from kvjax.tuner.simulate import Simulator
 
-FIGURES = ("kld", "nll", "top1")
+FIGURES = ("kld", "nll", "top1")  # what cards state; what is judged has more
 
 
 def make_judge(
@@ -29,7 +29,9 @@ def make_judge(
     windows: int,
     folder: Path,
 ) -> Evaluations:
-    """Makes what evaluates plans on the first windows of a judged text; it gives `FIGURES`.
+    """Makes what evaluates plans on the first windows of a judged text.
+
+    It gives `FIGURES`, `kld_se`, and `window_kld`, the mean KL of every window.
 
     Args:
       model: the model whose caches are judged.
@@ -51,6 +53,7 @@ def make_judge(
     def evaluate(plan: CachePlan) -> dict[str, Any]:
         made[:] = made or [Simulator(model, cut)]  # when it is first needed
         score = Score.of(made[0].score(plan), cut)
-        return {figure: getattr(score, figure) for figure in FIGURES}
+        figures = {figure: getattr(score, figure) for figure in (*FIGURES, "kld_se")}
+        return figures | {"window_kld": score.per_token.kld.mean(1).tolist()}
 
     return Evaluations(folder, identity_of(model, names_of(judged), cut, "streaming", windows), evaluate, FIGURES)

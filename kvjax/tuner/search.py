@@ -22,6 +22,7 @@ from kvjax.caches import cross_layer
 from kvjax.caches.base import REAL_DTYPE, CacheShape, CacheSpec
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
+from kvjax.checks import check_progress
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score, cut_windows
 from kvjax.evaluate.text import Text, name_of, read_ids, split_texts
@@ -94,10 +95,10 @@ class Search:
 
         Raises:
           KvjaxError: candidates that the model cannot hold, that a search cannot evaluate or that are all beyond the
-            budget; problems that cannot be read.
+            budget; problems that cannot be read; a progress that cannot be called.
         """
         self.settings, self.model, self.windows, self.identity = settings, model, windows, identity
-        self.folder, self.progress = folder, progress or (lambda stage, done, total: None)
+        self.folder, self.progress = folder, check_progress(progress)
         self.context = windows.shape[1]
         self.shape = CacheShape.of(model.config, 1, self.context, REAL_DTYPE)
         kind = "asymptotic" if settings.budget_asymptotic else "nominal"

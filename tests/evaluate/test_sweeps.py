@@ -142,6 +142,11 @@ def test_all_plans_are_checked_before_any_is_scored(
         kvjax.sweep(tiny, text, caches, **SIZES)
 
 
+def test_progress_is_something_to_call(tiny: kvjax.Model, text: Path) -> None:
+    with pytest.raises(kvjax.KvjaxError, match="progress is of type int; expected what can be called"):
+        kvjax.sweep(tiny, text, "dense", progress=3, **SIZES)  # type: ignore[arg-type]
+
+
 def test_a_plan_of_another_model_is_refused(tiny: kvjax.Model, text: Path) -> None:
     shallow = kvjax.CachePlan.parse("dense", dataclasses.replace(ModelSizes.of(tiny.config), layers=1))
     with pytest.raises(kvjax.KvjaxError, match="dense is for"):
@@ -169,5 +174,7 @@ def test_score_is_the_sweeps_and_compares(tiny: kvjax.Model, text: Path, swept: 
     paired = (score.per_token.nll - dense.per_token.nll).mean(1)  # of each window
     assert difference.nll == pytest.approx(score.nll - dense.nll) and difference.kld == pytest.approx(score.kld)
     assert difference.nll_interval == pytest.approx(12.7062 * np.std(paired, ddof=1) / np.sqrt(2), rel=1e-4)
+    with pytest.raises(kvjax.KvjaxError, match=r"of type float; expected what kvjax\.score gives"):
+        score.compare(0.5)  # type: ignore[arg-type]
     with pytest.raises(kvjax.KvjaxError, match="other tokens"):
         score.compare(kvjax.score(tiny, ids, offset=1, **SIZES))

@@ -55,6 +55,47 @@ def test_small_divergences_survive_float32() -> None:
     assert float(jnp.abs(same.kld).max()) < 1e-5 and float(same.agree.min()) == 1
 
 
+dense_run, compare = jax.jit(vocabulary.dense_run), jax.jit(vocabulary.compare)
+
+
+def divergence(hidden: np.ndarray, moved: np.ndarray, head: np.ndarray) -> np.ndarray:
+    targets = jnp.zeros(len(hidden), jnp.int32)
+    _, dense = dense_run(hidden, head, targets)
+    return np.asarray(compare(moved, head, targets, dense).kld, np.float64)
+
+
+@pytest.mark.parametrize("size", [1e4, 1e12, 1e20, 1e30])
+@pytest.mark.parametrize("by", [0.0, 1e-6, 1e-2, 1.0])
+def test_no_divergence_is_negative(size: float, by: float) -> None:
+    """Of logits whose rounding alone is far above 1, ties among the words included."""
+    rng = np.random.default_rng(0)
+    head = rng.standard_normal((3000, 24)).astype(np.float32)
+    head[1500:] = head[:1500]  # each word has a twin
+    hidden = (np.float32(size) * rng.standard_normal((64, 24))).astype(np.float32)
+    moved = hidden * (1 + by * rng.standard_normal(hidden.shape)).astype(np.float32)
+    (log_p, logits), (log_q, _) = full(hidden, head), full(moved, head)
+    expected = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    found = divergence(hidden, moved, head)
+    assert (found >= 0).all()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 + 1e-6 * np.abs(logits).max() * (by > 0))
+
+
+def test_usual_divergences_are_those_of_whole_log_sum_exps() -> None:
+    """(h - h')·m - lse + lse', where that loses nothing: in float64. What float32 loses is a few units in 1e-7."""
+    rng = np.random.default_rng(1)
+    shapes = (900, 16), (200, 16), (200, 16)
+    head, hidden, noise = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    moved = hidden + np.float32(0.01) * noise
+    log_p, logits = full(hidden, head)
+    log_q, other = full(moved, head)
+    lse, moved_lse = (logits - log_p)[:, 0], (other - log_q)[:, 0]
+    expected = ((hidden - moved).astype(np.float64) * (np.exp(log_p) @ head)).sum(-1) - lse + moved_lse
+    found = divergence(hidden, moved, head)
+    assert expected.mean() > 1e-4
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    np.testing.assert_allclose(found.mean(), expected.mean(), atol=2e-7)
+
+
 def test_memory_does_not_hold_the_logits() -> None:
     count, vocab = 2048, 16384
     shapes = [

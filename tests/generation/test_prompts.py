@@ -8,10 +8,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 import kvjax
 from kvjax.generation.prompts import encode_prompts
 from kvjax.models.model import Model
+from kvjax.models.tokenizer_files import start_with
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}|"
 HELLO = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
@@ -34,6 +36,20 @@ def test_texts(chatty: Model) -> None:
     assert encoded(chatty, "hello") == [encode("<user>hello|").tolist()]
     assert encoded(chatty, "hello", chat=False) == [encode("hello", start=True).tolist()]
     assert encoded(chatty, ("a", "bc", ""), chat=False) == [encode(t, start=True).tolist() for t in ("a", "bc", "")]
+
+
+def test_a_chat_begins_behind_an_empty_text(chatty: Model) -> None:
+    """What holds bos alone goes on as a sequence that begins; what holds a text does not."""
+    backend = tokenizers.Tokenizer.from_str(chatty.tokenizer.backend.to_str())
+    start_with(backend, 1)
+    model = dataclasses.replace(chatty, tokenizer=dataclasses.replace(chatty.tokenizer, backend=backend))
+    (nothing,), (text,) = (encode_prompts(model, prompt, chat=False) for prompt in ("", "hello"))
+    assert nothing.ids.tolist() == [1]
+    for prompt in ("hello", HELLO[1:]):
+        (after,) = encode_prompts(model, prompt, before=[nothing.read])
+        assert [1, *after.ids.tolist()] == encoded(model, "hello")[0] and after.read.chat
+    (after,) = encode_prompts(model, "hello", before=[text.read])
+    assert after.ids.tolist() == model.tokenizer.encode_next("hello").tolist() and not after.read.chat
 
 
 @pytest.mark.parametrize(
@@ -90,6 +106,22 @@ def test_messages_are_put_into_the_template(chatty: Model, chat: bool) -> None:
 def test_anything_else_is_refused(chatty: Model, prompt: Any, said: str) -> None:
     with pytest.raises(kvjax.KvjaxError, match=said):
         encode_prompts(chatty, prompt, chat=False)
+
+
+@pytest.mark.parametrize("template", ["", "{% if not messages %}never{% endif %}", "{{ bos_token }}"])
+def test_a_template_that_writes_nothing(chatty: Model, template: str) -> None:
+    model = dataclasses.replace(chatty, tokenizer=dataclasses.replace(chatty.tokenizer, chat_template=template))
+    for prompt in ("hello", HELLO):
+        with pytest.raises(kvjax.KvjaxError, match="template writes nothing for the messages; give a text itself"):
+            encode_prompts(model, prompt)
+
+
+@pytest.mark.parametrize("chat", ["no", 0, None, [True]])
+def test_chat_is_true_or_false(chatty: Model, chat: Any) -> None:
+    """A word would count as True, "no" as well."""
+    with pytest.raises(kvjax.KvjaxError, match=r"chat=.*; expected True or False"):
+        kvjax.generate(chatty, "hello", chat=chat)
+    assert encoded(chatty, "hello", np.False_) == encoded(chatty, "hello", chat=False)  # type: ignore[arg-type]
 
 
 def test_messages_need_a_template(tiny: Model) -> None:

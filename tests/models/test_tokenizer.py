@@ -113,6 +113,8 @@ def test_chat_and_follow_up(backend):
     assert tokenizer.chat(hello, tools=[{}], add_generation_prompt=False) == "<s>u:hello</s>1"
     assert tokenizer.follow_up(hello, "</s>") == "u:hello</s>a:"
     assert tokenizer.encode(tokenizer.chat(hello)).tolist()[:2] == [1, *tokenizer.encode("u").tolist()]
+    of_bytes = ByteTokenizer(chat_template=template, words=tokenizer.words)
+    assert of_bytes.chat(hello) == tokenizer.chat(hello)
     for refused in (dataclasses.replace(tokenizer, chat_template=None), ByteTokenizer()):
         for method in (refused.chat, refused.follow_up):
             with pytest.raises(KvjaxError, match="no chat template"):

@@ -237,6 +237,7 @@ def plugins(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"method": "random"}, "method='random'; expected one of knapsack, nsga2, refine"),
         ({"objective": "gsm8k"}, "needs problems; expected GSM8K's jsonl file"),
         ({"metod": "refine"}, "unknown setting 'metod'; expected mode, candidates, budget, "),
+        ({"progress": 3}, "progress is of type int; expected what can be called"),
         ({"windows": 100}, "expected at least 6400"),
     ],
 )
