@@ -19,6 +19,7 @@ from rich.table import Table
 
 import kvjax
 from experiments import compilation, pareto, program
+from kvjax import hosts
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import read_config
@@ -50,7 +51,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     wide = Console()
     wide.width = max(wide.width, 150)  # a narrow terminal folds lines, not numbers
     wide.print(_table(rows))
-    pareto.draw(rows, workdir / "pareto.png")
+    hosts.on_first(lambda: pareto.draw(rows, workdir / "pareto.png"))
     print(f"rows: {workdir / 'results.jsonl'}\nplot: {workdir / 'pareto.png'}")
 
 

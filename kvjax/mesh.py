@@ -21,7 +21,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jax.typing import DTypeLike
 
+from kvjax import hosts
 from kvjax.errors import KvjaxError
+from kvjax.hosts import init_distributed as init_distributed  # part of what is said here of devices
 
 AXES = ("data", "seq", "tensor")
 RULES: Mapping[str, str] = MappingProxyType(
@@ -36,7 +38,7 @@ BATCH = PartitionSpec("batch")  # axes of an array with a row per sequence
 
 
 def parse(text: str) -> Mesh:
-    """Makes a mesh of the first visible devices.
+    """Makes a mesh of the first visible devices, of all devices where several processes share it.
 
     Args:
       text: sizes of axes, such as data=2,tensor=4; an axis that is not named has size 1.
@@ -45,7 +47,8 @@ def parse(text: str) -> Mesh:
       The mesh, with all three axes.
 
     Raises:
-      KvjaxError: another axis, a size below 1, or fewer devices than the sizes multiply to.
+      KvjaxError: another axis, a size below 1, or fewer devices than the sizes multiply to, or more where each of
+        several processes must have its part.
     """
     sizes = dict.fromkeys(AXES, 1)
     parts = [re.fullmatch(r"\s*(\w+)=([1-9]\d*)\s*", part) for part in text.split(",")]
@@ -53,9 +56,13 @@ def parse(text: str) -> Mesh:
     if not all(parts) or not set(names) <= set(AXES) or len(set(names)) < len(names):
         raise KvjaxError(f"mesh {text!r}; expected sizes of {', '.join(AXES)}, as in data=2,tensor=4")
     sizes |= {part[1]: int(part[2]) for part in parts if part}
-    needed, devices = math.prod(sizes.values()), jax.devices()
+    needed, devices = math.prod(sizes.values()), hosts.devices()
     if needed > len(devices):
         raise KvjaxError(f"mesh {text} needs {needed} devices; there are {len(devices)}")
+    if needed < len(devices) and hosts.several():
+        raise KvjaxError(
+            f"mesh {text} has {needed} devices; expected all {len(devices)} of {hosts.count()} processes"
+        )
     types = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices[:needed])
 

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from kvjax import records
+from kvjax import hosts, records
 from kvjax.caches.base import CacheSpec
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
@@ -191,11 +191,15 @@ def kept_in(folder: str | Path | None) -> Iterator[Path]:
             yield Path(made)
         return
     folder = check_path("folder", folder)
+    hosts.on_first(lambda: _make(folder))
+    yield folder
+
+
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise KvjaxError(f"{folder} cannot be a folder for results: {error.strerror}") from None
-    yield folder
 
 
 class Sweep:
@@ -220,12 +224,16 @@ class Sweep:
     def _found_or_scored(self, plan: CachePlan, progress: Callable[[int, int], None]) -> Row:
         total, results = len(self.windows), self.folder / "results.jsonl"
         progress(0, total)
-        row = records.find_row(results, {"experiment": "perplexity", **self.identity, "cache": str(plan)})
+        row = hosts.on_first(lambda: records.find_row(results, self._point(plan)))
         if row is None:
             row = self.row(plan, lambda done: progress(done, total))
-            records.append_row(results, row)
+            hosts.on_first(lambda: records.append_row(results, row))
         progress(total, total)
         return row
+
+    def _point(self, plan: CachePlan) -> Row:
+        """What the row of a plan is found by."""
+        return {"experiment": "perplexity", **self.identity, "cache": str(plan)}
 
     def row(self, plan: CachePlan, progress: Callable[[int], None]) -> Row:
         """The result row of one plan; `progress(done)` is told the number of finished windows.
@@ -259,9 +267,7 @@ class Sweep:
         """What a plan's row says before it is scored."""
         context = self.windows.shape[1]
         return {
-            "experiment": "perplexity",
-            **self.identity,
-            "cache": str(plan),
+            **self._point(plan),
             "bits_nominal": plan.bits_nominal,
             "bits_asymptotic": plan.bits_asymptotic,
             "bits_real": plan.bits_real(context),
@@ -275,7 +281,7 @@ class Sweep:
     def _batch(self, plan: CachePlan, start: int) -> tuple[TokenScores, Timing]:
         """Scores of the windows from `start`, from disk where they are there."""
         file = self._file(str(plan), start)
-        if not file.exists():
+        if not hosts.on_first(file.exists):
             windows = self.windows[start : start + self.scorer.batch]
             dense = None if plan == self.dense else self._dense(start)
             scores, kept, timing = self.scorer.run(plan, windows, dense)
@@ -283,16 +289,16 @@ class Sweep:
             if plan == self.dense and kept is not None:
                 # numpy's files know no bfloat16: hidden states go into the wider type that they are compared in.
                 wide = vars(kept) | {"hidden": np.asarray(kept.hidden, kept.mean.dtype)}
-                records.save_arrays(self._file("dense run", start), wide)
-            records.save_arrays(file, arrays)
-        arrays = records.load_arrays(file)
+                hosts.on_first(lambda: records.save_arrays(self._file("dense run", start), wide))
+            hosts.on_first(lambda: records.save_arrays(file, arrays))
+        arrays = hosts.on_first(lambda: records.load_arrays(file))
         timing = Timing(float(arrays.pop("seconds")), float(arrays.pop("compile_seconds")))
         return TokenScores(**arrays), timing
 
     def _dense(self, start: int) -> DenseRun:
         """The dense run of the windows from `start`, made where it is not there yet."""
         self._batch(self.dense, start)
-        return DenseRun(**records.load_arrays(self._file("dense run", start)))
+        return DenseRun(**hosts.on_first(lambda: records.load_arrays(self._file("dense run", start))))
 
     def _file(self, what: str, start: int) -> Path:
         key = json.dumps([self.identity, what, self.scorer.batch], sort_keys=True)  # which follows the mesh
