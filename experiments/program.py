@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import absl.logging
-import jax
 from absl import app, flags
 from ml_collections import config_dict, config_flags
 
@@ -102,10 +101,10 @@ def answer(
         sys.exit(130)
     except hosts.Terminated:
         sys.exit(hosts.TERMINATED)
-    except jax.errors.JaxRuntimeError as error:
-        if not hosts.several():
+    except Exception as error:  # jax raises several kinds
+        if not hosts.tells_of_loss(error):
             raise
-        print(f"error: {brief(error)}; started again, all processes go on where they were", file=sys.stderr)
+        print(f"another process is lost ({brief(error)}); started again, all go on where they were", file=sys.stderr)
         sys.exit(1)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
+import re
 import signal
 import socket
 import sys
@@ -28,7 +29,7 @@ from jax.experimental import multihost_utils
 from kvjax.errors import KvjaxError
 
 HEARTBEAT_SECONDS = 30  # without a sign of life, after which a process is taken for lost and the others end
-GRACE_SECONDS = 0.5  # from SIGTERM to the end, for removing temporary files
+GRACE_SECONDS = 0.3  # from SIGTERM to the end, for removing temporary files
 TERMINATED = 128 + signal.SIGTERM
 T = TypeVar("T")
 _alone = contextvars.ContextVar("_alone", default=False)
@@ -75,6 +76,11 @@ def joined(*address: Any) -> Iterator[None]:
         sys.stderr.flush()
         os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
     jax.distributed.shutdown()
+
+
+def tells_of_loss(error: Exception) -> bool:
+    """Whether an error says that another process of the run is gone."""
+    return several() and re.search("gloo|nccl|peer|heartbeat|coordination service", str(error), re.I) is not None
 
 
 # ---- who does what

@@ -151,6 +151,10 @@ class Layout:
             raise KvjaxError(f"replicate={unknown[0]}; expected some of {', '.join(RULES)}")
         if isinstance(mesh, str):
             mesh = parse(mesh) if mesh else None
+        if mesh is None and hosts.count() > 1:
+            raise KvjaxError(
+                f"{hosts.count()} processes and no mesh; expected one, as in data={len(hosts.devices())}"
+            )
         if not isinstance(mesh, Mesh | None):
             raise KvjaxError(f"the mesh is of type {type(mesh).__name__}; expected a text or a jax.sharding.Mesh")
         if mesh is not None and not set(mesh.axis_names) <= set(AXES):
@@ -190,8 +194,8 @@ class Layout:
         return arrays if self.mesh is None else jax.lax.with_sharding_constraint(arrays, self.shardings(axes, arrays))
 
     def struct(self, axes: PartitionSpec, shape: Sequence[int], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
-        """An array that is to be restored there, on jax's first device without a mesh."""
-        where = self.sharding(axes, shape) or SingleDeviceSharding(jax.devices()[0])
+        """An array that is to be restored there, on the first device without a mesh."""
+        where = self.sharding(axes, shape) or SingleDeviceSharding(hosts.devices()[0])
         return jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=where)
 
     def structs(self, axes: Any, arrays: Any) -> Any:

@@ -32,7 +32,7 @@ def test_made_once_and_read_back(tiny: Model, kept: Path, monkeypatch: pytest.Mo
     plan = kvjax.plan(tiny, "0:x4@latent(group=8);1:x4@head(group=8)")
     first = load_bases(tiny, plan)
     assert len(list(kept.iterdir())) == 2
-    monkeypatch.setattr(module, "_made", None)
+    monkeypatch.setattr(module, "_make", None)
     jax.tree.map(np.testing.assert_array_equal, first, load_bases(tiny, plan))
     (down, up), _ = first[0]
     key = np.asarray(tiny.params["layer_0"]["k"]).T
