@@ -109,7 +109,7 @@ class _Study:
         return self._trial.params
 
     def tell(self, figures: tuple[float, float] | None, over: float) -> None:
-        """Ends the trial: its bits and loss, none where its layers do not go together; and its bits over the budget."""
+        """Ends the trial: bits and loss, none where its layers do not go together; and the bits over the budget."""
         with _named(self._journal):
             if figures:
                 self._trial.set_constraint("bits", over)
