@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import io
+import json
 import os
 import re
 import signal
@@ -23,7 +25,6 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from flax import serialization
 from jax.experimental import multihost_utils
 
 from kvjax.errors import KvjaxError
@@ -31,6 +32,7 @@ from kvjax.errors import KvjaxError
 HEARTBEAT_SECONDS = 30  # without a sign of life, after which a process is taken for lost and the others end
 GRACE_SECONDS = 0.3  # from SIGTERM to the end, for removing temporary files
 TERMINATED = 128 + signal.SIGTERM
+ASIDE = "array aside"  # stands in JSON for an array beside it
 T = TypeVar("T")
 _alone = contextvars.ContextVar("_alone", default=False)
 
@@ -166,11 +168,21 @@ def _closed(call: Callable[[], Any]) -> bytes:
             answer = {"value": call()}
     except (KvjaxError, OSError) as error:
         answer = {"error": str(error)}
-    return serialization.msgpack_serialize(answer)
+    arrays: list[np.ndarray] = []
+
+    def aside(array: Any) -> dict[str, int]:
+        arrays.append(np.asarray(array))
+        return {ASIDE: len(arrays) - 1}
+
+    text, stream = json.dumps(answer, default=aside), io.BytesIO()
+    np.savez(stream, np.array(text), *arrays, allow_pickle=False)
+    return stream.getvalue()
 
 
 def _opened(message: bytes) -> Any:
-    answer = serialization.msgpack_restore(message)
+    with np.load(io.BytesIO(message), allow_pickle=False) as file:
+        text, *arrays = (file[name] for name in file.files)
+    answer = json.loads(str(text), object_hook=lambda value: arrays[value[ASIDE]] if ASIDE in value else value)
     if "error" in answer:
         raise KvjaxError(answer["error"])
     return answer["value"]
