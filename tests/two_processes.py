@@ -122,7 +122,10 @@ def tuned(folder: Path) -> None:
 
 
 def refused(folder: Path) -> None:
-    for mesh, message in {"": "2 processes and no mesh", "data=1": "mesh data=1 has 1 devices; expected all 2"}.items():
+    for mesh, message in {
+        "": "2 processes and no mesh",
+        "data=1": "1 devices; expected all 2 of 2 processes",
+    }.items():
         try:
             model(mesh=mesh)
         except KvjaxError as error:

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from kvjax import hosts
 from kvjax.caches.base import CacheSpec, KVWeights
 from kvjax.caches.plan import CachePlan
-from kvjax.checkpoints.orbax import new_folder, reader, write_arrays
+from kvjax.checkpoints.orbax import new_folder
 from kvjax.downloads import cache_folder
 from kvjax.errors import KvjaxError
-from kvjax.files import brief, check_digests, digests, read_json, write_json
+from kvjax.files import check_digests, digests, read_json, write_json
 from kvjax.mesh import WHOLE, fetch
 from kvjax.models.model import Model
+from kvjax.records import load_arrays, save_arrays
 
 METADATA = "bases.json"
 
@@ -48,7 +49,7 @@ def load_bases(model: Model, plan: CachePlan) -> tuple[Any, ...]:
 
 def folder_of(digest: str, key: str) -> Path:
     """Where the bases of these weights are kept."""
-    return cache_folder() / "bases" / f"{digest[:16]}-{key}-by-layer"
+    return cache_folder() / "bases" / f"{digest[:16]}-{key}-layers"
 
 
 def _layer(model: Model, i: int) -> tuple[KVWeights, jax.Array]:
@@ -72,7 +73,7 @@ def _make(layers: list[tuple[KVWeights, jax.Array]], digest: str, spec: CacheSpe
     with new_folder(folder) as part:
         for i, layer in enumerate(layers):
             whole = jax.tree.map(fetch, layer)
-            hosts.on_first(lambda i=i, whole=whole: write_arrays(part / "arrays" / str(i), spec.bases(*whole)))  # type: ignore[misc]
+            hosts.on_first(lambda i=i, whole=whole: _write(part, i, spec.bases(*whole)))  # type: ignore[misc]
         metadata = {"weights": digest, "key": spec.bases_key}
         hosts.on_first(lambda: write_json(part / METADATA, metadata | {"arrays": digests(part / "arrays")}))
 
@@ -93,9 +94,19 @@ def _found(digest: str, key: str) -> bool:
     return True
 
 
+def _write(folder: Path, layer: int, tree: Any) -> None:
+    names = {".".join(str(key.idx) for key in path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    save_arrays(_file(folder, layer), names)
+
+
 def _read(folder: Path, layer: int) -> Any:
-    try:
-        with reader() as checkpointer:
-            return jax.tree.map(np.asarray, checkpointer.restore(folder / "arrays" / str(layer)))
-    except Exception as error:  # Orbax and its storage raise many kinds
-        raise KvjaxError(f"{folder} cannot be restored: {brief(error)}; remove it") from None
+    return _lists(unflatten_dict(load_arrays(_file(folder, layer)), sep="."))
+
+
+def _file(folder: Path, layer: int) -> Path:
+    return folder / "arrays" / f"{layer}.npz"
+
+
+def _lists(tree: Any) -> Any:
+    """Dicts with numbers as keys as lists."""
+    return [_lists(tree[key]) for key in sorted(tree, key=int)] if isinstance(tree, dict) else tree

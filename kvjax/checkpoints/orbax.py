@@ -144,12 +144,6 @@ def together() -> ocp.options.MultiprocessingOptions:
     return ocp.options.MultiprocessingOptions(own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}")
 
 
-def reader() -> ocp.Checkpointer:
-    """What restores trees of arrays."""
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=together())
-    return ocp.Checkpointer(handler, multiprocessing_options=together())
-
-
 def read_config(folder: Path) -> ModelConfig:
     """Reads the config that `save` wrote. Older files say from which layer on there is a window.
 
@@ -204,7 +198,8 @@ def load(
     check_layout(config, layout)
     check_digests(folder / "params", sums)  # Orbax answers some damage with pages of output on stderr
     try:
-        with reader() as checkpointer:
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=together())
+        with ocp.Checkpointer(handler, multiprocessing_options=together()) as checkpointer:
             return config, _restore(checkpointer, folder / "params", saved, config, dtype, layout), tokenizer
     except KvjaxError:
         raise
