@@ -17,7 +17,7 @@ from typing import IO, Any
 from kvjax import hosts
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
-from kvjax.files import read_json, write_json
+from kvjax.files import is_local, read_json, write_json
 
 Figures = dict[str, Any]  # numbers by name, or lists and objects of them
 
@@ -94,12 +94,12 @@ def locked(file: Path) -> Iterator[None]:
     """Holds the lock of a file inside a `with` block, then removes the file.
 
     The system releases the lock when the process ends, even if it is killed. Of several processes that work together
-    the first holds it for all.
+    the first holds it for all. Remote files have no locks: no two runs may share a remote folder.
 
     Args:
       file: the lock file, created where needed.
     """
-    if hosts.index():
+    if hosts.index() or not is_local(file):
         yield
         return
     while True:

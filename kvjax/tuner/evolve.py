@@ -25,7 +25,7 @@ from kvjax import hosts
 from kvjax.caches.base import CacheSpec, ModelShapes
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
-from kvjax.files import brief
+from kvjax.files import brief, is_local
 from kvjax.tuner.space import Bits, try_plan
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -87,6 +87,8 @@ class _Study:
         self._journal, self._name, self._choices, self._seed = journal, name, choices, seed
 
     def open(self) -> None:
+        if not is_local(self._journal):
+            raise KvjaxError(f"{self._journal} is remote, and nsga2's journal needs locks; expected a local folder")
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         journal = str(self._journal)
         with _named(self._journal):
