@@ -61,17 +61,21 @@ def run_anywhere(main: Callable[[config_dict.ConfigDict, Path | None], None], co
     def guarded(_: list[str]) -> None:
         _hush()
         hosts.end_on_sigterm()
-        with _processes():
-            answer(started, flags.FLAGS.config, _WORKDIR.value)
+        try:
+            with _processes():
+                answer(started, flags.FLAGS.config, _WORKDIR.value)
+        except KvjaxError as error:  # they cannot be joined
+            _fail(str(error))
 
     app.run(guarded, flags_parser=functools.partial(parse, ROOT / config_file))
 
 
 def _processes() -> contextlib.AbstractContextManager[None]:
     """The run as one of several processes, where flags say so."""
-    if not _DISTRIBUTED.value and _COORDINATOR.value is None:
+    address = _COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value
+    if not _DISTRIBUTED.value and address == (None, None, None):
         return contextlib.nullcontext()
-    return hosts.joined(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
+    return hosts.joined(*address)
 
 
 def answer(
