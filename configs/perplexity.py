@@ -19,6 +19,7 @@ def get_config() -> config_dict.ConfigDict:
         dtype="float32",  # or bfloat16, float64
         mesh="",  # devices that share the model: data=2,tensor=4, see kvjax.mesh; one device where empty
         replicate="",  # logical axes that each device keeps whole, such as kv_heads
+        over="devices",  # which several processes share; or plans, of which each process takes its own
         context=1024,  # tokens a window
         windows=4,
         offset=0,  # tokens skipped first

@@ -8,6 +8,7 @@ again it goes on where it was: finished windows are kept in DIR/partial.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rich.table import Table
 
 import kvjax
 from experiments import compilation, pareto, program
+from kvjax import hosts
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import read_config
@@ -33,8 +35,9 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     model_config = read_config(config.model)
     for name in names:
         CachePlan.parse(name, model_config)  # one that does not fit is refused before weights are loaded
-    model = kvjax.load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
-    sizes = {key: config[key] for key in ("protocol", "context", "windows", "offset")}
+    with hosts.alone() if config.over == "plans" else contextlib.nullcontext():
+        model = kvjax.load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
+    sizes = {key: config[key] for key in ("protocol", "context", "windows", "offset", "over")}
     tasks: dict[CachePlan, TaskID] = {}
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} windows")
     compiling = compilation.Compiling()
@@ -50,7 +53,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     wide = Console()
     wide.width = max(wide.width, 150)  # a narrow terminal folds lines, not numbers
     wide.print(_table(rows))
-    pareto.draw(rows, workdir / "pareto.png")
+    hosts.on_first(lambda: pareto.draw(rows, workdir / "pareto.png"))
     print(f"rows: {workdir / 'results.jsonl'}\nplot: {workdir / 'pareto.png'}")
 
 

@@ -10,6 +10,7 @@ whose means give the 95 % interval by Student's t.
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from experiments import program
 from experiments.pareto import save_figure
 from experiments.tune import Bars, calibration, make_search, settings_of
 from experiments.tune_pictures import short_names
-from kvjax import records
+from kvjax import hosts, records
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import load
@@ -46,7 +47,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     settings_of(config)  # refuses bad values before the model is loaded
     budgets = _budgets(config)
     check_unseen(config.judged_on, config.text)
-    model = load(config.model, config.dtype)
+    model = load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
     windows = calibration(config, model)
     sizes = config.context, config.judged_windows
     judges = {
@@ -63,8 +64,8 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
                 bars(f"judging on {Path(text).name}", count, len(plans))
         rows += [row for each in found for row in _rows(config, model, judge, *each)]
     rows = [row | records.provenance() for row in rows]
-    records.write_rows(workdir / "plans.jsonl", rows)
-    draw(rows, workdir / "plans.png")
+    hosts.on_first(lambda: records.write_rows(workdir / "plans.jsonl", rows))
+    hosts.on_first(lambda: draw(rows, workdir / "plans.png"))
     Console(width=160).print(_table(rows))
 
 
@@ -103,7 +104,7 @@ def _search(
                 refined.share(search)
                 plan = _best(refined, uniform)
             file = workdir / "plans" / f"{name.replace(', ', '-').replace(' ', '-')}-{budget:g}.yaml"
-            write_atomically(file, f"plan: {plan}\n".encode())
+            hosts.on_first(functools.partial(write_atomically, file, f"plan: {plan}\n".encode()))
             found.append((name, budget, plan, uniform))
     if not found:
         raise KvjaxError(f"no search of budgets={config.budgets} can be made; expected one at least")

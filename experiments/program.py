@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import re
@@ -16,9 +17,11 @@ from absl import app, flags
 from ml_collections import config_dict, config_flags
 
 from experiments.compilation import keep_programs
+from kvjax import hosts
 from kvjax.caches.registry import load_plugins
 from kvjax.checks import check_path
 from kvjax.errors import KvjaxError
+from kvjax.files import brief
 
 ROOT = Path(__file__).parent.parent
 HELP = "The study's config."
@@ -26,6 +29,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results and partial 
 _COMPILE_CACHE = flags.DEFINE_bool(
     "compile_cache", True, "Keeps compiled programs in $KVJAX_CACHE for the next start."
 )
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Joins processes that TPU, Slurm or Open MPI started.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "Joins processes started by hand: host:port of process 0.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are, with --coordinator.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this process, from 0, with --coordinator.")
 
 
 def run(main: Callable[[config_dict.ConfigDict, Path], None], config_file: str) -> None:
@@ -48,19 +55,35 @@ def run_anywhere(main: Callable[[config_dict.ConfigDict, Path | None], None], co
     def started(config: config_dict.ConfigDict, workdir: Path | None) -> None:
         if _COMPILE_CACHE.value:
             keep_programs()
-        main(config, workdir)
+        with hosts.quiet():
+            main(config, workdir)
 
     def guarded(_: list[str]) -> None:
         _hush()
-        answer(started, flags.FLAGS.config, _WORKDIR.value)
+        hosts.end_on_sigterm()
+        try:
+            with _processes():
+                answer(started, flags.FLAGS.config, _WORKDIR.value)
+        except KvjaxError as error:  # they cannot be joined
+            _fail(str(error))
 
     app.run(guarded, flags_parser=functools.partial(parse, ROOT / config_file))
+
+
+def _processes() -> contextlib.AbstractContextManager[None]:
+    """The run as one of several processes, where flags say so."""
+    address = _COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value
+    if not _DISTRIBUTED.value and address == (None, None, None):
+        return contextlib.nullcontext()
+    return hosts.joined(*address)
 
 
 def answer(
     main: Callable[[config_dict.ConfigDict, Path | None], None], config: config_dict.ConfigDict, folder: str | None
 ) -> None:
-    """Runs a program: bad input prints one line and exits with 2, an interrupt with 130.
+    """Runs a program: bad input prints one line and exits with 2, an interrupt with 130, SIGTERM with 143.
+
+    Where another process is lost it prints one line and exits with 1.
 
     Args:
       main: the program.
@@ -70,7 +93,7 @@ def answer(
     try:
         workdir = check_path("workdir", folder) if folder else None
         if workdir is not None:
-            _make_folder(workdir)
+            hosts.on_first(lambda: _make_folder(workdir))
         load_plugins(config.get("plugins", ""))  # before anything names a cache
         main(config, workdir)
     except KvjaxError as error:
@@ -80,6 +103,13 @@ def answer(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except hosts.Terminated:
+        sys.exit(hosts.TERMINATED)
+    except Exception as error:  # jax raises several kinds
+        if not hosts.tells_of_loss(error):
+            raise
+        print(f"another process is lost ({brief(error)}); started again, all go on where they were", file=sys.stderr)
+        sys.exit(1)
 
 
 def parse(config_file: Path, argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:

@@ -11,6 +11,7 @@ search that was cut off goes on. Prints medians and ranges over the seeds, and d
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -28,7 +29,7 @@ from rich.table import Table
 from experiments import program
 from experiments.pareto import save_figure
 from experiments.tune import Bars, calibration, make_search
-from kvjax import records
+from kvjax import hosts, records
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import load
@@ -54,7 +55,7 @@ Row = dict[str, Any]
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     budgets = _budgets(config)
-    model = load(config.model, config.dtype)
+    model = load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
     sizes = config.context, config.judged_windows
     windows = calibration(config, model)
     judge = make_judge(model, config.text, windows, config.judged_on, *sizes, workdir / "judgements")
@@ -63,11 +64,11 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     for seed in range(config.seed, config.seed + config.seeds):
         for name in SEARCHES:
             point = asked | {"search": name, "seed": seed}
-            if records.find_row(file, point) is None:
+            if hosts.on_first(functools.partial(records.find_row, file, point)) is None:
                 row = _run(first, name, seed, _sensitivity(first, workdir / "costs.jsonl"), judge, budgets)
-                records.append_row(file, point | row | records.provenance())
-    rows = [row for row in records.read_rows(file) if asked.items() <= row.items()]
-    draw(rows, workdir / "searches.png")
+                hosts.on_first(functools.partial(records.append_row, file, point | row | records.provenance()))
+    rows = [row for row in hosts.on_first(lambda: records.read_rows(file)) if asked.items() <= row.items()]
+    hosts.on_first(lambda: draw(rows, workdir / "searches.png"))
     Console(width=200).print(_table(rows))
 
 
@@ -136,7 +137,7 @@ def _judged(evaluated: dict[CachePlan, tuple[float, float]], budget: float, judg
 def _sensitivity(search: Search, file: Path) -> float:
     """What measuring the errors of all layers costs, in evaluations of a plan; timed once, when all is compiled."""
     point = {"experiment": "sensitivity cost", **search.identity, "candidates": ",".join(map(str, search.candidates))}
-    row = records.find_row(file, point)
+    row = hosts.on_first(lambda: records.find_row(file, point))
     if row is None:
         one = statistics.median(search.evaluations(plan)["seconds"] for plan in search.uniform)
         search.errors()
@@ -147,7 +148,8 @@ def _sensitivity(search: Search, file: Path) -> float:
             again.errors()
             seconds = time.perf_counter() - start
         row = point | {"seconds": seconds, "seconds_an_evaluation": one, "evaluations": seconds / one}
-        records.append_row(file, row | records.provenance())
+        row = hosts.on_first(functools.partial(dict, row))  # clocks differ
+        hosts.on_first(functools.partial(records.append_row, file, row | records.provenance()))
     return float(row["evaluations"])
 
 

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from experiments import program, tune_pictures
-from kvjax import records
+from kvjax import hosts, records
 from kvjax.caches.kv import KV
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import load
@@ -50,14 +50,19 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         judge = make_judge(model, config.text, windows, config.judged_on, *sizes, workdir / "judgements")
     with Bars() as search.progress:
         tuning = Tuning.of(search, judge)
-    tuning.save(workdir / "plan.yaml")
-    _write_presets(tuning.plan, workdir)
-    records.write_rows(workdir / "front.jsonl", tuning.rows)
-    draw(search, tuning.rows, workdir)
+    hosts.on_first(lambda: _leave(search, tuning, workdir))
     Console(width=150).print(_table(tuning.rows))
     if judged := tuning.card.get("judged"):
         print("judged on {text}: KL {kld:.5f}, nll {nll:.4f}, top-1 {top1:.3f}".format(**judged))
     print(f"plan: {workdir / 'plan.yaml'}\nfront: {workdir / 'front.jsonl'}\npictures: {workdir}/*.png")
+
+
+def _leave(search: Search, tuning: Tuning, workdir: Path) -> None:
+    """What the program leaves in its folder."""
+    tuning.save(workdir / "plan.yaml")
+    _write_presets(tuning.plan, workdir)
+    records.write_rows(workdir / "front.jsonl", tuning.rows)
+    draw(search, tuning.rows, workdir)
 
 
 def settings_of(config: config_dict.ConfigDict) -> SearchSettings:

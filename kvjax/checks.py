@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from kvjax.errors import KvjaxError
 
+REMOTE = ("gs://", "s3://", "az://")
 MOST = 2**31 - 1  # of anything that is counted: tokens, sequences
 
 
@@ -64,7 +66,7 @@ def check_progress(value: Any) -> Callable[..., None]:
 
 
 def check_path(name: str, value: Any) -> Path:
-    """The value as a path.
+    """The value as a path; a URL of REMOTE as an epath.Path, which has the methods of a Path.
 
     Args:
       name: the argument, for the message.
@@ -77,7 +79,7 @@ def check_path(name: str, value: Any) -> Path:
         raise KvjaxError(f"{name} is of type {type(value).__name__}; expected a path")
     if value == "":
         raise KvjaxError(f"{name} is empty; expected a path")
-    path = Path(value)
+    path: Any = epath.Path(value) if os.fspath(value).startswith(REMOTE) else Path(value)
     try:
         possible = b"\x00" not in os.fsencode(path)
     except UnicodeEncodeError:

@@ -40,22 +40,37 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_atomically(file: Path, data: bytes) -> None:
-    """Writes a file by way of a temporary one, so that a kill leaves either the old file or the new one.
+    """Writes a file so that a kill leaves either the old one or the new one.
+
+    A local file is written to a temporary one first. A remote store shows an object when it is whole.
 
     Args:
-      file: the file; its folder is created where needed.
+      file: the file, local or remote; its folder is created where needed.
       data: the content.
 
     Raises:
       KvjaxError: it cannot be written; the old file is unchanged.
     """
-    part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        if is_local(file):
+            _replace(file, data)
+        else:
+            file.write_bytes(data)
+    except OSError as error:
+        raise KvjaxError(f"{file} cannot be written: {error.strerror or error}") from None
+
+
+def is_local(file: Path) -> bool:
+    """Whether a path is of this machine's file system, and not the URL of a remote one."""
+    return isinstance(file, Path)
+
+
+def _replace(file: Path, data: bytes) -> None:
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
         part.write_bytes(data)
         part.replace(file)
-    except OSError as error:
-        raise KvjaxError(f"{file} cannot be written: {error.strerror}") from None
     finally:
         with contextlib.suppress(OSError):
             part.unlink()

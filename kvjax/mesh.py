@@ -21,7 +21,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jax.typing import DTypeLike
 
+from kvjax import hosts
 from kvjax.errors import KvjaxError
+from kvjax.hosts import init_distributed as init_distributed  # part of what is said here of devices
 
 AXES = ("data", "seq", "tensor")
 AUTO = (AxisType.Auto,) * len(AXES)
@@ -37,7 +39,7 @@ BATCH = PartitionSpec("batch")  # axes of an array with a row per sequence
 
 
 def parse(text: str) -> Mesh:
-    """Makes a mesh of the first visible devices.
+    """Makes a mesh of the first visible devices, of all devices where several processes share it.
 
     Args:
       text: sizes of axes, such as data=2,tensor=4; an axis that is not named has size 1.
@@ -46,12 +48,17 @@ def parse(text: str) -> Mesh:
       The mesh, with all three axes.
 
     Raises:
-      KvjaxError: another axis, a size below 1, or fewer devices than the sizes multiply to.
+      KvjaxError: another axis, a size below 1, or fewer devices than the sizes multiply to, or more where each of
+        several processes must have its part.
     """
-    sizes, devices = _sizes(text), jax.devices()
+    sizes, devices = _sizes(text), hosts.devices()
     needed = math.prod(sizes)
     if needed > len(devices):
         raise KvjaxError(f"mesh {text} needs {needed} devices; there are {len(devices)}")
+    if needed < len(devices) and hosts.several():
+        raise KvjaxError(
+            f"mesh {text} has {needed} devices; expected all {len(devices)} of {hosts.count()} processes"
+        )
     return jax.make_mesh(sizes, AXES, axis_types=AUTO, devices=devices[:needed])
 
 
@@ -183,6 +190,10 @@ class Layout:
             raise KvjaxError(f"replicate={unknown[0]}; expected some of {', '.join(names)}")
         if isinstance(mesh, str):
             mesh = parse(mesh) if mesh else None
+        if mesh is None and hosts.count() > 1:
+            raise KvjaxError(
+                f"{hosts.count()} processes and no mesh; expected one, as in data={len(hosts.devices())}"
+            )
         if not isinstance(mesh, Mesh | None):
             raise KvjaxError(f"the mesh is of type {type(mesh).__name__}; expected a text or a jax.sharding.Mesh")
         if mesh is not None and not set(mesh.axis_names) <= set(AXES):
@@ -220,8 +231,8 @@ class Layout:
         return arrays if self.mesh is None else jax.lax.with_sharding_constraint(arrays, self.shardings(axes, arrays))
 
     def struct(self, axes: PartitionSpec, shape: Sequence[int], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
-        """An array that is to be restored there, on jax's first device without a mesh."""
-        where = self.sharding(axes, shape) or SingleDeviceSharding(jax.devices()[0])
+        """An array that is to be restored there, on the first device without a mesh."""
+        where = self.sharding(axes, shape) or SingleDeviceSharding(hosts.devices()[0])
         return jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=where)
 
     def structs(self, axes: Any, arrays: Any) -> Any:

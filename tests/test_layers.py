@@ -28,6 +28,7 @@ LAYERS = [
     "kvjax.tables",
     "kvjax.checks",
     "kvjax.mesh",
+    "kvjax.hosts",
     "kvjax.errors",
     "pallas_kernels",
 ]

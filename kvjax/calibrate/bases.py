@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
+from flax.traverse_util import unflatten_dict
 
+from kvjax import hosts
 from kvjax.caches.base import CacheSpec, KVWeights
 from kvjax.caches.plan import CachePlan
-from kvjax.checkpoints.orbax import new_folder, write_arrays
+from kvjax.checkpoints.orbax import new_folder
 from kvjax.downloads import cache_folder
 from kvjax.errors import KvjaxError
-from kvjax.files import brief, check_digests, digests, read_json, write_json
+from kvjax.files import check_digests, digests, read_json, write_json
 from kvjax.mesh import WHOLE, fetch
 from kvjax.models.model import Model
+from kvjax.records import load_arrays, save_arrays
 
 METADATA = "bases.json"
 
@@ -35,18 +37,19 @@ def load_bases(model: Model, plan: CachePlan) -> tuple[Any, ...]:
         return ((),) * model.config.layers
     layers = [_layer(model, i) for i in range(model.config.layers)]
     digest = _digest(layers)
-    folders = {key: _found(digest, key) or _made(layers, digest, spec) for key, spec in specs.items()}
+    for key, spec in specs.items():
+        if not hosts.on_first(lambda key=key: _found(digest, key)):  # type: ignore[misc]
+            _make(layers, digest, spec)
     place = lambda a: model.layout.build(a.shape, model.dtype, WHOLE, a.__getitem__)  # noqa: E731
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        return tuple(
-            jax.tree.map(place, _read(checkpointer, folders[s.bases_key], i)) if s.bases_key else ()
-            for i, s in enumerate(plan.specs)
-        )
+    read = lambda i, key: hosts.on_first(lambda: _read(folder_of(digest, key), i))  # noqa: E731
+    return tuple(
+        jax.tree.map(place, read(i, spec.bases_key)) if spec.bases_key else () for i, spec in enumerate(plan.specs)
+    )
 
 
 def folder_of(digest: str, key: str) -> Path:
     """Where the bases of these weights are kept."""
-    return cache_folder() / "bases" / f"{digest[:16]}-{key}-by-layer"
+    return cache_folder() / "bases" / f"{digest[:16]}-{key}-layers"
 
 
 def _layer(model: Model, i: int) -> tuple[KVWeights, jax.Array]:
@@ -63,37 +66,51 @@ def _digest(layers: list[tuple[KVWeights, jax.Array]]) -> str:
     return digest.hexdigest()
 
 
-def _made(layers: list[tuple[KVWeights, jax.Array]], digest: str, spec: CacheSpec) -> Path:
+def _make(layers: list[tuple[KVWeights, jax.Array]], digest: str, spec: CacheSpec) -> None:
     """Computes the bases and writes them, a layer at a time: in float64 all layers' are as large as their weights."""
     folder = folder_of(digest, spec.bases_key)
     print(f"kvjax: computing bases of {len(layers)} layers ({spec.bases_key}), once, for {folder}", file=sys.stderr)
     try:
         with new_folder(folder) as part:
-            for i, (weights, norm) in enumerate(layers):
-                write_arrays(part / "arrays" / str(i), spec.bases(weights, norm))
-            write_json(
-                part / METADATA, {"weights": digest, "key": spec.bases_key, "arrays": digests(part / "arrays")}
-            )
+            for i, layer in enumerate(layers):
+                whole = jax.tree.map(fetch, layer)
+                hosts.on_first(lambda i=i, whole=whole: _write(part, i, spec.bases(*whole)))  # type: ignore[misc]
+            metadata = {"weights": digest, "key": spec.bases_key}
+            hosts.on_first(lambda: write_json(part / METADATA, metadata | {"arrays": digests(part / "arrays")}))
     except KvjaxError:
-        if not folder.exists():
-            raise
-        return _found(digest, spec.bases_key) or folder  # another program has made them meanwhile
-    return folder
+        if not hosts.on_first(lambda: _found(digest, spec.bases_key)):
+            raise  # otherwise another program has made them meanwhile
 
 
-def _found(digest: str, key: str) -> Path | None:
+def _found(digest: str, key: str) -> bool:
+    """Whether they are there.
+
+    Raises:
+      KvjaxError: they are of other weights, or damaged.
+    """
     folder = folder_of(digest, key)
     if not folder.exists():
-        return None
+        return False
     metadata = read_json(folder / METADATA)
     if metadata.get("weights") != digest or metadata.get("key") != key:
         raise KvjaxError(f"{folder} holds bases of other weights; expected those of sha256 {digest}: remove it")
     check_digests(folder / "arrays", metadata.get("arrays"))
-    return folder
+    return True
 
 
-def _read(checkpointer: ocp.PyTreeCheckpointer, folder: Path, layer: int) -> Any:
-    try:
-        return checkpointer.restore(folder / "arrays" / str(layer))
-    except Exception as error:  # Orbax and its storage raise many kinds
-        raise KvjaxError(f"{folder} cannot be restored: {brief(error)}; remove it") from None
+def _write(folder: Path, layer: int, tree: Any) -> None:
+    names = {".".join(str(key.idx) for key in path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    save_arrays(_file(folder, layer), names)
+
+
+def _read(folder: Path, layer: int) -> Any:
+    return _lists(unflatten_dict(load_arrays(_file(folder, layer)), sep="."))
+
+
+def _file(folder: Path, layer: int) -> Path:
+    return folder / "arrays" / f"{layer}.npz"
+
+
+def _lists(tree: Any) -> Any:
+    """Dicts with numbers as keys as lists."""
+    return [_lists(tree[key]) for key in sorted(tree, key=int)] if isinstance(tree, dict) else tree

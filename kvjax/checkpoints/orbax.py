@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import shutil
@@ -13,10 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
+from kvjax import hosts
 from kvjax.errors import KvjaxError
 from kvjax.files import brief, check_digests, digests, read_json, write_json
 from kvjax.mesh import ONE_DEVICE, Layout
@@ -39,6 +42,8 @@ METADATA = "kvjax.json"
 def save(folder: Path, model: Model) -> None:
     """Writes a model to a new folder, which appears complete or not at all.
 
+    Several processes that share the model must all call it, with a folder that all see; each writes its part.
+
     Args:
       folder: the folder; it must not exist.
       model: the model.
@@ -55,16 +60,16 @@ def save(folder: Path, model: Model) -> None:
     }
     with new_folder(folder) as part:
         write_arrays(part / "params", model.params)
-        write_json(part / METADATA, metadata | {"params": digests(part / "params")})
+        hosts.on_first(lambda: write_json(part / METADATA, metadata | {"params": digests(part / "params")}))
         if isinstance(model.tokenizer, Tokenizer):
-            model.tokenizer.save(part)
+            hosts.on_first(functools.partial(model.tokenizer.save, part))
 
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Gives a temporary folder to fill, and renames it when the `with` block ends.
 
-    So `folder` appears complete or not at all.
+    So `folder` appears complete or not at all. Several processes fill the same one.
 
     Args:
       folder: the final name; it must not exist.
@@ -76,22 +81,32 @@ def new_folder(folder: Path) -> Iterator[Path]:
       KvjaxError: the folder exists, or it cannot be written.
     """
     folder = folder.absolute()
-    if folder.exists():
-        raise KvjaxError(f"{folder} exists already; expected a new folder")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+        part = Path(hosts.on_first(lambda: _new_part(folder)))
         try:
-            part = temporary / "part"  # with the user's permissions, which mkdtemp restricts
-            part.mkdir()
             yield part
-            part.rename(folder)
-            temporary.rmdir()
+            hosts.on_first(lambda: _finish(part, folder))
         except BaseException:
-            _remove(temporary)
+            if hosts.index() == 0:
+                _remove(part.parent)
             raise
     except OSError as error:
         raise KvjaxError(f"{folder} cannot be written: {error.strerror or error}") from None
+
+
+def _new_part(folder: Path) -> str:
+    """A temporary folder beside one that is to be; it has the user's permissions, which mkdtemp restricts."""
+    if folder.exists():
+        raise KvjaxError(f"{folder} exists already; expected a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=folder.parent)) / "part"
+    part.mkdir()
+    return str(part)
+
+
+def _finish(part: Path, folder: Path) -> None:
+    part.rename(folder)
+    part.parent.rmdir()
 
 
 def _remove(folder: Path) -> None:
@@ -114,11 +129,19 @@ def write_arrays(folder: Path, tree: Any) -> None:
       OSError: the arrays cannot be written.
     """
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.StandardCheckpointer(multiprocessing_options=together()) as checkpointer:
             checkpointer.save(folder, tree)
     except Exception as error:  # Orbax and its storage raise many kinds
         code = re.search(r"os_error_code='(\d+)'", str(error))  # how the storage reports an error of the system
         raise OSError(os.strerror(int(code[1])) if code else brief(error)) from None
+
+
+def together() -> ocp.options.MultiprocessingOptions:
+    """Which processes read or write an Orbax checkpoint together: all, or one that works alone."""
+    if hosts.several() or not jax.distributed.is_initialized():
+        return ocp.options.MultiprocessingOptions()
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}")
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -175,7 +198,8 @@ def load(
     check_layout(config, layout)
     check_digests(folder / "params", sums)  # Orbax answers some damage with pages of output on stderr
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=together())
+        with ocp.Checkpointer(handler, multiprocessing_options=together()) as checkpointer:
             return config, _restore(checkpointer, folder / "params", saved, config, dtype, layout), tokenizer
     except KvjaxError:
         raise
@@ -184,7 +208,7 @@ def load(
 
 
 def _restore(
-    checkpointer: ocp.PyTreeCheckpointer,
+    checkpointer: ocp.Checkpointer,
     folder: Path,
     saved: ModelConfig,
     config: ModelConfig,

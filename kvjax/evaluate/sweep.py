@@ -20,11 +20,11 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from kvjax import records
+from kvjax import hosts, records
 from kvjax.caches.base import CacheSpec
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
-from kvjax.checks import check_path, check_progress
+from kvjax.checks import check_path, check_progress, show
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score, Scorer, Timing, concatenate, cut_windows, standard_error
 from kvjax.evaluate.text import Text, name_of, read_ids
@@ -42,6 +42,7 @@ COLUMNS = {
     "peak": "bits_peak",
     "x smaller": "compression",
 }
+OVER = ("devices", "plans")
 FIGURES = {"kld": ".4f", "kld_p99": ".3f", "top1": ".3f", "nll": ".4f", "ppl": ".2f", "seconds": ".1f"}
 
 
@@ -84,6 +85,7 @@ def sweep(
     offset: int = 0,
     folder: str | Path | None = None,
     progress: Progress | None = None,
+    over: str = "devices",
 ) -> Rows:
     """Scores plans on the same windows of a text.
 
@@ -97,6 +99,8 @@ def sweep(
       offset: tokens that are skipped first.
       folder: keeps partial work and rows; a sweep that was cut off goes on there. None: nothing is kept.
       progress: called as progress(plan, done, total) when windows of a plan are scored.
+      over: what several processes divide: `devices`, all of which score each plan together; or `plans`, of which each
+        process scores its own on its own devices, where the model must be loaded with `kvjax.hosts.alone()`.
 
     Returns:
       A row per plan, in order, each plan once.
@@ -106,6 +110,10 @@ def sweep(
     """
     check_model(model)
     hears = check_progress(progress)
+    if not isinstance(over, str) or over not in OVER:
+        raise KvjaxError(f"over {show(over)}; expected one of {', '.join(OVER)}")
+    if over == "plans" and model.layout.mesh is not None and model.layout.mesh.is_multi_process:
+        raise KvjaxError("over plans, but the processes share the model; expected one loaded in kvjax.hosts.alone()")
     names = split_list(caches) if isinstance(caches, str) else caches if isinstance(caches, Sequence) else [caches]
     plans = list(dict.fromkeys(CachePlan.cast(name, model.config) for name in names))
     if not plans:
@@ -113,7 +121,9 @@ def sweep(
     cut = cut_windows(read_ids(text, model.tokenizer, model.config.vocab_size), context, windows, offset)
     identity = identity_of(model, name_of(text), cut, protocol, offset=offset)
     with kept_in(folder) as where:
-        return Sweep(model, cut, identity, where).rows(plans, hears)
+        made = Sweep(model, cut, identity, where)
+        rows = made.rows if over == "devices" else made.rows_apart
+        return rows(plans, hears)
 
 
 def score(
@@ -192,11 +202,15 @@ def kept_in(folder: str | Path | None) -> Iterator[Path]:
             yield Path(made)
         return
     folder = check_path("folder", folder)
+    hosts.on_first(lambda: _make(folder))
+    yield folder
+
+
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise KvjaxError(f"{folder} cannot be a folder for results: {error.strerror}") from None
-    yield folder
 
 
 class Sweep:
@@ -218,15 +232,50 @@ class Sweep:
             self.scorer.check(plan)  # before anything is scored
         return Rows(self._found_or_scored(plan, functools.partial(progress, plan)) for plan in plans)
 
+    def rows_apart(self, plans: Sequence[CachePlan], progress: Progress) -> Rows:
+        """`rows` for processes that each score plans of their own.
+
+        A round is a plan for each; when all have ended it, process 0 keeps the rows. What a process has scored lies
+        in its own folder, so that a run that was cut off loses nothing.
+        """
+        for plan in plans:
+            self.scorer.check(plan)
+        rows: dict[CachePlan, Any] = {plan: hosts.on_first(functools.partial(self._found, plan)) for plan in plans}
+        left = [plan for plan in plans if rows[plan] is None]
+        for start in range(0, len(left), hosts.count()):
+            group = left[start : start + hosts.count()]
+            own = dict(enumerate(group)).get(hosts.index())
+            made: list[Any] = hosts.on_each(functools.partial(self._scored, own, progress))[: len(group)]
+            hosts.on_first(functools.partial(records.append_rows, self._results, made))
+            rows |= dict(zip(group, made, strict=True))
+        return Rows(rows.values())
+
+    def _scored(self, plan: CachePlan | None, progress: Progress) -> Row | None:
+        """The row of a plan, if there is one to score."""
+        total = len(self.windows)
+        return None if plan is None else self.row(plan, lambda done: progress(plan, done, total))
+
+    @property
+    def _results(self) -> Path:
+        return self.folder / "results.jsonl"
+
+    def _found(self, plan: CachePlan) -> Row | None:
+        """The row of a plan, if it is there already."""
+        return records.find_row(self._results, self._point(plan))
+
     def _found_or_scored(self, plan: CachePlan, progress: Callable[[int, int], None]) -> Row:
-        total, results = len(self.windows), self.folder / "results.jsonl"
+        total = len(self.windows)
         progress(0, total)
-        row = records.find_row(results, {"experiment": "perplexity", **self.identity, "cache": str(plan)})
+        row = hosts.on_first(lambda: self._found(plan))
         if row is None:
             row = self.row(plan, lambda done: progress(done, total))
-            records.append_row(results, row)
+            hosts.on_first(lambda: records.append_row(self._results, row))
         progress(total, total)
         return row
+
+    def _point(self, plan: CachePlan) -> Row:
+        """What the row of a plan is found by."""
+        return {"experiment": "perplexity", **self.identity, "cache": str(plan)}
 
     def row(self, plan: CachePlan, progress: Callable[[int], None]) -> Row:
         """The result row of one plan; `progress(done)` is told the number of finished windows.
@@ -260,9 +309,7 @@ class Sweep:
         """What a plan's row says before it is scored."""
         context = self.windows.shape[1]
         return {
-            "experiment": "perplexity",
-            **self.identity,
-            "cache": str(plan),
+            **self._point(plan),
             "bits_nominal": plan.bits_nominal,
             "bits_asymptotic": plan.bits_asymptotic,
             "bits_real": plan.bits_real(context),
@@ -276,7 +323,7 @@ class Sweep:
     def _batch(self, plan: CachePlan, start: int) -> tuple[TokenScores, Timing]:
         """Scores of the windows from `start`, from disk where they are there."""
         file = self._file(str(plan), start)
-        if not file.exists():
+        if not hosts.on_first(file.exists):
             windows = self.windows[start : start + self.scorer.batch]
             dense = None if plan == self.dense else self._dense(start)
             scores, kept, timing = self.scorer.run(plan, windows, dense)
@@ -284,16 +331,16 @@ class Sweep:
             if plan == self.dense and kept is not None:
                 # numpy's files know no bfloat16: hidden states go into the wider type that they are compared in.
                 wide = vars(kept) | {"hidden": np.asarray(kept.hidden, kept.mean.dtype)}
-                records.save_arrays(self._file("dense run", start), wide)
-            records.save_arrays(file, arrays)
-        arrays = records.load_arrays(file)
+                hosts.on_first(lambda: records.save_arrays(self._file("dense run", start), wide))
+            hosts.on_first(lambda: records.save_arrays(file, arrays))
+        arrays = hosts.on_first(lambda: records.load_arrays(file))
         timing = Timing(float(arrays.pop("seconds")), float(arrays.pop("compile_seconds")))
         return TokenScores(**arrays), timing
 
     def _dense(self, start: int) -> DenseRun:
         """The dense run of the windows from `start`, made where it is not there yet."""
         self._batch(self.dense, start)
-        return DenseRun(**records.load_arrays(self._file("dense run", start)))
+        return DenseRun(**hosts.on_first(lambda: records.load_arrays(self._file("dense run", start))))
 
     def _file(self, what: str, start: int) -> Path:
         kept = [field.name for field in dataclasses.fields(DenseRun)]  # what kept others cannot be gone on from

@@ -16,9 +16,10 @@ import orbax.checkpoint as ocp
 from flax import struct
 from jaxtyping import Array, Float
 
+from kvjax import hosts
 from kvjax.caches.base import CacheShape, CacheSpec
 from kvjax.caches.plan import Cache, CachePlan
-from kvjax.checkpoints.orbax import new_folder, write_arrays
+from kvjax.checkpoints.orbax import new_folder, together, write_arrays
 from kvjax.checks import check_path, check_whole
 from kvjax.errors import KvjaxError
 from kvjax.files import brief, check_digests, digests, read_json, write_json
@@ -161,6 +162,8 @@ def check_made_by(state: State, model: Model) -> None:
 def save_state(folder: str | Path, model: Model, state: State) -> None:
     """Writes a state of this model to a new folder; it appears whole or not at all.
 
+    Several processes that share the model must all call it, with a folder that all see.
+
     Raises:
       KvjaxError: another model made the state, something is there already, or it cannot be written.
     """
@@ -174,7 +177,7 @@ def save_state(folder: str | Path, model: Model, state: State) -> None:
     }
     with new_folder(check_path("folder", folder)) as part:
         write_arrays(part / "arrays", _named(state.held))
-        write_json(part / METADATA, metadata | {"arrays": digests(part / "arrays")})
+        hosts.on_first(lambda: write_json(part / METADATA, metadata | {"arrays": digests(part / "arrays")}))
 
 
 def restore_state(folder: str | Path, model: Model, cache: str | CacheSpec | CachePlan | None = None) -> State:
@@ -259,7 +262,7 @@ def _read(folder: Path, expected: Held) -> dict[str, jax.Array]:
     """The leaves that are on disk, each device's part read alone, on whatever devices they were when saved."""
     wanted = _named(expected.layout.structs(expected.axes(), expected))
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.StandardCheckpointer(multiprocessing_options=together()) as checkpointer:
             return checkpointer.restore(folder, wanted)
     except Exception as error:  # Orbax and its storage raise many kinds
         raise KvjaxError(f"{folder} cannot be restored: {brief(error)}") from None

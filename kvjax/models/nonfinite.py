@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from kvjax.caches.plan import Cache
+from kvjax.mesh import fetch
 from kvjax.models.decoder import Decoder
 from kvjax.models.params import Params
 
@@ -50,9 +51,9 @@ def find_first_nonfinite(
       The place; None where every layer stays finite, so that only the logits can be at fault.
     """
     for tokens, lengths in chunks:
-        at = np.asarray(cache.length)
+        at = fetch(cache.length)
         finite, cache = _feed(decoder, params, cache, tokens, lengths, read, bases)
-        bad = ~np.asarray(finite) & (np.arange(tokens.shape[1]) < np.asarray(lengths)[:, None])
+        bad = ~fetch(finite) & (np.arange(tokens.shape[1]) < np.asarray(lengths)[:, None])
         if bad.any():
             # The layer first: above it, a NaN reaches earlier tokens too, since masked tokens enter as 0 * NaN.
             layer = int(np.argmax(bad.any((1, 2))))

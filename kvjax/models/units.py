@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from kvjax.mesh import fetch
 from kvjax.models.config import ModelConfig
 from kvjax.models.params import Params
 
@@ -38,7 +39,7 @@ def in_usual_units(config: ModelConfig, params: Params) -> Params:
         return params
     changed = {}
     for name in (f"layer_{i}" for i in range(config.layers)):
-        factors = [_factor(np.asarray(size, np.float64)) for size in _sizes(params[name], config.head_dim)]
+        factors = [_factor(fetch(size).astype(np.float64)) for size in _sizes(params[name], config.head_dim)]
         if any((factor != 1).any() for factor in factors):
             changed[name] = _rescale(params[name], config, *factors)
     return {**params, **changed} if changed else params

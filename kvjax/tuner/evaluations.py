@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from kvjax import hosts
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
-from kvjax.files import read_json, write_json
+from kvjax.files import is_local, read_json, write_json
 
 Figures = dict[str, Any]  # numbers by name, or lists and objects of them
 
@@ -45,7 +46,7 @@ class Evaluations:
         """
         self.folder, self.identity, self.evaluate, self.names = folder, identity, evaluate, names
         self.made = 0
-        folder.mkdir(parents=True, exist_ok=True)
+        hosts.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
 
     def __call__(self, plan: CachePlan) -> Figures:
         """Returns the figures of a plan, from disk where they are known.
@@ -59,13 +60,13 @@ class Evaluations:
           KvjaxError: a result on disk is damaged, or cannot be written.
         """
         file = self._file(plan)
-        if not file.exists():
+        if not hosts.on_first(file.exists):
             with locked(file.with_suffix(".lock")):
-                if not file.exists():
-                    figures = self.evaluate(plan)
-                    write_json(file, {"identity": self.identity, "cache": str(plan), "figures": figures})
+                if not hosts.on_first(file.exists):
+                    row = {"identity": self.identity, "cache": str(plan), "figures": self.evaluate(plan)}
+                    hosts.on_first(lambda: write_json(file, row))
                     self.made += 1
-        return self._read(file, plan)
+        return hosts.on_first(lambda: self._read(file, plan))
 
     def _read(self, file: Path, plan: CachePlan) -> Figures:
         try:
@@ -92,11 +93,15 @@ class Evaluations:
 def locked(file: Path) -> Iterator[None]:
     """Holds the lock of a file inside a `with` block, then removes the file.
 
-    The system releases the lock when the process ends, even if it is killed.
+    The system releases the lock when the process ends, even if it is killed. Of several processes that work together
+    the first holds it for all. Remote files have no locks: no two runs may share a remote folder.
 
     Args:
       file: the lock file, created where needed.
     """
+    if hosts.index() or not is_local(file):
+        yield
+        return
     while True:
         with file.open("w") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)

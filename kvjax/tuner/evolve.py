@@ -21,10 +21,11 @@ from optuna.samplers import NSGAIISampler, RandomSampler
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
 
+from kvjax import hosts
 from kvjax.caches.base import CacheSpec, ModelShapes
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
-from kvjax.files import brief
+from kvjax.files import brief, is_local
 from kvjax.tuner.space import Bits, try_plan
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -62,31 +63,59 @@ def evolve(
     Raises:
       KvjaxError: the journal is damaged or cannot be written; whatever `loss` raises.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     choices: dict[str, BaseDistribution] = {
         f"group_{i}": IntDistribution(0, len(candidates[group[0]]) - 1) for i, group in enumerate(groups)
     }
-
     plan_of = functools.partial(_plan_of, groups, candidates, model)
-    with _named(journal):
-        storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal), _Lock(str(journal))))
-        study = optuna.create_study(
-            storage=storage, study_name=name, directions=["minimize", "minimize"], load_if_exists=True
-        )
+    study = _Study(journal, name, choices, seed)
+    hosts.on_first(study.open)
     while True:
-        with _named(journal):
-            ended = study.get_trials(deepcopy=False, states=ENDED)
-            advance(len(ended))
-            if len(ended) >= trials:
-                return [plan for trial in ended if (plan := plan_of(trial.params))]
-            study.sampler = _Sampler(*seed, len(ended))
-            trial = study.ask(choices)
-        plan = plan_of(trial.params)
+        ended = hosts.on_first(study.ended)
+        advance(len(ended))
+        if len(ended) >= trials:
+            return [plan for params in ended if (plan := plan_of(params))]
+        plan = plan_of(hosts.on_first(study.ask))
         figures = (bits.of_plan(plan), loss(plan)) if plan else None
-        with _named(journal):
-            if plan and figures:
-                trial.set_constraint("bits", 0.0 if bits.fits(plan) else figures[0] - bits.budget)
-            study.tell(trial, figures, TrialState.COMPLETE if figures else TrialState.PRUNED)
+        over = 0.0 if not plan or not figures or bits.fits(plan) else figures[0] - bits.budget
+        hosts.on_first(functools.partial(study.tell, figures, over))
+
+
+class _Study:
+    """A study in a journal file. Of several processes that work together only the first opens it."""
+
+    def __init__(self, journal: Path, name: str, choices: dict[str, BaseDistribution], seed: tuple[int, int]):
+        self._journal, self._name, self._choices, self._seed = journal, name, choices, seed
+
+    def open(self) -> None:
+        if not is_local(self._journal):
+            raise KvjaxError(f"{self._journal} is remote, and nsga2's journal needs locks; expected a local folder")
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        journal = str(self._journal)
+        with _named(self._journal):
+            storage = optuna.storages.JournalStorage(JournalFileBackend(journal, _Lock(journal)))
+            self._study = optuna.create_study(
+                storage=storage, study_name=self._name, directions=["minimize", "minimize"], load_if_exists=True
+            )
+
+    def ended(self) -> list[dict[str, int]]:
+        """The choices of all ended trials of all processes, in order."""
+        with _named(self._journal):
+            self._trials = self._study.get_trials(deepcopy=False, states=ENDED)
+        return [trial.params for trial in self._trials]
+
+    def ask(self) -> dict[str, int]:
+        """The choices of a new trial."""
+        with _named(self._journal):
+            self._study.sampler = _Sampler(*self._seed, len(self._trials))
+            self._trial = self._study.ask(self._choices)
+        return self._trial.params
+
+    def tell(self, figures: tuple[float, float] | None, over: float) -> None:
+        """Ends the trial: bits and loss, none where its layers do not go together; and the bits over the budget."""
+        with _named(self._journal):
+            if figures:
+                self._trial.set_constraint("bits", over)
+            self._study.tell(self._trial, figures, TrialState.COMPLETE if figures else TrialState.PRUNED)
 
 
 def _plan_of(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from kvjax import records
+from kvjax import hosts, records
 from kvjax.caches import cross_layer
 from kvjax.caches.base import REAL_DTYPE, CacheShape, CacheSpec
 from kvjax.caches.grammar import split_list
@@ -170,7 +170,8 @@ class Search:
         common = {"experiment": "sensitivity", **self.identity, "samples": SAMPLES, "seed": self.settings.seed}
         common["relative_errors"] = sensitivity.RELATIVE
         needed = {"layer", "cache", "bits_asymptotic", "e_o", "predicted", self.settings.error}
-        rows = [row for row in records.read_rows(file) if common.items() <= row.items() and needed <= row.keys()]
+        rows = hosts.on_first(lambda: records.read_rows(file))
+        rows = [row for row in rows if common.items() <= row.items() and needed <= row.keys()]
         found = {(row["layer"], row["cache"]): row for row in rows}
         names = {spec: cross_layer.label(spec) for spec in specs}
         missing = [[spec for spec in specs if (layer, names[spec]) not in found] for layer in range(layers)]
@@ -178,11 +179,19 @@ class Search:
         self.progress("sensitivity", layers - len(left), layers)
         gradients = self._gradients() if left else []
         for ended, layer in enumerate(left, layers - len(left) + 1):
-            rows = self._measure(layer, missing[layer], gradients)
-            records.append_rows(file, [common | row | records.provenance() for row in rows])
+            rows = self._measure_and_keep(layer, missing[layer], gradients, file, common)
             found |= {(layer, row["cache"]): row for row in rows}
             self.progress("sensitivity", ended, layers)
         return found
+
+    def _measure_and_keep(
+        self, layer: int, specs: Sequence[CacheSpec], gradients: Sequence[np.ndarray], file: Path, common: Row
+    ) -> list[Row]:
+        """The rows of a layer, appended to a file."""
+        rows = self._measure(layer, specs, gradients)
+        rows = [common | row | records.provenance() for row in rows]
+        hosts.on_first(lambda: records.append_rows(file, rows))
+        return hosts.on_first(lambda: rows)
 
     def _gradients(self) -> list[Float[np.ndarray, "L S N H d"]]:
         """Of every window."""

@@ -35,6 +35,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.caches.base import CacheShape, CacheSpec, Chunk, ModelSizes, visible
 from kvjax.caches.cross_layer import CrossLayerSpec
 from kvjax.caches.plan import CachePlan
+from kvjax.mesh import fetch
 from kvjax.models.decoder import rms_norm
 from kvjax.ops import attention
 from kvjax.ops.rotate import rotate_heads
@@ -123,7 +124,7 @@ def local_errors(
             for trace, g in zip(simulator.keep(_exact(simulator, form)), gradients, strict=True)
         ]
         for i, spec in enumerate(same):
-            found[spec] = {name: float(np.mean([float(part[name][i]) for part in parts])) for name in ERRORS}
+            found[spec] = {name: float(np.mean([float(fetch(part[name])[i]) for part in parts])) for name in ERRORS}
     return [found[spec] for spec in specs]
 
 
@@ -231,7 +232,7 @@ def gradients(simulator: Simulator, window: int, samples: int, seed: int) -> Flo
     found = []
     for layer in reversed(range(config.layers)):
         g, moved = _pull_layer(config, simulator.program(layer), params[f"layer_{layer}"], trace.h[layer], g)
-        found.append(np.asarray(moved))
+        found.append(fetch(moved))
     return np.stack(found[::-1])
 
 

@@ -32,7 +32,7 @@ def test_made_once_and_read_back(tiny: Model, kept: Path, monkeypatch: pytest.Mo
     plan = kvjax.plan(tiny, "0:x4@latent(group=8);1:x4@head(group=8)")
     first = load_bases(tiny, plan)
     assert len(list(kept.iterdir())) == 2
-    monkeypatch.setattr(module, "_made", None)
+    monkeypatch.setattr(module, "_make", None)
     jax.tree.map(np.testing.assert_array_equal, first, load_bases(tiny, plan))
     (down, up), _ = first[0]
     key = np.asarray(tiny.params["layer_0"]["k"]).T
@@ -43,15 +43,14 @@ def test_made_once_and_read_back(tiny: Model, kept: Path, monkeypatch: pytest.Mo
 def test_two_programs_make_them_at_once(tiny: Model, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that is later takes what is there."""
     plan = kvjax.plan(tiny, "x4@latent(group=8)")
-    write, made = module.write_arrays, []
+    write, made = module._write, []
 
-    def overtaken(folder: Path, tree: object) -> None:
-        monkeypatch.setattr(module, "write_arrays", write)
-        if not made:
-            made.append(load_bases(tiny, plan))
-        write(folder, tree)
+    def overtaken(folder: Path, layer: int, tree: object) -> None:
+        monkeypatch.setattr(module, "_write", write)
+        made.append(load_bases(tiny, plan))
+        write(folder, layer, tree)
 
-    monkeypatch.setattr(module, "write_arrays", overtaken)
+    monkeypatch.setattr(module, "_write", overtaken)
     jax.tree.map(np.testing.assert_array_equal, load_bases(tiny, plan), made[0])
     assert len(list(kept.iterdir())) == 1
 
