@@ -118,6 +118,7 @@ def test_sigterm_is_heard_within_a_second() -> None:
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout and process.stderr and process.stdout.readline() == "ready\n"
+        time.sleep(0.3)  # until the long call runs
         begun = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert process.stderr.readline() == "terminated; started again, the run goes on where it was\n"
