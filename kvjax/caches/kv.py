@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 from flax import struct
 
 from kvjax.caches.base import Chunk, LayerShapes
-from kvjax.caches.stored import StoredCache, StoredSpec, Tensors, TensorSpec, Width, largest_divisor
+from kvjax.caches.stored import PairFit, StoredCache, StoredSpec, Tensors, TensorSpec, Width, fits_of, largest_divisor
 from kvjax.errors import KvjaxError
 from kvjax.ops.rotate import rotate_heads
 
@@ -27,6 +27,7 @@ class KV(StoredSpec):
       the whole head for `@token`, 32 for `@kivi` (shrunk to the largest multiple of 8 that divides the head).
     residual: 0 for `@token`, the token group for `@kivi` where None.
     rope: whether keys are stored after RoPE ("post") or before it ("pre").
+    fit: how scales are chosen: mse is the least squared error, keys that of keys alone.
     """
 
     key_bits: Width
@@ -34,6 +35,7 @@ class KV(StoredSpec):
     mode: str = "kivi"
     group: int | None = None
     rope: Literal["pre", "post"] = "post"
+    fit: PairFit = "minmax"
 
     form: ClassVar[str] = "k{key_bits}v{value_bits}"
     modes: ClassVar[tuple[str, ...]] = ("kivi", "token")
@@ -72,7 +74,8 @@ class KV(StoredSpec):
             raise KvjaxError(f"{self}: group {self.group} does not divide the head_dim of {head_dim}")
         channels = self.group or (head_dim if self.mode == "token" else largest_divisor(KIVI_GROUP, head_dim))
         keys = ("token", channels) if self.mode == "token" else ("channel", self.token_group)
-        return self.format(self.key_bits, *keys), self.format(self.value_bits, "token", channels)
+        of_keys, of_values = fits_of(self.fit)
+        return self.format(self.key_bits, *keys, of_keys), self.format(self.value_bits, "token", channels, of_values)
 
     def tensors(self, shape: LayerShapes) -> list[TensorSpec]:
         return [TensorSpec(form, shape.kv_heads, shape.head_dim) for form in self._formats(shape.head_dim)]

@@ -26,6 +26,7 @@ from kvjax.errors import KvjaxError
 from kvjax.ops import attention, store
 from kvjax.ops.reconstruct import reconstruct
 from kvjax.ops.remat import Latents, Remat
+from kvjax.quant.affine import Fit
 from kvjax.quant.basis import rotation, svd_basis
 
 ALIGN = 32  # tokens that the accumulator is a multiple of
@@ -46,6 +47,7 @@ class XCL(LatentSpec, CrossLayerSpec):
     norm: post stores X after the norm, pre before it (`@input` only; the norm is applied to the reconstruction).
     fold: 1 takes the norm's weight out of X and into W_k and W_v.
     rotate: 1 turns what is quantised by a random rotation.
+    fit: how scales are chosen: mse is the least squared error.
     """
 
     bits: Width
@@ -55,6 +57,7 @@ class XCL(LatentSpec, CrossLayerSpec):
     norm: Literal["post", "pre"] = "post"
     fold: Literal[0, 1] = 0
     rotate: Literal[0, 1] = 0
+    fit: Fit = "minmax"
     index: int = derived(0)  # in the run, counted up to base + 1
 
     form: ClassVar[str] = "xcl{bits}"
@@ -134,7 +137,7 @@ class XCL(LatentSpec, CrossLayerSpec):
         if self.mode == "latent":
             width = min(width, 2 * shape.kv_heads * shape.head_dim)
         group = self.token_group if self.per == "channel" and not width % 8 else self.channel_group(width)
-        return [TensorSpec(self.format(int(self.bits_nominal), self.per, group), 1, width, None)]
+        return [TensorSpec(self.format(int(self.bits_nominal), self.per, group, self.fit), 1, width, None)]
 
     @property
     def bits_nominal(self) -> float:
