@@ -3,7 +3,8 @@
 z = min and s = (max - min) / (2^b - 1) of each group, in float32, rounded to float16 first; then
 code = clip(round((x - z) / s), 0, 2^b - 1), round half to even, and x̂ = s * code + z. s = 0 gives code 0.
 
-With fit="mse", s and z are searched instead (`fit`): what is stored and how it is read stay the same.
+With another `fit`, s and z are searched instead (kvjax/quant/fit.py): what is stored and how it is read stay
+the same.
 
 float16 bounds what can be told apart: s below 3e-8 becomes 0 and z is a multiple of 6e-8, so groups that are smaller
 read back as their minimum. Models of such sizes are kept in other units, see `kvjax.models.units`.

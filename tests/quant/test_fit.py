@@ -1,4 +1,4 @@
-"""Fitted scales and zero points: their squared error against a search in numpy in float64, and what may not change."""
+"""Fitted scales and zero points: their squared error against a search in float64, and what may not change."""
 
 import functools
 
