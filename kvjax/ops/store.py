@@ -371,9 +371,7 @@ def _encode_blocks(
         return packing.pack(q.codes, format.bits), q.scale, q.zero
 
     def kernel(name: str, interpret: bool, blocks: Array, mask: Array):
-        if format.fit != "minmax":
-            raise NotImplementedError(f"fit={format.fit}; kernels take scales from minima and maxima")
-        how: dict[str, Any] = {"bits": format.bits, "per": format.per, "group": format.group}
+        how: dict[str, Any] = {"bits": format.bits, "per": format.per, "group": format.group, "fit": format.fit}
         flat, each = blocks.reshape(-1, *blocks.shape[2:]), mask.reshape(-1, mask.shape[2])
         made = quantize_pack(flat, each, **how, implementation=name, interpret=interpret)
         planes, scale, zero = jax.tree.map(lambda a: a.reshape(*mask.shape[:2], *a.shape[1:]), made)
