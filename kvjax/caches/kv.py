@@ -7,7 +7,7 @@ of 32 tokens, values per token in groups of 32 channels, residual 32 (KVTuner, s
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from flax import struct
 
@@ -22,6 +22,8 @@ KIVI_GROUP = 32
 @dataclasses.dataclass(frozen=True)
 class KV(StoredSpec):
     """Keys of `key_bits` and values of `value_bits` (1, 2, 3, 4, 5, 6, 8; 16 is unquantised).
+
+    `k{b}v{b}` is the papers' form. `kr{b}v{b}` is a better one: kivi, 4 sinks, keys fitted.
 
     group: elements that share a scale: tokens for `@kivi` keys, channels for the rest. None is the default:
       the whole head for `@token`, 32 for `@kivi` (shrunk to the largest multiple of 8 that divides the head).
@@ -39,10 +41,14 @@ class KV(StoredSpec):
 
     form: ClassVar[str] = "k{key_bits}v{value_bits}"
     modes: ClassVar[tuple[str, ...]] = ("kivi", "token")
+    # What was found to be better than the papers' forms has a name of its own (docs/decisions.md).
+    aliases: ClassVar[dict[str, dict[str, Any]]] = {
+        "kr{key_bits}v{value_bits}": {"mode": "kivi", "sink": 4, "fit": "keys"}
+    }
     examples: ClassVar[tuple[str, ...]] = (
         "k4v2@token",
-        "k3v5@token(group=8,residual=8,sink=3)",
-        "k4v4@kivi",
+        "k3v5@token(group=8,residual=8,sink=3,fit=mse)",
+        "kr4v4",
         "k2v16@kivi(group=8,residual=16,sink=5,rope=pre)",
     )
 

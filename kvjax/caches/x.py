@@ -45,8 +45,8 @@ class X(LatentSpec):
     modes: ClassVar[tuple[str, ...]] = ("input", "latent", "head")
     examples: ClassVar[tuple[str, ...]] = (
         "x4@input",
-        "x3@input(group=16,residual=8,sink=3)",
-        "x2@latent(group=16,sink=5,outlier=1)",
+        "x3@input(group=16,residual=8,sink=3,fit=mse)",
+        "x2@latent(group=16,sink=5,outlier=1,fit=keys)",
         "x4@head(group=8,residual=16,rotate=1)",
     )
 

@@ -36,7 +36,7 @@ ALIGN = 32  # tokens that the accumulator is a multiple of
 class XCL(LatentSpec, CrossLayerSpec):
     """Deltas of X in `bits` bits (1, 2, 3, 4, 5, 6, 8; 16 is unquantised).
 
-    `xcl{b}` is the paper's form. `xclr{b}` is a better one: latent, 4 sinks, per channel, folded, rotated.
+    `xcl{b}` is the paper's form. `xclr{b}` is a better one: latent, 4 sinks, per channel, folded, rotated, fitted.
 
     mode: input or latent; None follows the model.
     group: channels of a token or (per=channel) tokens of a channel.
@@ -64,7 +64,7 @@ class XCL(LatentSpec, CrossLayerSpec):
     modes: ClassVar[tuple[str, ...]] = ("input", "latent")
     # What was found to be better than the paper's form has a name of its own (docs/decisions.md).
     aliases: ClassVar[dict[str, dict[str, Any]]] = {
-        "xclr{bits}": {"mode": "latent", "sink": 4, "per": "channel", "fold": 1, "rotate": 1}
+        "xclr{bits}": {"mode": "latent", "sink": 4, "per": "channel", "fold": 1, "rotate": 1, "fit": "mse"}
     }
     examples: ClassVar[tuple[str, ...]] = (
         "xcl2@input(group=16,sink=3,base=1,base_bits=8,rotate=1)",
