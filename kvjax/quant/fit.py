@@ -43,8 +43,11 @@ def least_squares(
     counted = jnp.ones(x.shape, bool) if counted is None else jnp.broadcast_to(counted, x.shape)
 
     def sums(s: Array, z: Array) -> search.Sums:
-        each = search.entries(x, counted, s, z, levels, size, divide, jnp.round)
-        return search.Sums(*(a.sum(axis, keepdims=True) for a in each))
+        each = tuple(search.entries(x, counted, s, z, levels, size, divide, jnp.round))
+        add = lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True))  # noqa: E731
+        # One reduction of all five: XLA's CPU backend computes the entries anew for each that stands alone.
+        found = jax.lax.reduce(each, (jnp.float32(0),) * len(each), add, (x.ndim + axis,))
+        return search.Sums(*(jnp.expand_dims(a, axis) for a in found))
 
     count = counted.sum(axis, keepdims=True).astype(jnp.float32)
     given = scale.astype(jnp.float32), zero.astype(jnp.float32)
