@@ -28,7 +28,7 @@ SEARCHES = {
     "families": {
         "K and V": pairs("kivi(residual=64,sink=4)", (2, 3, 4, 8)),
         "X latents": ",".join(f"x{b}@latent(sink=4)" for b in WIDTHS),
-        "XQuant-CL": ",".join(f"xclr{b}" for b in WIDTHS),
+        "XQuant-CL": ",".join(f"xclr{b}(fit=minmax)" for b in WIDTHS),
     },
 }
 SEARCHES["families"]["all three"] = ",".join(SEARCHES["families"].values())

@@ -30,14 +30,14 @@ def equal(mode: str) -> str:
     """Every family with the same sinks, residual, groups and first layers; XQuant-CL's own base is layer 2."""
     each = ("k{b}v{b}@kivi(group=64,sink=4)", "k{b}v{b}@kivi(group=64,sink=4,rope=pre)", f"x{{b}}@{mode}(FIELDS)")
     deltas = ",".join(f"xcl{bits}@{mode}(FIELDS)" for bits in (4, 3, 2))
-    plans = ",".join(["dense", *map(first_layers_in_4_bits, each), deltas, "xclr3,xclr2"])
+    plans = ",".join(["dense", *map(first_layers_in_4_bits, each), deltas, "xclr3(fit=minmax),xclr2(fit=minmax)"])
     return plans.replace("FIELDS", "group=64,residual=64,sink=4")
 
 
 KIVI = "k4v4@kivi(group=64),k3v3@kivi(group=64),k2v2@kivi(group=64)"
 CACHES = {
     "gqa": f"dense,{KIVI},x4@latent,x3@latent,x2@latent,x4@head,x2@head,x2@latent(outlier=1),"
-    "xcl4@latent,xcl3@latent,xcl2@latent,xclr3,xclr2",
+    "xcl4@latent,xcl3@latent,xcl2@latent,xclr3(fit=minmax),xclr2(fit=minmax)",
     "mha": f"dense,{KIVI},x4,x3,x2,xcl4,xcl3,xcl2,xcl3(norm=pre),xcl3(fold=1),xcl3(per=channel)",
     "equal": equal("latent"),
     "equal-mha": equal("input"),
@@ -46,13 +46,14 @@ CACHES = {
         "xcl3@latent(sink=4,fold=1),xcl2@latent(sink=4,fold=1),"
         "xcl3@latent(sink=4,per=channel),xcl2@latent(sink=4,per=channel),"
         "xcl3@latent(sink=4,per=channel,fold=1),xcl2@latent(sink=4,per=channel,fold=1),"
-        "xcl2@latent(sink=4,fold=1,rotate=1),xclr3,xclr2,"
+        "xcl2@latent(sink=4,fold=1,rotate=1),xclr3(fit=minmax),xclr2(fit=minmax),"
         "xcl2@latent(group=128,sink=4,per=channel,fold=1),xcl2@latent(group=32,sink=4,per=channel,fold=1),"
         "xcl2@latent(sink=4,base=0,per=channel,fold=1),xcl2@latent(sink=4,base=1,per=channel,fold=1),"
         "xcl2@latent(sink=4,base=4,per=channel,fold=1),xcl2@latent(sink=4,base_bits=3,per=channel,fold=1),"
         "xcl2@latent(sink=4,base_bits=8,per=channel,fold=1),"
-        "xclr2(base=1),xclr2(base=1,base_bits=3),xclr2(base=4,base_bits=3),xclr2(group=128),xclr2(sink=16),"
-        "0-15:xclr3;16-29:xclr2,0-15:xclr2;16-29:xclr3,xclr3(base=1,base_bits=3)"
+        "xclr2(base=1,fit=minmax),xclr2(base=1,base_bits=3,fit=minmax),xclr2(base=4,base_bits=3,fit=minmax),"
+        "xclr2(group=128,fit=minmax),xclr2(sink=16,fit=minmax),0-15:xclr3(fit=minmax);16-29:xclr2(fit=minmax),"
+        "0-15:xclr2(fit=minmax);16-29:xclr3(fit=minmax),xclr3(base=1,base_bits=3,fit=minmax)"
     ),
 }
 

@@ -137,9 +137,11 @@ def _quantize_pack(config: config_dict.ConfigDict, kernels: Kernels) -> Iterator
     x = shaped((blocks, config.kv_heads, PACK, config.head_dim), jnp.bfloat16)
     counted = shaped((blocks, PACK), jnp.bool_)
     widths = sorted({width for pair in pairs(config.bits) for width in pair} - {EXACT})
-    for bits, (per, group) in itertools.product(widths, (("token", config.head_dim), ("token", 32), ("channel", 32))):
-        run = functools.partial(kernels.quantize_pack, bits=bits, per=per, group=group)
-        yield Case({"op": "quantize_pack", "bits": str(bits), "mode": f"{per}{group}"}, run, (x, counted))
+    forms = ("token", config.head_dim), ("token", 32), ("channel", 32)
+    for bits, (per, group), fit in itertools.product(widths, forms, ("minmax", "mse")):
+        run = functools.partial(kernels.quantize_pack, bits=bits, per=per, group=group, fit=fit)
+        mode = f"{per}{group}{', fitted' * (fit == 'mse')}"
+        yield Case({"op": "quantize_pack", "bits": str(bits), "mode": mode}, run, (x, counted))
 
 
 def _remat_attention(config: config_dict.ConfigDict, kernels: Kernels) -> Iterator[Case]:

@@ -479,6 +479,7 @@ TABLES: dict[str, Tables] = {
     },
     "docs/decisions.md": {
         "xquant-beyond": ("xquant-beyond.jsonl", beyond),
+        "fit": ("fit.jsonl", xquant),
         "accounting": (None, lambda _: accounting()),
     },
 }

@@ -7,12 +7,12 @@ of 32 tokens, values per token in groups of 32 channels, residual 32 (KVTuner, s
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from flax import struct
 
 from kvjax.caches.base import Chunk, LayerShapes
-from kvjax.caches.stored import StoredCache, StoredSpec, Tensors, TensorSpec, Width, largest_divisor
+from kvjax.caches.stored import PairFit, StoredCache, StoredSpec, Tensors, TensorSpec, Width, fits_of, largest_divisor
 from kvjax.errors import KvjaxError
 from kvjax.ops.rotate import rotate_heads
 
@@ -23,10 +23,13 @@ KIVI_GROUP = 32
 class KV(StoredSpec):
     """Keys of `key_bits` and values of `value_bits` (1, 2, 3, 4, 5, 6, 8; 16 is unquantised).
 
+    `k{b}v{b}` is the papers' form. `kr{b}v{b}` is a better one: kivi, 4 sinks, keys fitted.
+
     group: elements that share a scale: tokens for `@kivi` keys, channels for the rest. None is the default:
       the whole head for `@token`, 32 for `@kivi` (shrunk to the largest multiple of 8 that divides the head).
     residual: 0 for `@token`, the token group for `@kivi` where None.
     rope: whether keys are stored after RoPE ("post") or before it ("pre").
+    fit: how scales are chosen: mse is the least squared error, keys that of keys alone.
     """
 
     key_bits: Width
@@ -34,13 +37,18 @@ class KV(StoredSpec):
     mode: str = "kivi"
     group: int | None = None
     rope: Literal["pre", "post"] = "post"
+    fit: PairFit = "minmax"
 
     form: ClassVar[str] = "k{key_bits}v{value_bits}"
     modes: ClassVar[tuple[str, ...]] = ("kivi", "token")
+    # What was found to be better than the papers' forms has a name of its own (docs/decisions.md).
+    aliases: ClassVar[dict[str, dict[str, Any]]] = {
+        "kr{key_bits}v{value_bits}": {"mode": "kivi", "sink": 4, "fit": "keys"}
+    }
     examples: ClassVar[tuple[str, ...]] = (
         "k4v2@token",
-        "k3v5@token(group=8,residual=8,sink=3)",
-        "k4v4@kivi",
+        "k3v5@token(group=8,residual=8,sink=3,fit=mse)",
+        "kr4v4",
         "k2v16@kivi(group=8,residual=16,sink=5,rope=pre)",
     )
 
@@ -72,7 +80,8 @@ class KV(StoredSpec):
             raise KvjaxError(f"{self}: group {self.group} does not divide the head_dim of {head_dim}")
         channels = self.group or (head_dim if self.mode == "token" else largest_divisor(KIVI_GROUP, head_dim))
         keys = ("token", channels) if self.mode == "token" else ("channel", self.token_group)
-        return self.format(self.key_bits, *keys), self.format(self.value_bits, "token", channels)
+        of_keys, of_values = fits_of(self.fit)
+        return self.format(self.key_bits, *keys, of_keys), self.format(self.value_bits, "token", channels, of_values)
 
     def tensors(self, shape: LayerShapes) -> list[TensorSpec]:
         return [TensorSpec(form, shape.kv_heads, shape.head_dim) for form in self._formats(shape.head_dim)]

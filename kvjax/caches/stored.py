@@ -24,7 +24,7 @@ from kvjax.errors import KvjaxError
 from kvjax.ops import attention, store
 from kvjax.ops.rotate import rotate_heads
 from kvjax.ops.shards import by_tokens, first_token
-from kvjax.quant.affine import BITS
+from kvjax.quant.affine import BITS, Fit
 
 Tensors = Sequence[Float[Array, "B N G W"]]
 
@@ -205,6 +205,12 @@ class BlockStore:
 
 
 Width = Literal[1, 2, 3, 4, 5, 6, 8, 16]  # bits of a code; 16 is unquantised
+PairFit = Literal["minmax", "mse", "keys"]  # how scales of keys and of values are chosen: "keys" fits keys alone
+
+
+def fits_of(pair: PairFit) -> tuple[Fit, Fit]:
+    """How scales of keys and of values are chosen."""
+    return ("mse", "minmax") if pair == "keys" else (pair, pair)
 
 
 def largest_divisor(group: int, width: int) -> int:
@@ -281,7 +287,7 @@ class StoredSpec(CacheSpec):
         names = [name for name, kinds in fields.kinds(type(self)).items() if Width in kinds]
         return dataclasses.replace(self, **{name: change(getattr(self, name)) for name in names})
 
-    def format(self, bits: int, per: str, group: int) -> store.Format:
+    def format(self, bits: int, per: str, group: int, fit: Fit = "minmax") -> store.Format:
         """How a tensor is packed in blocks of R tokens. Raises KvjaxError for groups that do not fit R."""
         r = self.residual_length
         if self.residual is None and r % 8 and getattr(self, "group", None) == r:
@@ -289,7 +295,7 @@ class StoredSpec(CacheSpec):
                 f"{self}: group={r}; expected a multiple of 8, or a residual that is one of 8 and of the group"
             )
         try:
-            return store.Format(bits, per, group, self.residual_length)
+            return store.Format(bits, per, group, self.residual_length, fit)
         except KvjaxError as error:
             raise KvjaxError(f"{self}: {error}") from None
 

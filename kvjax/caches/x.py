@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from kvjax.caches.base import Chunk, KVWeights, LayerShapes
 from kvjax.caches.latents import LatentCache, LatentSpec, remat_of
-from kvjax.caches.stored import BlockStore, Tensors, TensorSpec, Width
+from kvjax.caches.stored import BlockStore, PairFit, Tensors, TensorSpec, Width, fits_of
 from kvjax.errors import KvjaxError
 from kvjax.ops import attention, store
 from kvjax.ops.remat import Latents, Remat
@@ -33,18 +33,20 @@ class X(LatentSpec):
     residual: 0 for `@input`, else the group where None.
     outlier: 1 keeps channel 0 of the latents of keys in 16 bits (table B.1).
     rotate: 1 turns the latents by a random rotation.
+    fit: how scales are chosen: mse is the least squared error, keys that of the latents of keys alone.
     """
 
     bits: Width
     outlier: Literal[0, 1] = 0
     rotate: Literal[0, 1] = 0
+    fit: PairFit = "minmax"
 
     form: ClassVar[str] = "x{bits}"
     modes: ClassVar[tuple[str, ...]] = ("input", "latent", "head")
     examples: ClassVar[tuple[str, ...]] = (
         "x4@input",
-        "x3@input(group=16,residual=8,sink=3)",
-        "x2@latent(group=16,sink=5,outlier=1)",
+        "x3@input(group=16,residual=8,sink=3,fit=mse)",
+        "x2@latent(group=16,sink=5,outlier=1,fit=keys)",
         "x4@head(group=8,residual=16,rotate=1)",
     )
 
@@ -52,6 +54,8 @@ class X(LatentSpec):
         super().__post_init__()
         if self.mode == "input" and (self.outlier or self.rotate):
             raise KvjaxError(f"{self}: outlier and rotate are for latents only")
+        if self.mode == "input" and self.fit == "keys":
+            raise KvjaxError(f"{self}: fit=keys; expected mse, because X serves keys and values")
 
     @property
     def cache_type(self) -> type[XCache]:
@@ -63,7 +67,7 @@ class X(LatentSpec):
 
     def tensors(self, shape: LayerShapes) -> list[TensorSpec]:
         if self.mode == "input":
-            form = self.format(self.bits, "token", self.channel_group(shape.model_dim))
+            form = self.format(self.bits, "token", self.channel_group(shape.model_dim), fits_of(self.fit)[0])
             return [TensorSpec(form, 1, shape.model_dim, None)]
         width, heads, axis = min(shape.model_dim, shape.kv_heads * shape.head_dim), 1, None
         if self.mode == "head":
@@ -71,7 +75,11 @@ class X(LatentSpec):
         group = self.channel_group(width)
         if self.mode == "head" and self.group is None:
             group = width
-        forms = self.format(self.bits, "channel", self.token_group), self.format(self.bits, "token", group)
+        of_keys, of_values = fits_of(self.fit)
+        forms = (
+            self.format(self.bits, "channel", self.token_group, of_keys),
+            self.format(self.bits, "token", group, of_values),
+        )
         kept = [TensorSpec(form, heads, width, axis) for form in forms]
         return kept + [TensorSpec(self.format(store.EXACT, "token", 1), heads, 1, axis)] * self.outlier
 

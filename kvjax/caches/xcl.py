@@ -27,6 +27,7 @@ from kvjax.ops import attention, store
 from kvjax.ops.reconstruct import reconstruct
 from kvjax.ops.remat import Latents, Remat
 from kvjax.ops.shards import first_token
+from kvjax.quant.affine import Fit
 from kvjax.quant.basis import rotation, svd_basis
 
 ALIGN = 32  # tokens that the accumulator is a multiple of
@@ -36,7 +37,7 @@ ALIGN = 32  # tokens that the accumulator is a multiple of
 class XCL(LatentSpec, CrossLayerSpec):
     """Deltas of X in `bits` bits (1, 2, 3, 4, 5, 6, 8; 16 is unquantised).
 
-    `xcl{b}` is the paper's form. `xclr{b}` is a better one: latent, 4 sinks, per channel, folded, rotated.
+    `xcl{b}` is the paper's form. `xclr{b}` is a better one: latent, 4 sinks, per channel, folded, rotated, fitted.
 
     mode: input or latent; None follows the model.
     group: channels of a token or (per=channel) tokens of a channel.
@@ -47,6 +48,7 @@ class XCL(LatentSpec, CrossLayerSpec):
     norm: post stores X after the norm, pre before it (`@input` only; the norm is applied to the reconstruction).
     fold: 1 takes the norm's weight out of X and into W_k and W_v.
     rotate: 1 turns what is quantised by a random rotation.
+    fit: how scales are chosen: mse is the least squared error.
     """
 
     bits: Width
@@ -56,13 +58,14 @@ class XCL(LatentSpec, CrossLayerSpec):
     norm: Literal["post", "pre"] = "post"
     fold: Literal[0, 1] = 0
     rotate: Literal[0, 1] = 0
+    fit: Fit = "minmax"
     index: int = derived(0)  # in the run, counted up to base + 1
 
     form: ClassVar[str] = "xcl{bits}"
     modes: ClassVar[tuple[str, ...]] = ("input", "latent")
     # What was found to be better than the paper's form has a name of its own (docs/decisions.md).
     aliases: ClassVar[dict[str, dict[str, Any]]] = {
-        "xclr{bits}": {"mode": "latent", "sink": 4, "per": "channel", "fold": 1, "rotate": 1}
+        "xclr{bits}": {"mode": "latent", "sink": 4, "per": "channel", "fold": 1, "rotate": 1, "fit": "mse"}
     }
     examples: ClassVar[tuple[str, ...]] = (
         "xcl2@input(group=16,sink=3,base=1,base_bits=8,rotate=1)",
@@ -136,7 +139,7 @@ class XCL(LatentSpec, CrossLayerSpec):
         if self.mode == "latent":
             width = min(width, 2 * shape.kv_heads * shape.head_dim)
         group = self.token_group if self.per == "channel" and not width % 8 else self.channel_group(width)
-        return [TensorSpec(self.format(int(self.bits_nominal), self.per, group), 1, width, None)]
+        return [TensorSpec(self.format(int(self.bits_nominal), self.per, group, self.fit), 1, width, None)]
 
     @property
     def bits_nominal(self) -> float:

@@ -39,12 +39,14 @@ class Format:
       per: "token" (groups of `group` channels of a token) or "channel" (groups of `group` tokens of a channel).
       group: elements that share a scale and a zero point.
       residual_length: tokens written together; 0 where tokens are written one by one.
+      fit: how scales and zero points are chosen, see `affine.quantize`; no reader needs to know.
     """
 
     bits: int
     per: str
     group: int
     residual_length: int
+    fit: affine.Fit = "minmax"
 
     def __post_init__(self) -> None:
         if self.residual_length % 8:
@@ -296,12 +298,12 @@ def write_tokens(
     if isinstance(packed, RowStore):
         return packed.write(x, at)
     if isinstance(packed, UnpackedStore):
-        q = affine.quantize_to(x, packed.levels, -1, format.group)
+        q = affine.quantize_to(x, packed.levels, -1, format.group, fit=format.fit)
         scale, zero = _put_last(packed.scale, q.scale, at), _put_last(packed.zero, q.zero, at)
         return dataclasses.replace(packed, codes=_put(packed.codes, q.codes, at), scale=scale, zero=zero)
     if format.bits == EXACT:
         return dataclasses.replace(packed, planes=(_put(packed.planes[0], x, at),))
-    q = affine.quantize(x, format.bits, -1, format.group)
+    q = affine.quantize(x, format.bits, -1, format.group, fit=format.fit)
     # Codes aligned to packing blocks, and the bits of the blocks that they replace.
     count = (tokens + format.pack_size - 2) // format.pack_size + 1
     slot = jnp.arange(count * format.pack_size) - (start % format.pack_size)[:, None]
@@ -350,7 +352,7 @@ def write_blocks(
     blocks = x.swapaxes(2, 3)  # [B, N, K, R, D]
     if isinstance(packed, UnpackedStore):
         counted = mask[:, :, None, :, None]
-        q = affine.quantize_to(blocks, packed.levels, format.group_axis, format.group, counted)
+        q = affine.quantize_to(blocks, packed.levels, format.group_axis, format.group, counted, format.fit)
         codes, scale, zero = _put_rows(packed.codes, q.codes, index), *_put_scales(packed, q.scale, q.zero, index)
         return dataclasses.replace(packed, codes=codes, scale=scale, zero=zero)
     if format.bits == EXACT:
@@ -376,11 +378,12 @@ def _encode_blocks(
     """Planes [B, N, K, R*w/8, D] of blocks, and their scales and zero points as `_put_scales` takes them."""
 
     def xla(blocks: Array, mask: Array):
-        q = affine.quantize(blocks, format.bits, format.group_axis, format.group, mask[:, :, None, :, None])
+        counted = mask[:, :, None, :, None]
+        q = affine.quantize(blocks, format.bits, format.group_axis, format.group, counted, format.fit)
         return packing.pack(q.codes, format.bits), q.scale, q.zero
 
     def kernel(name: str, interpret: bool, blocks: Array, mask: Array):
-        how: dict[str, Any] = {"bits": format.bits, "per": format.per, "group": format.group}
+        how: dict[str, Any] = {"bits": format.bits, "per": format.per, "group": format.group, "fit": format.fit}
         flat, each = blocks.reshape(-1, *blocks.shape[2:]), mask.reshape(-1, mask.shape[2])
         made = quantize_pack(flat, each, **how, implementation=name, interpret=interpret)
         planes, scale, zero = jax.tree.map(lambda a: a.reshape(*mask.shape[:2], *a.shape[1:]), made)

@@ -3,11 +3,16 @@
 z = min and s = (max - min) / (2^b - 1) of each group, in float32, rounded to float16 first; then
 code = clip(round((x - z) / s), 0, 2^b - 1), round half to even, and x̂ = s * code + z. s = 0 gives code 0.
 
+With another `fit`, s and z are searched instead (kvjax/quant/fit.py): what is stored and how it is read stay
+the same.
+
 float16 bounds what can be told apart: s below 3e-8 becomes 0 and z is a multiple of 6e-8, so groups that are smaller
 read back as their minimum. Models of such sizes are kept in other units, see `kvjax.models.units`.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +20,10 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Float16, UInt8
 
 from kvjax.errors import KvjaxError
+from kvjax.quant.fit import divide, least_squares
 
 BITS = (1, 2, 3, 4, 5, 6, 8)
+Fit = Literal["minmax", "mse"]  # how the scale and the zero point of a group are chosen
 
 
 @struct.dataclass
@@ -37,17 +44,13 @@ def _split(x: Array, axis: int, group: int) -> Array:
     return x.reshape(*x.shape[:at], -1, group, *x.shape[at + 1 :])
 
 
-def _divide(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The true quotient.
-
-    XLA turns division by a broadcast value into a product with its reciprocal, which rounds twice; the barrier hides
-    the broadcast from XLA.
-    """
-    return x / jax.lax.optimization_barrier(jnp.broadcast_to(y, x.shape))
-
-
 def quantize(
-    x: Float[Array, "..."], bits: int, axis: int, group: int, mask: Bool[Array, "..."] | None = None
+    x: Float[Array, "..."],
+    bits: int,
+    axis: int,
+    group: int,
+    mask: Bool[Array, "..."] | None = None,
+    fit: Fit = "minmax",
 ) -> Quantized:
     """Quantises groups of neighbours along one axis.
 
@@ -58,6 +61,7 @@ def quantize(
       group: neighbours that share a scale and a zero point; divides the axis.
       mask: broadcastable to x. Entries where it is False do not count towards minima and maxima, and their codes mean
         nothing.
+      fit: "minmax", or "mse" for the least squared error that `least_squares` finds.
 
     Returns:
       Codes of the shape of x, with scales and zero points.
@@ -68,7 +72,7 @@ def quantize(
     """
     if bits not in BITS:
         raise KvjaxError(f"{bits} bits: expected one of {', '.join(map(str, BITS))}")
-    return quantize_to(x, jnp.float32(2**bits - 1), axis, group, mask)
+    return quantize_to(x, jnp.float32(2**bits - 1), axis, group, mask, fit)
 
 
 def quantize_to(
@@ -77,6 +81,7 @@ def quantize_to(
     axis: int,
     group: int,
     mask: Bool[Array, "..."] | None = None,
+    fit: Fit = "minmax",
 ) -> Quantized:
     """`quantize` with the largest code in place of the width: one compiled program serves every width.
 
@@ -86,6 +91,7 @@ def quantize_to(
       axis: the axis of the groups, a negative number.
       group: neighbours that share a scale and a zero point; divides the axis.
       mask: as in `quantize`.
+      fit: as in `quantize`.
 
     Returns:
       Codes of the shape of x, with scales and zero points.
@@ -96,24 +102,33 @@ def quantize_to(
     if x.shape[axis] % group:
         raise KvjaxError(f"group {group} does not divide the axis of {x.shape[axis]}")
     grouped = _split(x.astype(jnp.float32), axis, group)
-    low = high = grouped
-    if mask is not None:
-        valid = _split(jnp.broadcast_to(mask, x.shape), axis, group)
-        low, high = jnp.where(valid, grouped, jnp.inf), jnp.where(valid, grouped, -jnp.inf)
+    counted = None if mask is None else _split(jnp.broadcast_to(mask, x.shape), axis, group)
+    scale, zero = _from_range(grouped, counted, levels, axis)
+    if fit == "mse":
+        scale, zero = least_squares(grouped, counted, levels, axis, scale, zero)
+    s, z = scale.astype(jnp.float32), zero.astype(jnp.float32)
+    codes = jnp.round(divide(grouped - z, jnp.where(s == 0, 1.0, s)))
+    codes = jnp.where(s == 0, 0.0, jnp.clip(codes, 0, levels)).astype(jnp.uint8)
+    return Quantized(codes.reshape(x.shape), scale.squeeze(axis), zero.squeeze(axis))
+
+
+def _from_range(
+    x: Float[Array, "..."], counted: Bool[Array, "..."] | None, levels: Float[Array, ""], axis: int
+) -> tuple[Float16[Array, "..."], Float16[Array, "..."]]:
+    """Scale and zero point of groups along `axis`, from their minimum and maximum; NaN where they do not fit."""
+    low = high = x
+    if counted is not None:
+        low, high = jnp.where(counted, x, jnp.inf), jnp.where(counted, x, -jnp.inf)
     unknown = jnp.isnan(low).any(axis, keepdims=True)  # on CPU, minima in XLA skip NaN
     low, high = low.min(axis, keepdims=True), high.max(axis, keepdims=True)
-    if mask is not None:
-        empty = ~valid.any(axis, keepdims=True)
+    if counted is not None:
+        empty = ~counted.any(axis, keepdims=True)
         low, high = jnp.where(empty, 0.0, low), jnp.where(empty, 0.0, high)
-    scale, zero = _divide(high - low, levels).astype(jnp.float16), low.astype(jnp.float16)
+    scale, zero = divide(high - low, levels).astype(jnp.float16), low.astype(jnp.float16)
     finite = jnp.isfinite(scale) & jnp.isfinite(zero) & ~unknown
     if not isinstance(finite, jax.core.Tracer) and not bool(finite.all()):
         raise KvjaxError("cannot quantise values that are not finite or do not fit float16")
-    scale, zero = jnp.where(finite, scale, jnp.nan), jnp.where(finite, zero, jnp.nan)
-    s, z = scale.astype(jnp.float32), zero.astype(jnp.float32)
-    codes = jnp.round(_divide(grouped - z, jnp.where(s == 0, 1.0, s)))
-    codes = jnp.where(s == 0, 0.0, jnp.clip(codes, 0, levels)).astype(jnp.uint8)
-    return Quantized(codes.reshape(x.shape), scale.squeeze(axis), zero.squeeze(axis))
+    return jnp.where(finite, scale, jnp.nan), jnp.where(finite, zero, jnp.nan)
 
 
 def dequantize(q: Quantized, axis: int, group: int, dtype) -> Float[Array, "..."]:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Float16, UInt8
 
 from pallas_kernels import layout
 
+FITS = ("minmax", "mse")  # how scales and zero points are chosen
 IMPLEMENTATIONS = ("triton", "mosaic_tpu", "reference")
 Planes = tuple[UInt8[Array, "N K _ D"], ...]
 
@@ -23,6 +24,7 @@ def quantize_pack(
     bits: int,
     per: str,
     group: int,
+    fit: str = "minmax",
     implementation: str,
     interpret: bool = False,
 ) -> tuple[Planes, Float16[Array, "N K _ _"], Float16[Array, "N K _ _"]]:
@@ -30,7 +32,7 @@ def quantize_pack(
 
     z = min and s = (max - min) / (2^b - 1) of each group in float32, rounded to float16 first; then
     code = clip(round((x - z) / s), 0, 2^b - 1), half to even and by true division; s = 0 gives code 0. A group that
-    does not fit float16 gets NaN for scale and zero point.
+    does not fit float16 gets NaN for scale and zero point. fit="mse" searches s and z instead (least_squares.py).
 
     Args:
       x: values, cast to float32.
@@ -38,6 +40,7 @@ def quantize_pack(
       bits: code width.
       per: "token" or "channel", as in `layout.Packed`.
       group: elements of a group, as in `layout.Packed`.
+      fit: one of `FITS`.
       implementation: "triton" (GPU), "mosaic_tpu" (TPU) or "reference" (slow).
       interpret: runs the kernel in Pallas' interpreter.
 
@@ -52,6 +55,8 @@ def quantize_pack(
         raise ValueError(f"bits: {bits}; expected one of {', '.join(map(str, layout.PLANES))}")
     if per not in ("token", "channel"):
         raise ValueError(f"per: {per!r}; expected token or channel")
+    if fit not in FITS:
+        raise ValueError(f"fit: {fit!r}; expected {' or '.join(FITS)}")
     if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x: {x.dtype}{list(x.shape)}; expected floats [N, K, R, D]")
     if counted.shape != (x.shape[0], x.shape[2]) or counted.dtype != jnp.bool_:
@@ -62,4 +67,4 @@ def quantize_pack(
     if group < 1 or size % group:
         raise ValueError(f"group: {group} does not divide the {size} {'channels' if per == 'token' else 'tokens'}")
     kernel = layout.implementation_of(__name__, implementation, IMPLEMENTATIONS)
-    return kernel(x, counted, bits=bits, per=per, group=group, interpret=interpret)
+    return kernel(x, counted, bits=bits, per=per, group=group, fit=fit, interpret=interpret)

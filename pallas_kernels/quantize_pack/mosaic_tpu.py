@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Float16, Float32, Int32, UInt8
 
 from pallas_kernels import mosaic_tpu_common as common
 from pallas_kernels.layout import PLANES
+from pallas_kernels.quantize_pack import least_squares
 
 STEP_BYTES = 1 << 20  # bytes of the float32 values of a grid step
 NAN = 0x7E00  # as float16
@@ -30,6 +31,7 @@ def quantize_pack(
     bits: int,
     per: str,
     group: int,
+    fit: str = "minmax",
     interpret: bool = False,
 ) -> tuple[tuple[UInt8[Array, "N K _ D"], ...], Float16[Array, "N K _ _"], Float16[Array, "N K _ _"]]:
     """See `pallas_kernels.quantize_pack`."""
@@ -42,7 +44,7 @@ def quantize_pack(
         return pl.BlockSpec((together, None, height, columns), lambda i, k: (i, k, 0, 0))
 
     *planes, scale, zero = pl.pallas_call(
-        functools.partial(_kernel, bits=bits, per=per, group=group),
+        functools.partial(_kernel, bits=bits, per=per, group=group, fit=fit),
         grid=(pl.cdiv(blocks, together), heads),
         in_specs=[spec(tokens, channels), pl.BlockSpec((together, 1, tokens), lambda i, k: (i, 0, 0))],
         out_specs=[*(spec(height, channels) for height in rows), spec(*groups), spec(*groups)],
@@ -58,11 +60,11 @@ def quantize_pack(
     return tuple(planes), scale, zero
 
 
-def _kernel(x_ref, counted_ref, *out_refs, bits: int, per: str, group: int) -> None:
+def _kernel(x_ref, counted_ref, *out_refs, bits: int, per: str, group: int, fit: str) -> None:
     *plane_refs, scale_ref, zero_ref = out_refs
 
     def block(i, _):
-        codes, scale, zero = _quantize(x_ref[i].astype(jnp.float32), counted_ref[i].T > 0, bits, per, group)
+        codes, scale, zero = _quantize(x_ref[i].astype(jnp.float32), counted_ref[i].T > 0, bits, per, group, fit)
         scale_ref[i], zero_ref[i] = (a.astype(jnp.int16) for a in (scale, zero))
         shift = 0
         for width, ref in zip(PLANES[bits], plane_refs, strict=True):
@@ -73,20 +75,21 @@ def _kernel(x_ref, counted_ref, *out_refs, bits: int, per: str, group: int) -> N
 
 
 def _quantize(
-    x: Float32[Array, "R D"], counted: Bool[Array, "R 1"], bits: int, per: str, group: int
+    x: Float32[Array, "R D"], counted: Bool[Array, "R 1"], bits: int, per: str, group: int, fit: str
 ) -> tuple[Int32[Array, "_ _"], ...]:
     """Quantises a block: codes [R, D], and scales and zero points as float16 bits, in their stored order."""
     if per == "token":
         starts = range(0, x.shape[1], group)
-        parts = [_group(x[:, at : at + group], counted, bits, 1) for at in starts]
+        parts = [_group(x[:, at : at + group], counted, bits, 1, fit) for at in starts]
         codes, *rest = (jnp.concatenate([part[i] for part in parts], 1) for i in range(3))
         return codes, *(a.T for a in rest)
-    parts = [_group(x[at : at + group], counted[at : at + group], bits, 0) for at in range(0, x.shape[0], group)]
+    starts = range(0, x.shape[0], group)
+    parts = [_group(x[at : at + group], counted[at : at + group], bits, 0, fit) for at in starts]
     return tuple(jnp.concatenate([part[i] for part in parts]) for i in range(3))
 
 
 def _group(
-    x: Float32[Array, "R D"], counted: Bool[Array, "R 1"], bits: int, axis: int
+    x: Float32[Array, "R D"], counted: Bool[Array, "R 1"], bits: int, axis: int, fit: str
 ) -> tuple[Int32[Array, "R D"], Int32[Array, "_ _"], Int32[Array, "_ _"]]:
     """`_quantize` for one row of groups along `axis`."""
     low = jnp.where(counted, x, jnp.inf).min(axis, keepdims=True)
@@ -101,9 +104,37 @@ def _group(
     fits = finite & (scale != NAN) & (zero != NAN)
     scale, zero = jnp.where(fits, scale, NAN), jnp.where(fits, zero, NAN)
     s, z = common.widen(scale), common.widen(zero)
+    if fit == "mse":
+        s, z = _fit(x, counted, levels, axis, s, z)
+        scale, zero = narrow(s), narrow(z)
     used = (x == x) & (s > 0.0)
     codes = jnp.clip(jnp.round((x - z) / jnp.where(used, s, 1.0)), 0, levels)
     return jnp.where(used, codes, 0.0).astype(jnp.int32), scale, zero
+
+
+def _fit(
+    x: Float32[Array, "R D"],
+    counted: Bool[Array, "R 1"],
+    levels: int,
+    axis: int,
+    s: Float32[Array, "_ _"],
+    z: Float32[Array, "_ _"],
+) -> tuple[Float32[Array, "_ _"], Float32[Array, "_ _"]]:
+    """Scales and zero points of `_group` with the least squared error."""
+    valid = jnp.broadcast_to(counted, x.shape)
+
+    def sums(s: Array, z: Array) -> least_squares.Sums:
+        each = least_squares.entries(x, valid, s, z, levels, x.shape[axis], _divide, jnp.round)
+        return least_squares.Sums(*(a.sum(axis, keepdims=True) for a in each))
+
+    count = jnp.where(valid, 1.0, 0.0).sum(axis, keepdims=True)
+    to_float16 = lambda a: common.widen(narrow(a))  # noqa: E731
+    return least_squares.search(sums, s, z, count, levels, x.shape[axis], _divide, to_float16)
+
+
+def _divide(x: Array, y: Array) -> Array:
+    """The true quotient; the divisor depends on the dividend, or XLA would make it a product in the interpreter."""
+    return x / jnp.where(x == jnp.inf, 1.0, y)
 
 
 def narrow(x: Float32[Array, "*shape"]) -> Int32[Array, "*shape"]:

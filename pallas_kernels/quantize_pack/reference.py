@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.layout import PLANES
+from pallas_kernels.quantize_pack import least_squares
 
 
 def quantize_pack(
@@ -19,6 +20,7 @@ def quantize_pack(
     bits: int,
     per: str,
     group: int,
+    fit: str = "minmax",
     interpret: bool = False,
 ):
     """See `pallas_kernels.quantize_pack`; `interpret` has no effect."""
@@ -38,6 +40,15 @@ def quantize_pack(
     finite = jnp.isfinite(scale) & jnp.isfinite(zero) & ~unknown
     scale, zero = jnp.where(finite, scale, jnp.nan), jnp.where(finite, zero, jnp.nan)
     s, z = scale.astype(jnp.float32), zero.astype(jnp.float32)
+    if fit == "mse":
+
+        def sums(s: Array, z: Array) -> least_squares.Sums:
+            each = least_squares.entries(grouped, valid, s, z, levels, group, _divide, jnp.round)
+            return least_squares.Sums(*(a.sum(axis, keepdims=True) for a in each))
+
+        count = valid.sum(axis, keepdims=True).astype(jnp.float32)
+        s, z = least_squares.search(sums, s, z, count, levels, group, _divide, _narrow)
+        scale, zero = s.astype(jnp.float16), z.astype(jnp.float16)
     codes = jnp.round(_divide(grouped - z, jnp.where(s == 0, 1.0, s)))
     codes = jnp.where(s == 0, 0.0, jnp.clip(codes, 0, levels)).astype(jnp.uint8).reshape(x.shape)
     scale, zero = scale.squeeze(axis), zero.squeeze(axis)
@@ -54,3 +65,7 @@ def quantize_pack(
 def _divide(x: Array, y: Array) -> Array:
     """The true quotient: XLA would turn division by a broadcast value into a product with its reciprocal."""
     return x / jax.lax.optimization_barrier(jnp.broadcast_to(y, x.shape))
+
+
+def _narrow(x: Array) -> Array:
+    return x.astype(jnp.float16).astype(jnp.float32)

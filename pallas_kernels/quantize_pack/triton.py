@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Float16, Float32, Int32, UInt8
 
 from pallas_kernels.gpu_layout import power_of_two
 from pallas_kernels.layout import PLANES
+from pallas_kernels.quantize_pack import least_squares
 
 MOST = 8192  # values of a program at most
 WIDE = 128  # channels of a program, unless a group is wider
@@ -38,6 +40,7 @@ class PackPlan:
     width: int  # channels of a program; the last ones may lie beyond a group or the tensor
     step: int  # channels from one program to the next
     rows: int  # rows of each run in a program
+    fit: str
     interpret: bool
 
     @property
@@ -56,13 +59,14 @@ def quantize_pack(
     bits: int,
     per: str,
     group: int,
+    fit: str = "minmax",
     interpret: bool = False,
 ) -> tuple[tuple[UInt8[Array, "N K _ D"], ...], Float16[Array, "N K _ _"], Float16[Array, "N K _ _"]]:
     """See `pallas_kernels.quantize_pack`."""
     blocks, heads, tokens, channels = x.shape
     if not power_of_two(tokens) or (per == "channel" and not power_of_two(group)):
         raise NotImplementedError(f"blocks of {tokens} tokens in groups of {group}; expected powers of two")
-    plan = _plan(bits, per, group, tokens, channels, interpret)
+    plan = _plan(bits, per, group, tokens, channels, fit, interpret)
     groups = (channels // group, tokens) if per == "token" else (tokens // group, channels)
     spec = lambda *shape: pl.BlockSpec((None, None, *shape), lambda n, k, *_: (n, k, 0, 0))  # noqa: E731
     planes = [(tokens * w // 8, channels) for w in PLANES[bits]]
@@ -82,17 +86,17 @@ def quantize_pack(
     return tuple(packed), scale, zero
 
 
-def _plan(bits: int, per: str, group: int, tokens: int, channels: int, interpret: bool) -> PackPlan:
+def _plan(bits: int, per: str, group: int, tokens: int, channels: int, fit: str, interpret: bool) -> PackPlan:
     run = tokens * min(PLANES[bits]) // 8
     if per == "channel":
         width = step = min(1 << (channels - 1).bit_length(), WIDE, max(16, MOST // tokens))
-        return PackPlan(bits, per, group, tokens, channels, width, step, run, interpret)
+        return PackPlan(bits, per, group, tokens, channels, width, step, run, fit, interpret)
     step = group
     while power_of_two(group) and channels % (2 * step) == 0 and 2 * step <= WIDE:
         step *= 2
     width = 1 << (step - 1).bit_length()
     rows = max(1, min(run, MOST // (width * tokens // run)))
-    return PackPlan(bits, per, group, tokens, channels, width, step, 1 << rows.bit_length() - 1, interpret)
+    return PackPlan(bits, per, group, tokens, channels, width, step, 1 << rows.bit_length() - 1, fit, interpret)
 
 
 def _kernel(x_ref, counted_ref, *out_refs, plan: PackPlan) -> None:
@@ -131,10 +135,12 @@ def _per_token(
     codes = []
     for tile, (values, valid) in enumerate(zip(x, counted, strict=True)):
         low, high = _bounds(values, valid)
+        spread = lambda a, split=split: jnp.broadcast_to(a[:, :, None], split).reshape(values.shape)  # noqa: B023, E731
+        total = lambda tiles, split=split: tiles[0].reshape(split).sum(2)  # noqa: E731
         scale, zero = _scales(low.reshape(split).min(2), high.reshape(split).max(2), plan)
+        scale, zero = _fit([values], [valid], scale, zero, spread, total, plan)
         at = (first // plan.group + jnp.arange(groups)[None, :], (tile * plan.run + row)[:, None])
         scale_ref[at], zero_ref[at] = scale, zero
-        spread = lambda a, split=split: jnp.broadcast_to(a[:, :, None], split).reshape(values.shape)  # noqa: B023, E731
         codes.append(_codes(values, spread(scale), spread(zero), plan))
     return codes
 
@@ -146,17 +152,20 @@ def _per_channel(
     together = max(1, plan.group // plan.run)
     groups = max(1, plan.run // plan.group)
     split = (groups, plan.run // groups, plan.width)
+    spread = lambda a: jnp.broadcast_to(a[:, None, :], split).reshape(plan.run, plan.width)  # noqa: E731
+    total = lambda tiles: functools.reduce(operator.add, tiles).reshape(split).sum(1)  # noqa: E731
     codes = []
     for tile in range(0, plan.tiles, together):
-        bounds = [_bounds(x[i], counted[i]) for i in range(tile, tile + together)]
+        those = slice(tile, tile + together)
+        bounds = [_bounds(*pair) for pair in zip(x[those], counted[those], strict=True)]
         low = functools.reduce(jnp.minimum, [low for low, _ in bounds]).reshape(split).min(1)
         high = functools.reduce(jnp.maximum, [high for _, high in bounds]).reshape(split).max(1)
         scale, zero = _scales(low, high, plan)
+        scale, zero = _fit(x[those], counted[those], scale, zero, spread, total, plan)
         at = (tile * plan.run // plan.group + jnp.arange(groups)[:, None], column[None, :])
         for ref, part in ((scale_ref, scale), (zero_ref, zero)):
             plgpu.store(ref.at[at], part, mask=jnp.broadcast_to(inside[None, :], part.shape))
-        scale, zero = (jnp.broadcast_to(a[:, None, :], split).reshape(plan.run, plan.width) for a in (scale, zero))
-        codes += [_codes(x[i], scale, zero, plan) for i in range(tile, tile + together)]
+        codes += [_codes(values, spread(scale), spread(zero), plan) for values in x[those]]
     return codes
 
 
@@ -182,6 +191,38 @@ def _scales(low: Float32[Array, "*s"], high: Float32[Array, "*s"], plan: PackPla
     return jnp.where(finite, scale, none), jnp.where(finite, zero, none)
 
 
+def _fit(
+    x: Sequence[Float32[Array, "rows width"]],
+    counted: Sequence[Bool[Array, "rows width"]],
+    scale: Float16[Array, "*s"],
+    zero: Float16[Array, "*s"],
+    spread: Callable[[Array], Array],
+    total: Callable[[Sequence[Array]], Array],
+    plan: PackPlan,
+) -> tuple[Float16[Array, "*s"], Float16[Array, "*s"]]:
+    """The scale and zero point that `plan.fit` asks for, of groups that lie in some tiles.
+
+    `spread` gives every entry of a tile what is its group's; `total` sums entries of all tiles group by group.
+    """
+    if plan.fit == "minmax":
+        return scale, zero
+    levels, divide, rounded = (2.0**plan.bits - 1, *(functools.partial(f, plan=plan) for f in (_divide, _rounded)))
+
+    def sums(s: Array, z: Array) -> least_squares.Sums:
+        s, z = spread(s), spread(z)
+        tiles = [
+            least_squares.entries(values, valid, s, z, levels, plan.group, divide, rounded)
+            for values, valid in zip(x, counted, strict=True)
+        ]
+        return least_squares.Sums(*(total(each) for each in zip(*tiles, strict=True)))
+
+    narrow = lambda a: a.astype(jnp.float16).astype(jnp.float32)  # noqa: E731
+    given = scale.astype(jnp.float32), zero.astype(jnp.float32)
+    count = total([jnp.where(valid, 1.0, 0.0) for valid in counted])
+    s, z = least_squares.search(sums, *given, count, levels, plan.group, divide, narrow)
+    return s.astype(jnp.float16), z.astype(jnp.float16)
+
+
 def _codes(
     values: Float32[Array, "rows width"],
     scale: Float16[Array, "rows width"],
@@ -192,11 +233,14 @@ def _codes(
     codes = _divide(values - zero, jnp.where(scale == 0, 1.0, scale), plan)
     above = (codes >= 0) & (scale != 0)  # false for NaN
     codes = jnp.where(above, jnp.minimum(codes, 2.0**plan.bits - 1), 0.0)
+    return _rounded(codes, plan).astype(jnp.int32)
+
+
+def _rounded(x: Float32[Array, "*s"], plan: PackPlan) -> Float32[Array, "*s"]:
+    """The nearest whole number, half to even."""
     if plan.interpret:
-        codes = jax.lax.round(codes, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
-    else:
-        codes = _instruction("cvt.rni.f32.f32 $0, $1;", codes)
-    return codes.astype(jnp.int32)
+        return jax.lax.round(x, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
+    return _instruction("cvt.rni.f32.f32 $0, $1;", x)
 
 
 def _divide(x: Float32[Array, "*s"], y: Float32[Array, "*s"], plan: PackPlan) -> Float32[Array, "*s"]:

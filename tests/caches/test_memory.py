@@ -37,7 +37,7 @@ def decode_step(text, layers, max_len=MAX_LEN):
     return program.compile().memory_analysis(), plan.nbytes(max_len, 1, jnp.float32)
 
 
-@pytest.mark.parametrize("text", ["dense", "k8v8@token", "k4v4@token", "k4v4@kivi", "k2v2@kivi"])
+@pytest.mark.parametrize("text", ["dense", "k8v8@token", "k4v4@token", "k4v4@kivi", "k2v2@kivi(fit=mse)"])
 def test_one_cache_and_a_small_workspace(text):
     # Of one layer XLA shares more than of neighbours: two are the first to count from.
     (memory, cache), (deeper, more) = decode_step(text, 2), decode_step(text, 3)

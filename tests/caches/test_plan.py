@@ -79,6 +79,7 @@ specs = st.one_of(
         residual=st.sampled_from([None, 0, 8, 32]),
         sink=st.integers(0, 4),
         rope=st.sampled_from(["pre", "post"]),
+        fit=st.sampled_from(["minmax", "mse", "keys"]),
     ),
     st.builds(
         KV,
@@ -89,6 +90,7 @@ specs = st.one_of(
         residual=st.sampled_from([None, 32, 64]),
         sink=st.integers(0, 4),
         rope=st.sampled_from(["pre", "post"]),
+        fit=st.sampled_from(["minmax", "mse", "keys"]),
     ),
 )
 
@@ -112,6 +114,9 @@ ERRORS = [
     ("x7", "bits=7; expected 1, 2"),
     ("x4@kivi", "expected input, latent or head"),
     ("x4@input(outlier=1)", "for latents only"),
+    ("x4@input(fit=keys)", "fit=keys; expected mse"),
+    ("k4v4(fit=values)", "fit=values; expected minmax, mse or keys"),
+    ("xcl3(fit=keys)", "fit=keys; expected minmax or mse"),
     ("x4@latent(group=24)", "group 24 does not divide"),
     ("x4@latent(residual=0)", "residual 0"),
     ("x4@latent(residual=72)", "residual 72"),

@@ -204,8 +204,9 @@ def test_plain_forms_follow_the_model() -> None:
     mha = dataclasses.replace(CONFIG, kv_heads=HEADS)
     assert str(CachePlan.parse("x4", CONFIG)) == "x4@latent" and str(CachePlan.parse("x4", mha)) == "x4@input"
     assert str(CachePlan.parse("xcl3", CONFIG)) == "xcl3@latent" and str(CachePlan.parse("xcl3", mha)) == "xcl3@input"
-    found = "xcl2@latent(sink=4,per=channel,fold=1,rotate=1)"
+    found = "xcl2@latent(sink=4,per=channel,fold=1,rotate=1,fit=mse)"
     assert CachePlan.parse("xclr2", CONFIG) == CachePlan.parse(found, CONFIG)
+    assert CachePlan.parse("xclr2(fit=minmax)", CONFIG) == CachePlan.parse(found.replace(",fit=mse", ""), CONFIG)
     assert CachePlan.parse("xclr2(sink=0)", CONFIG) == CachePlan.parse(found.replace("sink=4,", ""), CONFIG)
     wide = dataclasses.replace(CONFIG, model_dim=384)
     assert (

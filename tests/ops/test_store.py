@@ -18,6 +18,7 @@ from kvjax.quant import affine
 B, K, D = 3, 2, 16
 TOKENS = 96
 TOKEN_FORMATS = [Format(bits, "token", 8, 0) for bits in (1, 2, 3, 4, 5, 6, 8, 16)]
+TOKEN_FORMATS.insert(-1, Format(2, "token", 8, 0, "mse"))
 BLOCK_FORMATS = [  # tokens, groups of several blocks, a block of 24
     Format(1, "channel", 32, 32),
     Format(3, "channel", 8, 32),
@@ -25,6 +26,8 @@ BLOCK_FORMATS = [  # tokens, groups of several blocks, a block of 24
     Format(6, "token", 16, 32),
     Format(2, "token", 8, 24),
     Format(8, "channel", 8, 24),
+    Format(2, "channel", 32, 32, "mse"),
+    Format(3, "token", 8, 24, "mse"),
     Format(16, "token", 16, 32),
     Format(16, "channel", 32, 32),
 ]
@@ -60,7 +63,7 @@ def _reading(x, format, mask):
     if format.bits == 16:
         return x.astype(jnp.float64)
     axis = -1 if format.per == "token" else -3
-    q = affine.quantize(x, format.bits, axis, format.group, mask)
+    q = affine.quantize(x, format.bits, axis, format.group, mask, format.fit)
     return affine.dequantize(q, axis, format.group, jnp.float64)
 
 
@@ -283,6 +286,7 @@ def test_tokens_with_the_width_as_data():
         (Format(8, "channel", 32, 32), (1,)),
         (Format(8, "token", 8, 24), (2,)),
         (Format(8, "token", 16, 32), (6,)),
+        (Format(8, "channel", 32, 32, "mse"), (2, 4)),
     ],
     ids=str,
 )

@@ -18,12 +18,13 @@ KERNELS = [name for name in INTERPRETED if name in IMPLEMENTATIONS]
 FORMS = [("token", None), ("token", 32), ("channel", 32), ("channel", 8)]
 
 
-def run(name: str, x, counted, bits: int, per: str, group: int):
+def run(name: str, x, counted, bits: int, per: str, group: int, fit: str = "minmax"):
     call = functools.partial(
         quantize_pack,
         bits=bits,
         per=per,
         group=group,
+        fit=fit,
         implementation=name,
         interpret=INTERPRETED.get(name, False),
     )
@@ -48,16 +49,27 @@ def blocks():
 
 
 @functools.cache
-def reference(bits: int, per: str, group: int):
-    return run("reference", *blocks(), bits, per, group)
+def reference(bits: int, per: str, group: int, fit: str = "minmax"):
+    return run("reference", *blocks(), bits, per, group, fit)
 
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize(("bits", "form"), list(itertools.product(PLANES, FORMS)))
 def test_bit_for_bit(name: str, bits: int, form: tuple[str, int | None]) -> None:
-    per, group = form[0], form[1] or 64
+    agree(name, bits, form[0], form[1] or 64, "minmax")
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(
+    ("bits", "form"), [(1, FORMS[2]), (2, FORMS[1]), (2, FORMS[2]), (3, FORMS[3]), (8, FORMS[0])]
+)
+def test_fitted_bit_for_bit(name: str, bits: int, form: tuple[str, int | None]) -> None:
+    agree(name, bits, form[0], form[1] or 64, "mse")
+
+
+def agree(name: str, bits: int, per: str, group: int, fit: str) -> None:
     x, counted = blocks()
-    found, wanted = run(name, x, counted, bits, per, group), reference(bits, per, group)
+    found, wanted = run(name, x, counted, bits, per, group, fit), reference(bits, per, group, fit)
     keep = np.asarray(counted)
     if per == "token":  # nothing is said of what tokens that do not count are stored as
         found, wanted = (
@@ -79,6 +91,7 @@ WRONG = {
     "bits": {"bits": 7},
     "per": {"per": "head"},
     "group: 48": {"group": 48},
+    "fit": {"fit": "keys"},
     "implementation": {"implementation": "cuda"},
     "counted": {"counted": jnp.ones((5, 31), bool)},
     "x: .*expected floats": {"x": jnp.zeros((5, 3, 32, 64), jnp.int8)},
