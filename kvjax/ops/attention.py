@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.ops import store
 from kvjax.ops.dispatch import dispatch
-from kvjax.ops.rotate import rotate
+from kvjax.ops.key_form import BEFORE_ROPE, KeyForm
 from kvjax.ops.store import Tile
 from pallas_kernels.layout import MASKED
 from pallas_kernels.packed_attention import packed_attention
@@ -132,6 +132,7 @@ def attend_packed(
     keys: store.Stored,
     values: store.Stored,
     table: tuple[Float[Array, "S D"], Float[Array, "S D"]] | None = None,
+    form: KeyForm = BEFORE_ROPE,
 ) -> Partial:
     """Attends to the stored keys of a span.
 
@@ -140,7 +141,8 @@ def attend_packed(
       span: which stored positions each query sees.
       keys: stored keys, of S tokens.
       values: stored values, of the same tokens.
-      table: cos and sin of every position, for keys that are stored before RoPE; None for keys after RoPE.
+      table: cos and sin of every position, for keys whose form needs them; None for keys that are scored as stored.
+      form: how the keys are stored, where there is a table.
 
     Returns:
       The output and its log-sum-exp.
@@ -151,12 +153,12 @@ def attend_packed(
     ) -> Partial:
         check_queries(q, keys.heads)
         if table is not None:
-            raise NotImplementedError("keys before RoPE; kernels read keys after RoPE")
+            raise NotImplementedError("keys that need their position; kernels read keys after RoPE, with their bias")
         how: dict[str, Any] = {"implementation": name, "interpret": interpret, **span.settings}
         return Partial(*packed_attention(q, store.for_kernels(keys), store.for_kernels(values), *ends, **how))
 
     axes = (BY_HEAD, *(store.logical_axes(each, "kv_heads") for each in (keys, values)), *(BY_SEQUENCE,) * 2)
-    xla = lambda: _attend_tiles(q, span, keys, values, table)  # noqa: E731
+    xla = lambda: _attend_tiles(q, span, keys, values, table, form)  # noqa: E731
     return dispatch("packed_attention", kernel, xla, (q, keys, values, *span.arrays), axes, BY_HEAD)
 
 
@@ -175,6 +177,7 @@ def _attend_tiles(
     keys: store.Stored,
     values: store.Stored,
     table: tuple[Float[Array, "S D"], Float[Array, "S D"]] | None,
+    form: KeyForm,
 ) -> Partial:
     """`attend_packed` in XLA."""
     kv_heads, head_dim = keys.heads, q.shape[-1]
@@ -186,7 +189,8 @@ def _attend_tiles(
     def load(start):
         k, v = (store.read_tile(a, start, size, dtype) for a in (keys, values))
         if table is not None:
-            k = Tile(rotate(k.dequantize(), *(jax.lax.dynamic_slice_in_dim(a, start, size) for a in table)))
+            cos, sin = (jax.lax.dynamic_slice_in_dim(a, start, size) for a in table)
+            k = Tile(form.after_rope(k.dequantize(), (cos, sin)))
         return k, v
 
     return attend_keys(q, span.positions, kv_heads, span.tiles(keys.tokens, size, load), span.window)
