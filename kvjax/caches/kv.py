@@ -9,11 +9,28 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar, Literal
 
+import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from kvjax.caches.base import Chunk, LayerShapes
-from kvjax.caches.stored import PairFit, StoredCache, StoredSpec, Tensors, TensorSpec, Width, fits_of, largest_divisor
+from kvjax.caches.stored import (
+    BlockStore,
+    PairFit,
+    StoredCache,
+    StoredSpec,
+    Tensors,
+    TensorSpec,
+    Width,
+    fits_of,
+    largest_divisor,
+    rope_table,
+    span,
+)
 from kvjax.errors import KvjaxError
+from kvjax.ops import attention
+from kvjax.ops.key_form import KeyForm, turn
 from kvjax.ops.rotate import rotate_heads
 
 KIVI_GROUP = 32
@@ -30,6 +47,9 @@ class KV(StoredSpec):
     residual: 0 for `@token`, the token group for `@kivi` where None.
     rope: whether keys are stored after RoPE ("post") or before it ("pre").
     fit: how scales are chosen: mse is the least squared error, keys that of keys alone.
+    rotate: hadamard turns every head of keys and values by a Hadamard matrix before they are quantised.
+    center: bias takes the biases of the projections out before they are quantised. A model without biases has none
+      to take out, and those of keys stay where a norm follows them (qk-norm).
     """
 
     key_bits: Width
@@ -38,6 +58,8 @@ class KV(StoredSpec):
     group: int | None = None
     rope: Literal["pre", "post"] = "post"
     fit: PairFit = "minmax"
+    rotate: Literal["none", "hadamard"] = "none"
+    center: Literal["none", "bias"] = "none"
 
     form: ClassVar[str] = "k{key_bits}v{value_bits}"
     modes: ClassVar[tuple[str, ...]] = ("kivi", "token")
@@ -50,6 +72,8 @@ class KV(StoredSpec):
         "k3v5@token(group=8,residual=8,sink=3,fit=mse)",
         "kr4v4",
         "k2v16@kivi(group=8,residual=16,sink=5,rope=pre)",
+        "k4v3@kivi(sink=3,rotate=hadamard)",
+        "k3v4@token(rope=pre,rotate=hadamard,center=bias)",
     )
 
     def __post_init__(self) -> None:
@@ -92,6 +116,50 @@ class KV(StoredSpec):
 
 
 @struct.dataclass
+class Form:
+    """How packed keys and values differ from those of the chunk; sinks and residual are kept as they are.
+
+    Attributes:
+      keys: the form of keys.
+      v_bias: c, the bias of values; None where it stays in.
+      rope: gives the table of any positions.
+    """
+
+    keys: KeyForm
+    v_bias: Float[Array, "K d"] | None
+    rope: Any
+
+    @classmethod
+    def of(cls, spec: KV, chunk: Chunk) -> Form:
+        """That of a layer."""
+        turned = spec.rotate == "hadamard"
+        if spec.center == "none":
+            return cls(KeyForm(None, spec.rope == "pre", turned), None, chunk.rope)
+        weights, heads = chunk.weights, chunk.k.shape[2:]
+        k_bias, v_bias = (b if b is None else b.reshape(heads) for b in (weights.k_bias, weights.v_bias))
+        k_bias = k_bias if weights.k_norm is None else None
+        return cls(KeyForm(k_bias, spec.rope == "pre", turned), v_bias, chunk.rope)
+
+    def __call__(self, tensors: Tensors, positions: Int[Array, "B N"]) -> Tensors:
+        """Keys and values as they are packed: values are H (v - c)."""
+        k, v = tensors
+        cos, sin = self.rope.table(positions[:, None], k.dtype)  # broadcast over heads
+        k = self.keys.store(k.swapaxes(1, 2), (cos, sin)).swapaxes(1, 2)
+        v = v if self.v_bias is None else v - self.v_bias
+        return k, turn(v) if self.keys.turned else v
+
+    def logical_axes(self) -> Form:
+        return Form(self.keys.logical_axes(), PartitionSpec("kv_heads"), PartitionSpec())  # type: ignore[arg-type]
+
+    def values(self, x: Float[Array, "... H d"]) -> Float[Array, "... H d"]:
+        """Values of packed ones, or an attention's output of its output over packed ones: its weights sum to 1."""
+        x = turn(x) if self.keys.turned else x
+        if self.v_bias is None:
+            return x
+        return x + jnp.repeat(self.v_bias, x.shape[-2] // self.v_bias.shape[0], 0)
+
+
+@struct.dataclass
 class KVCache(StoredCache):
     """Keys, before or after RoPE, and values."""
 
@@ -102,3 +170,21 @@ class KVCache(StoredCache):
     def new_tensors(self, chunk: Chunk) -> Tensors:
         k = rotate_heads(chunk.k, chunk.rotation) if self.keys_after_rope else chunk.k
         return k, chunk.v
+
+    def append(self, chunk: Chunk, carry: Any) -> tuple[BlockStore, Any]:
+        return self.store.append(self.new_tensors(chunk), chunk, Form.of(self.spec, chunk)), carry
+
+    def attend_packed(self, after: BlockStore, chunk: Chunk, carry: Any) -> attention.Partial:
+        form, q, (keys, values) = Form.of(self.spec, chunk), chunk.q, after.packed
+        table = rope_table(chunk, after.tokens) if form.keys.needs_positions else None
+        if form.keys.turned and table is None:
+            q = turn(q)  # (H q) (H k) = q k: kernels read keys as they are stored
+        part = attention.attend_packed(q, span(after, chunk), keys, values, table, form.keys)
+        return part._replace(output=form.values(part.output))
+
+    def read_packed(
+        self, source: BlockStore, chunk: Chunk, carry: Any
+    ) -> tuple[Float[Array, "B S K d"], Float[Array, "B S K d"]]:
+        form, (k, v) = Form.of(self.spec, chunk), super().read_packed(source, chunk, carry)
+        k = form.keys.load(k.swapaxes(1, 2), rope_table(chunk, source.tokens)).swapaxes(1, 2)
+        return k, form.values(v)

@@ -19,7 +19,7 @@ from kvjax.errors import KvjaxError
 from kvjax.mesh import RULES
 from kvjax.ops import store
 from kvjax.ops.dispatch import dispatch
-from kvjax.ops.rotate import rotate
+from kvjax.ops.key_form import BEFORE_ROPE, KeyForm
 from kvjax.ops.shards import first_token, token_parts
 from kvjax.ops.store import Tile
 from pallas_kernels.layout import MASKED
@@ -172,6 +172,7 @@ def attend_packed(
     keys: store.Stored,
     values: store.Stored,
     table: tuple[Float[Array, "S D"], Float[Array, "S D"]] | None = None,
+    form: KeyForm = BEFORE_ROPE,
 ) -> Partial:
     """Attends to the stored keys of a span.
 
@@ -180,18 +181,26 @@ def attend_packed(
       span: which stored positions each query sees.
       keys: stored keys, of S tokens.
       values: stored values, of the same tokens.
-      table: cos and sin of every position, for keys that are stored before RoPE; None for keys after RoPE.
+      table: cos and sin of every position, for keys whose form needs them; None for keys that are scored as stored.
+      form: how the keys are stored, where there is a table.
 
     Returns:
       The output and its log-sum-exp.
     """
 
     def kernel(
-        name: str, interpret: bool, q: Array, keys: store.Stored, values: store.Stored, table: Any, *ends: Array
+        name: str,
+        interpret: bool,
+        q: Array,
+        keys: store.Stored,
+        values: store.Stored,
+        table: Any,
+        _: KeyForm,
+        *ends: Array,
     ) -> Partial:
         check_queries(q, keys.heads)
         if table is not None:
-            raise NotImplementedError("keys before RoPE; kernels read keys after RoPE")
+            raise NotImplementedError("keys that need their position; kernels read keys after RoPE, with their bias")
         packed = [store.for_kernels(each) for each in (keys, values)]
 
         def attend(span: Span) -> Partial:
@@ -200,13 +209,13 @@ def attend_packed(
 
         return attend_held(span.between(*ends), keys.tokens, attend)
 
-    def xla(q: Array, keys: store.Stored, values: store.Stored, table: Any, *ends: Array) -> Partial:
-        attend = lambda span: _attend_tiles(q, span, keys, values, table)  # noqa: E731
+    def xla(q: Array, keys: store.Stored, values: store.Stored, table: Any, form: KeyForm, *ends: Array) -> Partial:
+        attend = lambda span: _attend_tiles(q, span, keys, values, table, form)  # noqa: E731
         return attend_held(span.between(*ends), keys.tokens, attend)
 
     stored = (store.logical_axes(each, "kv_heads") for each in (keys, values))
-    axes = (BY_HEAD, *stored, BY_TOKEN, *(BY_SEQUENCE,) * 2)
-    return dispatch("packed_attention", kernel, xla, (q, keys, values, table, *span.ends), axes, BY_HEAD)
+    axes = (BY_HEAD, *stored, BY_TOKEN, form.logical_axes(), *(BY_SEQUENCE,) * 2)
+    return dispatch("packed_attention", kernel, xla, (q, keys, values, table, form, *span.ends), axes, BY_HEAD)
 
 
 def check_queries(q: Float[Array, "B T H D"], kv_heads: int) -> None:
@@ -224,6 +233,7 @@ def _attend_tiles(
     keys: store.Stored,
     values: store.Stored,
     table: tuple[Float[Array, "S D"], Float[Array, "S D"]] | None,
+    form: KeyForm,
 ) -> Partial:
     """`attend_packed` in XLA."""
     kv_heads, head_dim = keys.heads, q.shape[-1]
@@ -235,7 +245,8 @@ def _attend_tiles(
     def load(start):
         k, v = (store.read_tile(a, start, size, dtype) for a in (keys, values))
         if table is not None:
-            k = Tile(rotate(k.dequantize(), *(jax.lax.dynamic_slice_in_dim(a, start, size) for a in table)))
+            cos, sin = (jax.lax.dynamic_slice_in_dim(a, start, size) for a in table)
+            k = Tile(form.after_rope(k.dequantize(), (cos, sin)))
         return k, v
 
     return attend_keys(q, span.positions, kv_heads, span.tiles(keys.tokens, size, load), span.window)

@@ -1,4 +1,4 @@
-"""Bases in which layer inputs are quantised: singular vectors of projections, and rotations.
+"""Bases in which tensors are quantised: singular vectors of projections, and rotations.
 
 Computed in numpy, in float64.
 """
@@ -38,3 +38,14 @@ def rotation(size: int) -> Float[np.ndarray, "n n"]:
     """
     q, r = np.linalg.qr(np.random.default_rng(size).standard_normal((size, size)))
     return q * np.sign(np.diag(r))
+
+
+def hadamard(size: int) -> Float[np.ndarray, "n n"]:
+    """Builds Sylvester's Hadamard matrix, scaled to be orthogonal; it is symmetric, so its own inverse.
+
+    Args:
+      size: rows and columns n, a power of two.
+    """
+    index = np.arange(size)
+    odd = np.bitwise_count(index[:, None] & index) % 2
+    return (1.0 - 2.0 * odd) / np.sqrt(size)

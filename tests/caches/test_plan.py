@@ -91,6 +91,8 @@ specs = st.one_of(
         sink=st.integers(0, 4),
         rope=st.sampled_from(["pre", "post"]),
         fit=st.sampled_from(["minmax", "mse", "keys"]),
+        rotate=st.sampled_from(["none", "hadamard"]),
+        center=st.sampled_from(["none", "bias"]),
     ),
 )
 
@@ -116,6 +118,8 @@ ERRORS = [
     ("x4@input(outlier=1)", "for latents only"),
     ("x4@input(fit=keys)", "fit=keys; expected mse"),
     ("k4v4(fit=values)", "fit=values; expected minmax, mse or keys"),
+    ("k4v4(rotate=1)", "rotate=1; expected none or hadamard"),
+    ("k4v4(center=mean)", "center=mean; expected none or bias"),
     ("xcl3(fit=keys)", "fit=keys; expected minmax or mse"),
     ("x4@latent(group=24)", "group 24 does not divide"),
     ("x4@latent(residual=0)", "residual 0"),

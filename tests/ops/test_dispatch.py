@@ -170,7 +170,7 @@ def test_reasons_are_kept() -> None:
     ("cache", "reason"),
     [
         ("k4v4@token", "140 query rows per kv head; kernels are for at most 16"),
-        ("k16v8@token(rope=pre)", "keys before RoPE; kernels read keys after RoPE"),
+        ("k16v8@token(rope=pre)", "keys that need their position; kernels read keys after RoPE, with their bias"),
     ],
 )
 def test_reasons_say_what_is_not_served(cache: str, reason: str) -> None:
