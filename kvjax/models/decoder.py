@@ -1,4 +1,4 @@
-"""The decoder: Llama, Mistral, Qwen2/2.5 and Qwen3 in one Flax module, used functionally.
+"""The decoder of all families in one Flax module, used functionally.
 
 Parameters (weights as in the checkpoints, [out, in]):
 
@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.caches.base import Attends, Chunk, KVWeights
 from kvjax.caches.plan import Cache
-from kvjax.models.config import ModelConfig
+from kvjax.models.config import ModelConfig, RopeConfig
 from kvjax.models.rope import Rope, make_rope
 from kvjax.ops.norm import normalize
 from kvjax.ops.rotate import rotate_heads
@@ -97,6 +97,7 @@ class Layer(nn.Module):
 
     config: ModelConfig
     window: int | None
+    rope: RopeConfig
 
     def _param(self, name: str, *shape: int) -> Array:
         init = nn.initializers.ones if name.endswith("norm") else nn.initializers.normal(0.02)
@@ -188,6 +189,11 @@ def project_kv(
     return k, v
 
 
+def layer_of(config: ModelConfig, layer: int) -> Layer:
+    """The module of one layer. Layers of one kind are equal, and so share programs."""
+    return Layer(config, config.layer_window(layer), config.layer_rope(layer))
+
+
 class Decoder(nn.Module):
     """Tokens and a cache in, final hidden states and the cache out; `logits` is a separate step."""
 
@@ -200,7 +206,7 @@ class Decoder(nn.Module):
         self.norm = self.param("norm", nn.initializers.ones, (c.model_dim,))
         if not c.tied:
             self.head = self.param("head", init, (c.vocab_size, c.model_dim))
-        self.layer = [Layer(c, c.layer_window(i)) for i in range(c.layers)]
+        self.layer = [layer_of(c, i) for i in range(c.layers)]
 
     def __call__(
         self,
@@ -227,14 +233,15 @@ class Decoder(nn.Module):
         batch, count = tokens.shape
         lengths = jnp.full((batch,), count, jnp.int32) if lengths is None else lengths
         positions = cache.length[:, None] + jnp.arange(count, dtype=jnp.int32)
-        rope = make_rope(c.rope, c.head_dim)
         h = self.embed[tokens]
-        rotation = rope.table(positions, h.dtype)
+        ropes = {layer.rope: make_rope(layer.rope, c.head_dim, cache.shape.max_len) for layer in self.layer}
+        rotations = {kind: rope.table(positions, h.dtype) for kind, rope in ropes.items()}
         carry = cache.plan.init_carry(cache.shape)
         bases = ((),) * c.layers if bases is None else bases
         stored = []
         self.sow("hidden", "h", h)  # kept only where the caller asks for it, see models/nonfinite.py
         for layer, factor, layer_cache in zip(self.layer, bases, cache.layers, strict=True):
+            rope, rotation = ropes[layer.rope], rotations[layer.rope]
             h, layer_cache, carry = layer(h, positions, lengths, rope, rotation, factor, layer_cache, carry, read)
             stored.append(layer_cache)
             self.sow("hidden", "h", h)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import reprlib
 from collections.abc import Mapping
 from typing import Any
@@ -67,23 +68,28 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     # weights in another form
     **dict.fromkeys(("quantization_config", "compression_config"), ()),
 }
-# Qwen2 always has the biases that these keys speak of, Qwen3 always these norms.
 HARMLESS = (*TRAINING, *GENERATION, *RECORDS)
+_NO_BIAS: dict[str, tuple[Any, ...]] = dict.fromkeys(("attention_bias", "mlp_bias"), (False,))
+_NORMS: dict[str, tuple[Any, ...]] = dict.fromkeys(("qk_norm", "use_qk_norm"), (True,))
+
+
+def _keys(*used: str, harmless: tuple[str, ...] = (), neutral: Mapping[str, tuple[Any, ...]] = NEUTRAL) -> KeyList:
+    others = {key: values for key, values in neutral.items() if key not in (*used, *harmless)}
+    return KeyList((*USED, *used), (*HARMLESS, *harmless), others)
+
+
 KEYS = {
-    "llama": KeyList((*USED, "attention_bias", "mlp_bias"), (*HARMLESS, "max_window_layers"), NEUTRAL),
-    "mistral": KeyList(
-        *(USED, HARMLESS),
-        NEUTRAL | {"attention_bias": (False,), "mlp_bias": (False,), "max_window_layers": (0,)},
+    "llama": _keys("attention_bias", "mlp_bias", harmless=("max_window_layers",)),
+    "mistral": _keys(neutral=NEUTRAL | _NO_BIAS | {"max_window_layers": (0,)}),
+    # Qwen2 always has the biases that attention_bias speaks of, Qwen3 always these norms.
+    "qwen2": _keys(
+        *("max_window_layers",),
+        harmless=("attention_bias",),
+        neutral=NEUTRAL | {"mlp_bias": (False,), "qkv_bias": (True,)},
     ),
-    "qwen2": KeyList(
-        (*USED, "max_window_layers"),
-        (*HARMLESS, "attention_bias"),
-        NEUTRAL | {"mlp_bias": (False,), "qkv_bias": (True,)},
-    ),
-    "qwen3": KeyList(
-        (*USED, "max_window_layers", "attention_bias"),
-        HARMLESS,
-        NEUTRAL | {"mlp_bias": (False,), "qk_norm": (True,), "use_qk_norm": (True,)},
+    "qwen3": _keys("max_window_layers", "attention_bias", neutral=NEUTRAL | _NORMS | {"mlp_bias": (False,)}),
+    "smollm3": _keys(
+        *("attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"), harmless=("max_window_layers",)
     ),
 }
 # Of rope_scaling and rope_parameters, by type of scaling: every key that is not listed is refused.
@@ -91,19 +97,33 @@ _ROPE = ("type", "rope_type", "rope_theta")
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _SCALED = ("original_max_position_embeddings", "finetuned")
 _ROPE_NEUTRAL: dict[str, tuple[Any, ...]] = {"partial_rotary_factor": (1,), "attention_factor": (1,)}
+_YARN = ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate")
+_LONGROPE = ("original_max_position_embeddings", "attention_factor", "short_factor", "long_factor", "factor")
 ROPE_KEYS = {
     "default": KeyList(_ROPE, _SCALED, _ROPE_NEUTRAL | {"factor": (1,)}, ("",)),
     "linear": KeyList((*_ROPE, "factor"), _SCALED, _ROPE_NEUTRAL, ("",)),
+    "dynamic": KeyList((*_ROPE, "factor"), _SCALED, _ROPE_NEUTRAL, ("",)),
     "llama3": KeyList((*_ROPE, *_LLAMA3), ("finetuned",), _ROPE_NEUTRAL, ("",)),
+    "yarn": KeyList((*_ROPE, "factor", *_YARN, "mscale", "mscale_all_dim"), ("finetuned",), _ROPE_NEUTRAL, ("",)),
+    "longrope": KeyList((*_ROPE, *_LONGROPE), ("finetuned",), _ROPE_NEUTRAL, ("",)),
 }
 # transformers' own values for keys that a config leaves out; "null" there means what it does here.
-DEFAULTS = {
+_QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
-    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8},
-    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
-    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": 128},
+    "smollm3": {
+        **{"max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2e6},
+        **{"tie_word_embeddings": True, "no_rope_layer_interval": 4},
+    },
 }
-CHOOSING = ("qwen2", "qwen3")  # each layer has a window or not
+# What every model of a family has.
+OPTIONS: dict[str, dict[str, Any]] = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
+SWITCHED = ("qwen2", "qwen3", "smollm3")  # use_sliding_window decides
+ALWAYS = ("mistral",)  # where there is a window it is on, in the others never
+TYPED = ("qwen2", "qwen3", "smollm3")  # each layer has a window or not
 LAYER_TYPES = {"full_attention": False, "attention": False, "sliding_attention": True}  # whether there is a window
 
 
@@ -124,62 +144,93 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     if family not in FAMILIES:
         raise KvjaxError(f"model_type {family!r} is not supported; expected one of {', '.join(FAMILIES)}")
     KEYS[family].check(hf, f"a {family} config.json")
-    fields = Fields(DEFAULTS[family] | dict(hf))
+    used = {key: value for key, value in hf.items() if key in KEYS[family].used}
+    fields = Fields(DEFAULTS[family] | used)
     if (act := fields.text("hidden_act", "silu")) not in ("silu", "swish"):
         raise KvjaxError(f"hidden_act {act!r} is not supported; expected silu")
+    layers = fields.whole("num_hidden_layers", most=MOST_LAYERS)
+    return ModelConfig(
+        family=family,
+        vocab_size=fields.whole("vocab_size"),
+        mlp_dim=fields.whole("intermediate_size"),
+        layers=layers,
+        norm_eps=fields.real("rms_norm_eps", 1e-6),
+        tied=fields.flag("tie_word_embeddings"),
+        **_heads(fields),
+        **_positions(fields),
+        **_layer_kinds(fields, family, layers),
+        **_biases(fields) | OPTIONS.get(family, {}),
+    )
+
+
+def _heads(fields: Fields) -> dict[str, Any]:
     heads, model_dim = fields.whole("num_attention_heads"), fields.whole("hidden_size")
     kv_heads, head_dim = fields.whole("num_key_value_heads", heads), fields.whole("head_dim", model_dim // heads)
     if heads % kv_heads:
         raise KvjaxError(f"num_attention_heads is {heads}; expected a multiple of num_key_value_heads, {kv_heads}")
-    layers = fields.whole("num_hidden_layers", most=MOST_LAYERS)
-    window, full_layers = _windows(fields, family, layers)
-    attention_bias = family in ("llama", "qwen3") and fields.flag("attention_bias")
-    return ModelConfig(
-        family=family,
-        vocab_size=fields.whole("vocab_size"),
-        model_dim=model_dim,
-        mlp_dim=fields.whole("intermediate_size"),
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        max_positions=fields.whole("max_position_embeddings"),
-        norm_eps=fields.real("rms_norm_eps", 1e-6),
-        rope=_rope(fields),
-        qkv_bias=family == "qwen2" or attention_bias,
-        o_bias=attention_bias,
-        mlp_bias=family == "llama" and fields.flag("mlp_bias"),
-        qk_norm=family == "qwen3",
-        tied=fields.flag("tie_word_embeddings"),
-        window=window,
-        full_layers=full_layers,
-    )
+    return {"model_dim": model_dim, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
 
 
-def _windows(fields: Fields, family: str, layers: int) -> tuple[int | None, tuple[int, ...]]:
-    """The sliding window and the layers without one, as transformers' config of the family has them."""
+def _biases(fields: Fields) -> dict[str, Any]:
+    attention = fields.flag("attention_bias")
+    return {"qkv_bias": attention, "o_bias": attention, "mlp_bias": fields.flag("mlp_bias")}
+
+
+def _positions(fields: Fields) -> dict[str, Any]:
+    """The rope, and how far it reaches: yarn and dynamic count from the length that the model was first made for."""
+    most = fields.whole("max_position_embeddings")
+    rope = _rope(fields, most)
+    stretched = rope.scaling in ("yarn", "dynamic")
+    return {"rope": rope, "max_positions": max(most, int(rope.factor * rope.original_max_positions) * stretched)}
+
+
+def _layer_kinds(fields: Fields, family: str, layers: int) -> dict[str, Any]:
+    """The sliding window, and the layers without it or without RoPE, as transformers' config of the family has them."""
+    nope = _nope_layers(fields, layers)
     window = _window(fields, family)
-    first = fields.whole("max_window_layers", 28, least=0) if family in CHOOSING else 0
-    full = tuple(range(layers if window is None else min(first, layers)))
+    full = tuple(range(layers)) if window is None else _untyped_full_layers(fields, layers, nope)
     if fields.values.get("layer_types") is not None:
         typed = _full_layers(fields.values["layer_types"], layers)
-        if typed != full and (window is None or family not in CHOOSING):
+        if typed != full and (window is None or family not in TYPED):
             sliding = layers - len(typed)
             raise KvjaxError(f"layer_types has {sliding} sliding_attention layers where the window is {window}")
         full = typed
-    return (None, ()) if len(full) == layers else (window, full)
+    if len(full) == layers:
+        window, full = None, ()
+    return {"nope_layers": nope, "window": window, "full_layers": full}
+
+
+def _nope_layers(fields: Fields, layers: int) -> tuple[int, ...]:
+    """The layers without RoPE: 0 in `no_rope_layers`, else every so many."""
+    if (kinds := fields.values.get("no_rope_layers")) is not None:
+        if not isinstance(kinds, list) or len(kinds) < layers or not all(kind in (0, 1) for kind in kinds):
+            raise KvjaxError(
+                f"no_rope_layers is {reprlib.repr(kinds)}; expected num_hidden_layers = {layers} of 0 or 1"
+            )
+        return tuple(i for i in range(layers) if not kinds[i])
+    if "no_rope_layer_interval" not in fields.values:
+        return ()
+    every = fields.whole("no_rope_layer_interval")
+    return tuple(range(every - 1, layers, every))
+
+
+def _untyped_full_layers(fields: Fields, layers: int, nope: tuple[int, ...]) -> tuple[int, ...]:
+    """The layers without a window where `layer_types` does not say it."""
+    if "no_rope_layer_interval" in fields.values:
+        return tuple(i for i in range(layers) if i not in nope)
+    if "max_window_layers" in fields.values:
+        return tuple(range(min(fields.whole("max_window_layers", 28, least=0), layers)))
+    return ()
 
 
 def _window(fields: Fields, family: str) -> int | None:
-    switch = fields.values.get("use_sliding_window")
-    if fields.values.get("sliding_window", None if family == "llama" else 4096) is None:
+    window, switch = fields.values.get("sliding_window"), fields.values.get("use_sliding_window")
+    if window is None or (family in SWITCHED and not fields.flag("use_sliding_window")):
         return None
-    if family not in CHOOSING and (switch is False) == (family == "mistral"):
+    if family not in SWITCHED and (switch is False) == (family in ALWAYS):
         # transformers' llama never has a window, its mistral has one whatever the switch says.
-        window = fields.values.get("sliding_window", 4096)
         raise KvjaxError(f"sliding_window is {window!r} and use_sliding_window {switch!r} in a {family} config.json")
-    on = family == "mistral" or fields.flag("use_sliding_window")
-    return fields.whole("sliding_window", 4096) if on else None
+    return fields.whole("sliding_window") if family in (*SWITCHED, *ALWAYS) else None
 
 
 def _full_layers(types: Any, layers: int) -> tuple[int, ...]:
@@ -191,26 +242,67 @@ def _full_layers(types: Any, layers: int) -> tuple[int, ...]:
     return tuple(i for i, kind in enumerate(types) if not LAYER_TYPES[kind])
 
 
-def _rope(fields: Fields) -> RopeConfig:
+def _rope(fields: Fields, max_positions: int) -> RopeConfig:
     # transformers 5 writes `rope_parameters`; earlier files have `rope_theta` and `rope_scaling`.
     scaling = fields.part("rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters")
+    return _rope_of(scaling, fields.real("rope_theta", 10000.0), fields, max_positions)
+
+
+def _rope_of(scaling: Fields, theta: float, fields: Fields, max_positions: int) -> RopeConfig:
+    """The RoPE of one object, `theta` where it has none."""
     kind = scaling.text("rope_type", scaling.text("type", "default"))
     if kind not in ROPE_KEYS:
         raise KvjaxError(f"rope scaling {kind!r} is not supported; expected {', '.join(ROPE_KEYS)}")
     ROPE_KEYS[kind].check(scaling.values, f"{kind} rope scaling")
-    plain = RopeConfig(scaling.real("rope_theta", fields.real("rope_theta", 10000.0)))
+    plain = RopeConfig(scaling.real("rope_theta", theta))
     if kind == "default":
         return plain
-    factor = scaling.real("factor")
-    if kind == "linear":
-        return dataclasses.replace(plain, scaling="linear", factor=factor)
     # A value beside the object wins, as in transformers.
-    inside = scaling.whole("original_max_position_embeddings", fields.whole("max_position_embeddings"))
+    inside = scaling.whole("original_max_position_embeddings", max_positions)
+    old = fields.whole("original_max_position_embeddings", inside)
+    if kind == "longrope":
+        return _longrope(dataclasses.replace(plain, scaling=kind, original_max_positions=old), scaling, max_positions)
+    scaled = dataclasses.replace(plain, scaling=kind, factor=scaling.real("factor"))
+    if kind == "linear":
+        return scaled
+    if kind == "dynamic":
+        return dataclasses.replace(scaled, original_max_positions=max_positions)
+    scaled = dataclasses.replace(scaled, original_max_positions=old)
+    if kind == "yarn":
+        return _yarn(scaled, scaling)
     return dataclasses.replace(
-        plain,
-        scaling="llama3",
-        factor=factor,
+        scaled,
         low_freq_factor=scaling.real("low_freq_factor"),
         high_freq_factor=scaling.real("high_freq_factor"),
-        original_max_positions=fields.whole("original_max_position_embeddings", inside),
+    )
+
+
+def _yarn(scaled: RopeConfig, scaling: Fields) -> RopeConfig:
+    """With the attention factor of arXiv 2309.00071, section 3.4; `mscale` and `mscale_all_dim` are DeepSeek's."""
+
+    def size(mscale: float) -> float:
+        return 0.1 * mscale * math.log(max(scaled.factor, 1)) + 1
+
+    factor = size(1)
+    if scaling.values.get("mscale") and scaling.values.get("mscale_all_dim"):
+        factor = size(scaling.real("mscale")) / size(scaling.real("mscale_all_dim"))
+    return dataclasses.replace(
+        scaled,
+        attention_factor=scaling.real("attention_factor", factor),
+        beta_fast=scaling.real("beta_fast", 32.0),
+        beta_slow=scaling.real("beta_slow", 1.0),
+        truncate=scaling.flag("truncate", True),
+    )
+
+
+def _longrope(scaled: RopeConfig, scaling: Fields, max_positions: int) -> RopeConfig:
+    """With the attention factor of arXiv 2402.13753, as transformers has it."""
+    old = scaled.original_max_positions
+    ratio = scaling.real("factor", max_positions / old)
+    factor = math.sqrt(1 + math.log(ratio) / math.log(old)) if ratio > 1 and old > 1 else 1.0
+    return dataclasses.replace(
+        scaled,
+        attention_factor=scaling.real("attention_factor", factor),
+        short_factors=scaling.reals("short_factor"),
+        long_factors=scaling.reals("long_factor"),
     )

@@ -25,7 +25,7 @@ from kvjax.errors import KvjaxError
 from kvjax.evaluate import vocabulary
 from kvjax.mesh import fetch
 from kvjax.models.config import ModelConfig
-from kvjax.models.decoder import Layer, rms_norm
+from kvjax.models.decoder import layer_of, rms_norm
 from kvjax.models.model import Model
 from kvjax.models.rope import make_rope
 from kvjax.ops import attention, store
@@ -118,8 +118,8 @@ def run_layer(
     """
     count = h.shape[1]
     positions = jnp.arange(count, dtype=jnp.int32)[None]
-    rope = make_rope(config.rope, config.head_dim)
-    module: Any = Layer(config, config.layer_window(layer))
+    module: Any = layer_of(config, layer)
+    rope = make_rope(module.rope, config.head_dim, count)
     lengths = jnp.full((1,), count, jnp.int32)
     rotation = rope.table(positions, h.dtype)
     return module.apply({"params": params}, h, positions, lengths, rope, rotation, bases, cache, carry, "exact")
@@ -283,4 +283,4 @@ class Simulator:
     def program(self, layer: int) -> int:
         """Returns the first layer that differs from this one only in weights, so that the two share a program."""
         config = self.model.config
-        return next(i for i in range(layer + 1) if config.layer_window(i) == config.layer_window(layer))
+        return next(i for i in range(layer + 1) if layer_of(config, i) == layer_of(config, layer))

@@ -24,8 +24,15 @@ BASE: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "sliding_window": None,
 }
+# Where a family's own default does not suit the cases.
+BASES: dict[str, dict[str, Any]] = {"smollm3": {"tie_word_embeddings": False, "pad_token_id": None}}
 TOKENS, KEPT, COLUMNS = 40, 4, 32  # fed; positions from the end and columns of which the logits are kept
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LONGROPE = {
+    **{"rope_type": "longrope", "short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [1.0, 2.0, 5.0, 9.0]},
+    **{"original_max_position_embeddings": 16},
+}
 EVERYWHERE: dict[str, dict[str, Any]] = {
     "base": {},
     "width": {"hidden_size": 64},
@@ -52,6 +59,23 @@ EVERYWHERE: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 16,
     },
 }
+ROPES: dict[str, dict[str, Any]] = {
+    "yarn": {"rope_parameters": {**YARN, "rope_theta": 50.0}},
+    "yarn, old spelling": {"rope_scaling": {**YARN, "type": "yarn"}, "rope_theta": 30.0},
+    "yarn, length from the model": {"rope_scaling": {"type": "yarn", "factor": 4.0}, "max_position_embeddings": 24},
+    "yarn, factor of attention": {"rope_scaling": {**YARN, "attention_factor": 1.5}},
+    "yarn, ramp": {"rope_scaling": {**YARN, "beta_fast": 1.5, "beta_slow": 0.1}, "rope_theta": 30.0},
+    "yarn, ramp not truncated": {
+        "rope_scaling": {**YARN, "beta_fast": 1.5, "beta_slow": 0.1, "truncate": False},
+        "rope_theta": 30.0,
+    },
+    "yarn, mscale": {"rope_scaling": {**YARN, "mscale": 2.0, "mscale_all_dim": 0.5}},
+    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 16},
+    "longrope, long text": {"rope_scaling": LONGROPE},
+    "longrope, text of the original length": {"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 40}},
+    "longrope, with a factor": {"rope_scaling": {**LONGROPE, "factor": 8.0}},
+    "longrope, factor of attention": {"rope_scaling": {**LONGROPE, "attention_factor": 1.5}},
+}
 WINDOW = {"use_sliding_window": True, "sliding_window": 6}
 FULL, SLIDING = "full_attention", "sliding_attention"
 CHOOSING: dict[str, dict[str, Any]] = {  # Qwen's layers have a window or not
@@ -64,12 +88,23 @@ CHOOSING: dict[str, dict[str, Any]] = {  # Qwen's layers have a window or not
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {
         **EVERYWHERE,
+        **ROPES,
         "attention bias": {"attention_bias": True},
         "mlp bias": {"mlp_bias": True},
     },
     "mistral": {**EVERYWHERE, "window": {"sliding_window": 6}},
     "qwen2": {**EVERYWHERE, **CHOOSING},
-    "qwen3": {**EVERYWHERE, **CHOOSING, "attention bias": {"attention_bias": True}},
+    "qwen3": {**EVERYWHERE, **CHOOSING, "attention bias": {"attention_bias": True}, "yarn": ROPES["yarn"]},
+    "smollm3": {
+        **EVERYWHERE,
+        "yarn": ROPES["yarn"],
+        "attention bias": {"attention_bias": True},
+        "mlp bias": {"mlp_bias": True},
+        "every second without rope": {"no_rope_layer_interval": 2},
+        "some without rope": {"no_rope_layers": [0, 1, 0]},
+        "windows where there is no rope": {**WINDOW, "no_rope_layers": [0, 1, 0]},
+        "windows by type": {**WINDOW, "layer_types": [SLIDING, FULL, SLIDING]},
+    },
 }
 # Same logits as the base, or as the case that is named.
 SAME: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
@@ -79,6 +114,10 @@ SAME: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "all full": ("base", {"layer_types": [FULL] * 3}),
     }
     for family in CASES
+}
+SAME["smollm3"] |= {
+    "all with rope": ("base", {"no_rope_layers": [1, 1, 1]}),
+    "window off": ("base", {"use_sliding_window": False, "sliding_window": 6}),
 }
 for _family in ("qwen2", "qwen3"):
     SAME[_family] |= {
@@ -91,7 +130,9 @@ for _family in ("qwen2", "qwen3"):
 
 def config_of(family: str, changes: dict[str, Any]) -> dict[str, Any]:
     """The object of a config.json."""
-    return copy.deepcopy({"model_type": family, **BASE, **changes})  # transformers writes into it
+    return copy.deepcopy(
+        {"model_type": family, **BASE, **BASES.get(family, {}), **changes}
+    )  # transformers writes into it
 
 
 def tokens() -> Int[np.ndarray, "1 T"]:

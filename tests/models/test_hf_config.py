@@ -15,7 +15,7 @@ from kvjax.models.config import FAMILIES
 from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import KEYS, from_hf
 from kvjax.models.params import param_shapes
-from tests.goldens.config_cases import BASE, CASES, COLUMNS, KEPT, SAME, WINDOW, config_of, tokens, weight
+from tests.goldens.config_cases import BASE, CASES, COLUMNS, KEPT, LONGROPE, SAME, WINDOW, config_of, tokens, weight
 
 TOLERANCE = 2e-5
 
@@ -79,7 +79,6 @@ def test_every_other_key_is_refused_or_neutral(family):
         ("rope_interleave", True),
         ("rope_interleaved", True),
         ("partial_rotary_factor", 0.5),
-        ("no_rope_layers", [1, 1, 0]),
         ("embedding_multiplier", 12.0),
         ("residual_multiplier", 0.22),
         ("attention_multiplier", 0.0078125),
@@ -94,9 +93,9 @@ def test_every_other_key_is_refused_or_neutral(family):
         ("some_new_rope_trick", 3),
         ("some_new_moe_layer", [1, 0, 1]),
         ("hidden_act", "gelu"),
-        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
-        ("rope_scaling", {"type": "dynamic", "factor": 4.0}),
-        ("rope_scaling", {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}),
+        ("rope_scaling", {"rope_type": "proportional", "factor": 4.0}),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0, "beta_medium": 4.0}),
+        ("rope_scaling", {"type": "dynamic", "factor": 4.0, "alpha": 1000.0}),
         ("rope_scaling", {"factor": 4.0}),
         ("rope_scaling", {"type": "linear", "factor": 4.0, "attention_factor": 1.5}),
         ("rope_scaling", {"type": "linear", "factor": 4.0, "beta_fast": 32}),
@@ -127,6 +126,18 @@ def test_what_the_decoder_does_not_have_is_refused_by_name(family, key, value):
         ("llama", {"num_attention_heads": "4"}, "num_attention_heads is '4'; expected a whole number from 1"),
         ("llama", {"hidden_size": None}, "hidden_size is missing"),
         ("llama", {"rope_theta": 0}, "rope_theta is 0; expected a positive number"),
+        ("llama", {"no_rope_layers": [1, 1, 0]}, "no_rope_layers of a llama config.json is"),
+        (
+            "smollm3",
+            {"no_rope_layers": [1, 1]},
+            r"no_rope_layers is \[1, 1\]; expected num_hidden_layers = 3 ",
+        ),
+        ("llama", {"rope_scaling": {**LONGROPE, "short_factor": [1.0]}}, "short_factors has 1 numbers; expected 4"),
+        (
+            "llama",
+            {"rope_scaling": {**LONGROPE, "long_factor": 2}},
+            "long_factor of rope_scaling is 2; expected",
+        ),
         ("llama", {"rope_scaling": {"type": "linear"}}, "factor of rope_scaling is missing"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": "4"}}, "factor of rope_scaling is '4'; expected"),
     ],

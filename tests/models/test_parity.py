@@ -9,7 +9,10 @@ from kvjax.checkpoints.safetensors import load_hf
 TOLERANCE = 2e-5
 
 
-@pytest.mark.parametrize("name", ["llama-linear", "llama-llama3", "mistral-window", "qwen2-tied", "qwen3"])
+FOLDERS = ["llama-linear", "llama-llama3", "mistral-window", "qwen2-tied", "qwen3", "smollm3"]
+
+
+@pytest.mark.parametrize("name", FOLDERS)
 def test_tiny(name, goldens, dense_logits):
     config, params = load_hf(goldens / name, jnp.float32)
     golden = np.load(goldens / name / "logits.npz")

@@ -1,0 +1,63 @@
+"""Makes the goldens of families: tiny random models, one folder each, and what HF transformers computes for them.
+
+Needs torch and transformers (not installed with kvjax). From the root of the repository:
+
+    python -m tests.goldens.make_family_goldens [NAME ...]
+
+A folder has config.json, model.safetensors in bfloat16 and logits.npz: tokens [1, T] and the float32 eager logits
+[1, T, V]. Windows and the lengths that ropes are stretched from are shorter than the text.
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from tests.goldens.make_goldens import load_hf, tiny_model
+
+HERE = Path(__file__).parent
+TOKENS = 48
+COMMON = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+MODELS = {
+    "smollm3": (
+        transformers.SmolLM3Config,
+        {
+            **{"num_hidden_layers": 4, "no_rope_layer_interval": 2, "rope_parameters": YARN},
+            **{"use_sliding_window": True, "sliding_window": 12},
+        },
+    ),
+}
+
+
+def make(name: str) -> None:
+    config_class, options = MODELS[name]
+    torch.manual_seed(zlib.crc32(name.encode()))
+    tiny_model(config_class(**COMMON | options)).to(torch.bfloat16).save_pretrained(HERE / name)
+    (HERE / name / "generation_config.json").unlink(missing_ok=True)
+    tokens = torch.randint(3, COMMON["vocab_size"], (1, TOKENS))
+    with torch.no_grad():
+        logits = load_hf(HERE / name)(tokens).logits  # from what was stored
+    np.savez_compressed(HERE / name / "logits.npz", tokens=tokens.numpy().astype(np.int32), logits=logits.numpy())
+
+
+if __name__ == "__main__":
+    for each in sys.argv[1:] or MODELS:
+        make(each)
