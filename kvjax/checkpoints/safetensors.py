@@ -45,11 +45,26 @@ NAMES = Names(
         "down_bias": "mlp.down_proj.bias",
     },
 )
+POST_NORMS = {
+    "attention_post_norm": "post_attention_layernorm.weight",
+    "mlp_norm": "pre_feedforward_layernorm.weight",
+    "mlp_post_norm": "post_feedforward_layernorm.weight",
+}
 INDEX = "model.safetensors.index.json"
 KINDS = ("F32", "BF16", "F16", "F64")
 ROWS = 4096  # of two weights that are compared
 ADAPTER = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth")
+
+
+def names_of(config: ModelConfig) -> Names:
+    """HF's names of a decoder's parameters."""
+    return dataclasses.replace(NAMES, layer={**NAMES.layer, **POST_NORMS}) if config.post_norm else NAMES
+
+
+def as_decoder(config: ModelConfig, path: ParamPath, values: np.ndarray) -> np.ndarray:
+    """A tensor's values as the decoder has them, from those of HF: Gemma's norms scale by 1 + w."""
+    return 1 + values.astype(np.float32) if config.family == "gemma3_text" and path[-1].endswith("norm") else values
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -152,10 +167,10 @@ def load_hf(
         config, tensors = _own_head(config, _split_fused(config, _by_canonical_name(found)))
         present = {name: stored.shape for name, stored in tensors.items()}
 
-        def read(_: ParamPath, name: str, index: Index) -> np.ndarray:
-            return tensors[name].read(index)
+        def read(path: ParamPath, name: str, index: Index) -> np.ndarray:
+            return as_decoder(config, path, tensors[name].read(index))
 
-        return build_params(config, NAMES, present, read, dtype, layers, layout)
+        return build_params(config, names_of(config), present, read, dtype, layers, layout)
 
 
 def _find(files: list[Path], stack: contextlib.ExitStack) -> dict[str, Stored]:

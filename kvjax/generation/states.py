@@ -133,12 +133,13 @@ def grow(held: Held, model: Model, max_len: int) -> Held:
     Raises:
       KvjaxError: the model's RoPE depends on the room, so that the stored keys would be turned by other angles.
     """
-    rope, room = model.config.rope, held.cache.shape.max_len
-    if reach(rope, room) != reach(rope, max_len):
-        raise KvjaxError(
-            f"a state with room for {room} tokens cannot grow to {max_len}: {rope.scaling} rope scaling turns keys by"
-            f" other angles there; expected max_len={max_len} when the state begins"
-        )
+    config, room = model.config, held.cache.shape.max_len
+    for rope in map(config.layer_rope, range(config.layers)):
+        if reach(rope, room) != reach(rope, max_len):
+            raise KvjaxError(
+                f"a state with room for {room} tokens cannot grow to {max_len}: {rope.scaling} rope scaling turns keys"
+                f" by other angles there; expected max_len={max_len} when the state begins"
+            )
     return _refit(held, model.cache_shape(held.hidden.shape[0], max_len), model.layout)
 
 

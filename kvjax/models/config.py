@@ -7,8 +7,9 @@ from typing import Any
 
 from kvjax.errors import KvjaxError
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma3_text", "olmo2", "olmo3")
 SCALINGS = ("none", "linear", "llama3", "yarn", "longrope", "dynamic")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # gelu_tanh: the approximation of GELU by a tanh
 MOST = 2**31 - 1  # of any size
 MOST_LAYERS = 2**16 - 1
 
@@ -111,7 +112,15 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: bool = False  # of queries and keys, each head alone
+    whole_qk_norm: bool = False  # that norm is over all heads together
+    pre_norm: bool = True  # before attention and before the MLP
+    post_norm: bool = False  # after each, before the sum
+    activation: str = "silu"  # one of ACTIVATIONS, of the MLP's gate
+    embedding_scale: float = 1.0  # of embedded tokens
+    residual_scale: float = 1.0  # of what attention and the MLP add
+    query_scale: float = 1.0  # of queries, beside the 1 / sqrt(head_dim) of their scores
+    logit_scale: float = 1.0  # of final hidden states, and so of logits
     tied: bool = False
     window: int | None = None  # sliding window, in tokens
     full_layers: tuple[int, ...] = ()  # layers that attend to all tokens in spite of the window
@@ -124,8 +133,11 @@ class ModelConfig:
         _check_sizes(self, "layers", most=MOST_LAYERS)
         _check_sizes(self, "max_positions", *(["window"] if self.window is not None else []))
         _check_layers(self, "full_layers", "nope_layers")
-        _check_reals(self, "norm_eps")
-        for name in ("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "tied"):
+        _check_reals(self, "norm_eps", "embedding_scale", "residual_scale", "query_scale", "logit_scale")
+        if self.activation not in ACTIVATIONS:
+            raise KvjaxError(f"activation is {self.activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+        flags = "qkv_bias", "o_bias", "mlp_bias", "qk_norm", "whole_qk_norm", "pre_norm", "post_norm", "tied"
+        for name in flags:
             if type(value := getattr(self, name)) is not bool:
                 raise KvjaxError(f"{name} is {value!r}; expected true or false")
         if self.heads % self.kv_heads:
@@ -135,6 +147,13 @@ class ModelConfig:
         self.rope.check(self.head_dim)
         if self.window_rope is not None:
             self.window_rope.check(self.head_dim)
+
+    @property
+    def qk_norm_widths(self) -> tuple[int, int]:
+        """Channels that are normalised together, of queries and of keys."""
+        if self.whole_qk_norm:
+            return self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return self.head_dim, self.head_dim
 
     def layer_window(self, layer: int) -> int | None:
         """The sliding window of one layer, None where it sees every token."""

@@ -3,9 +3,11 @@
 Parameters (weights as in the checkpoints, [out, in]):
 
     embed [V, D]   norm [D]   head [V, D] (absent where tied)
-    layer_i: attention_norm [D]  q [H*d, D]  k, v [K*d, D]  o [D, H*d]  mlp_norm [D]  gate, up [F, D]  down [D, F]
-             q_bias, k_bias, v_bias, o_bias, gate_bias, up_bias, down_bias (where the config has them)
-             q_norm, k_norm [d] (Qwen3)
+    layer_i: q [H*d, D]  k, v [K*d, D]  o [D, H*d]  gate, up [F, D]  down [D, F]
+    and where the config has them:
+             attention_norm, mlp_norm [D] (before)  attention_post_norm, mlp_post_norm [D] (after)
+             q_bias, k_bias, v_bias, o_bias, gate_bias, up_bias, down_bias
+             q_norm, k_norm [d] of each head, or [H*d], [K*d] over all
 
 V vocabulary, D model_dim, H heads, K kv_heads, d head_dim, F mlp_dim, B batch, T tokens of this call.
 """
@@ -13,6 +15,8 @@ V vocabulary, D model_dim, H heads, K kv_heads, d head_dim, F mlp_dim, B batch, 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -27,6 +31,11 @@ from kvjax.ops.norm import normalize
 from kvjax.ops.rotate import rotate_heads
 
 Weights = dict[str, Array]  # of a layer, by name
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": jax.nn.gelu,
+}
 TOKEN_TILE = 1024  # tokens that go through an MLP together
 
 
@@ -57,37 +66,75 @@ def project(weights: Weights, name: str, x: Float[Array, "... i"]) -> Float[Arra
     return y if bias is None else y + bias
 
 
+def normed(weights: Weights, name: str, x: Float[Array, "... n"], eps: float) -> Float[Array, "... n"]:
+    """`rms_norm` with the weight of that name, x itself where there is none."""
+    return rms_norm(x, weights[name], eps) if name in weights else x
+
+
+def scaled(x: Float[Array, "..."], factor: float) -> Float[Array, "..."]:
+    """x times a number of the config, most often 1."""
+    return x if factor == 1 else x * factor
+
+
+def embed(config: ModelConfig, table: Float[Array, "V D"], tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """The input of the first layer.
+
+    Args:
+      config: the decoder's config.
+      table: the embedding.
+      tokens: token ids.
+    """
+    return scaled(table[tokens], config.embedding_scale)
+
+
+def final_states(config: ModelConfig, norm: Float[Array, "D"], h: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """Final hidden states: what the head makes logits of.
+
+    Args:
+      config: the decoder's config.
+      norm: the weight of the last norm.
+      h: the output of the last layer.
+    """
+    return scaled(rms_norm(h, norm, config.norm_eps), config.logit_scale)
+
+
+def mlp(config: ModelConfig, weights: Weights, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """The gated MLP of a layer."""
+    gate, up = (project(weights, name, x) for name in ("gate", "up"))
+    return project(weights, "down", ACTIVATIONS[config.activation](gate) * up)
+
+
 def finish(
-    weights: Weights, h: Float[Array, "B T D"], attended: Float[Array, "B T q"], eps: float
+    config: ModelConfig, weights: Weights, h: Float[Array, "B T D"], attended: Float[Array, "B T q"]
 ) -> Float[Array, "B T D"]:
     """What a layer does after attention, to every token alone: the output projection, the MLP, the residual sums.
 
     Args:
-      weights: the layer's, from `o` to `down`.
+      config: the decoder's config.
+      weights: the layer's, from `o` on.
       h: the layer's input.
       attended: the attention's output, all heads side by side.
-      eps: of the norm.
     """
-    h = h + project(weights, "o", attended)
-    x = rms_norm(h, weights["mlp_norm"], eps)
-    gate, up = (project(weights, name, x) for name in ("gate", "up"))
-    return h + project(weights, "down", jax.nn.silu(gate) * up)
+    eps, share = config.norm_eps, config.residual_scale
+    h = h + scaled(normed(weights, "attention_post_norm", project(weights, "o", attended), eps), share)
+    y = mlp(config, weights, normed(weights, "mlp_norm", h, eps))
+    return h + scaled(normed(weights, "mlp_post_norm", y, eps), share)
 
 
 def finish_by_tiles(
-    weights: Weights, h: Float[Array, "B T D"], attended: Float[Array, "B T q"], eps: float
+    config: ModelConfig, weights: Weights, h: Float[Array, "B T D"], attended: Float[Array, "B T q"]
 ) -> Float[Array, "B T D"]:
     """`finish` of `TOKEN_TILE` tokens at a time where there are more, so that no array [T, F] is held."""
     tokens = h.shape[1]
     if tokens <= TOKEN_TILE:
-        return finish(weights, h, attended, eps)
+        return finish(config, weights, h, attended)
     h, attended = (jnp.pad(a, ((0, 0), (0, -tokens % TOKEN_TILE), (0, 0))) for a in (h, attended))
 
     def step(i: Array, h: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         tiles = [jax.lax.dynamic_slice_in_dim(a, i * TOKEN_TILE, TOKEN_TILE, 1) for a in (h, attended)]
         # XLA's CPU backend widens bfloat16 weights; without a barrier it would keep those of all layers widened.
         (below, seen), kept = jax.lax.optimization_barrier((tiles, weights))
-        return jax.lax.dynamic_update_slice_in_dim(h, finish(kept, below, seen, eps), i * TOKEN_TILE, 1)
+        return jax.lax.dynamic_update_slice_in_dim(h, finish(config, kept, below, seen), i * TOKEN_TILE, 1)
 
     return jax.lax.fori_loop(0, h.shape[1] // TOKEN_TILE, step, h)[:, :tokens]
 
@@ -122,22 +169,14 @@ class Layer(nn.Module):
     ):
         c = self.config
         batch, tokens, dim = h.shape
-        q_dim, kv_dim = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        norm = self._param("attention_norm", dim)
-        x = rms_norm(h, norm, c.norm_eps)
-        q = linear(x, self._param("q", q_dim, dim))
-        weights = KVWeights(
-            k=self._param("k", kv_dim, dim), v=self._param("v", kv_dim, dim), norm_eps=c.norm_eps, head_dim=c.head_dim
-        )
-        if c.qkv_bias:
-            q = q + self._param("q_bias", q_dim)
-            weights = dataclasses.replace(
-                weights, k_bias=self._param("k_bias", kv_dim), v_bias=self._param("v_bias", kv_dim)
-            )
-        q = q.reshape(batch, tokens, c.heads, c.head_dim)
+        q_dim = c.heads * c.head_dim
+        norm = self._param("attention_norm", dim) if c.pre_norm else jnp.ones(dim, h.dtype)
+        x = rms_norm(h, norm, c.norm_eps) if c.pre_norm else h
+        q = project(self._projection("q", dim, q_dim, c.qkv_bias), "q", x)
         if c.qk_norm:
-            q = rms_norm(q, self._param("q_norm", c.head_dim), c.norm_eps)
-            weights = dataclasses.replace(weights, k_norm=self._param("k_norm", c.head_dim))
+            q = norm_parts(q, self._param("q_norm", c.qk_norm_widths[0]), c.norm_eps)
+        q = scaled(q, c.query_scale).reshape(batch, tokens, c.heads, c.head_dim)
+        weights = self._kv_weights(dim)
         k, v = project_kv(x, weights, c.kv_heads)
         chunk = Chunk(
             h=h,
@@ -156,14 +195,37 @@ class Layer(nn.Module):
             read=read,
         )
         attended, cache, carry = cache.attend(chunk, carry)
-        rest = {
-            **self._projection("o", q_dim, dim, c.o_bias),
-            "mlp_norm": self._param("mlp_norm", dim),
+        return finish_by_tiles(c, self._rest(dim), h, attended.reshape(batch, tokens, q_dim)), cache, carry
+
+    def _kv_weights(self, dim: int) -> KVWeights:
+        c, kv_dim = self.config, self.config.kv_heads * self.config.head_dim
+        return KVWeights(
+            k=self._param("k", kv_dim, dim),
+            v=self._param("v", kv_dim, dim),
+            k_bias=self._param("k_bias", kv_dim) if c.qkv_bias else None,
+            v_bias=self._param("v_bias", kv_dim) if c.qkv_bias else None,
+            k_norm=self._param("k_norm", c.qk_norm_widths[1]) if c.qk_norm else None,
+            norm_eps=c.norm_eps,
+            head_dim=c.head_dim,
+            pre_norm=c.pre_norm,
+        )
+
+    def _rest(self, dim: int) -> Weights:
+        """What `finish` takes."""
+        c = self.config
+        norms = ["mlp_norm"] * c.pre_norm + ["attention_post_norm", "mlp_post_norm"] * c.post_norm
+        return {
+            **self._projection("o", c.heads * c.head_dim, dim, c.o_bias),
+            **{name: self._param(name, dim) for name in norms},
             **self._projection("gate", dim, c.mlp_dim, c.mlp_bias),
             **self._projection("up", dim, c.mlp_dim, c.mlp_bias),
             **self._projection("down", c.mlp_dim, dim, c.mlp_bias),
         }
-        return finish_by_tiles(rest, h, attended.reshape(batch, tokens, q_dim), c.norm_eps), cache, carry
+
+
+def norm_parts(x: Float[Array, "... m"], weight: Float[Array, "n"], eps: float) -> Float[Array, "... m"]:
+    """`rms_norm` of each n channels: of every head, or of all heads together."""
+    return rms_norm(x.reshape(*x.shape[:-1], -1, len(weight)), weight, eps).reshape(x.shape)
 
 
 def project_kv(
@@ -183,9 +245,9 @@ def project_kv(
     k, v = linear(x, weights.k), linear(x, weights.v)
     if weights.k_bias is not None and weights.v_bias is not None:
         k, v = k + weights.k_bias, v + weights.v_bias
-    k, v = (a.reshape(batch, tokens, kv_heads, -1) for a in (k, v))
     if weights.k_norm is not None:
-        k = rms_norm(k, weights.k_norm, weights.norm_eps)
+        k = norm_parts(k, weights.k_norm, weights.norm_eps)
+    k, v = (a.reshape(batch, tokens, kv_heads, -1) for a in (k, v))
     return k, v
 
 
@@ -233,7 +295,7 @@ class Decoder(nn.Module):
         batch, count = tokens.shape
         lengths = jnp.full((batch,), count, jnp.int32) if lengths is None else lengths
         positions = cache.length[:, None] + jnp.arange(count, dtype=jnp.int32)
-        h = self.embed[tokens]
+        h = embed(c, self.embed, tokens)
         ropes = {layer.rope: make_rope(layer.rope, c.head_dim, cache.shape.max_len) for layer in self.layer}
         rotations = {kind: rope.table(positions, h.dtype) for kind, rope in ropes.items()}
         carry = cache.plan.init_carry(cache.shape)
@@ -245,7 +307,7 @@ class Decoder(nn.Module):
             h, layer_cache, carry = layer(h, positions, lengths, rope, rotation, factor, layer_cache, carry, read)
             stored.append(layer_cache)
             self.sow("hidden", "h", h)
-        return rms_norm(h, self.norm, c.norm_eps), dataclasses.replace(
+        return final_states(c, self.norm, h), dataclasses.replace(
             cache, layers=tuple(stored), length=cache.length + lengths
         )
 

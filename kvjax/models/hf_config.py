@@ -75,7 +75,7 @@ _NORMS: dict[str, tuple[Any, ...]] = dict.fromkeys(("qk_norm", "use_qk_norm"), (
 
 def _keys(*used: str, harmless: tuple[str, ...] = (), neutral: Mapping[str, tuple[Any, ...]] = NEUTRAL) -> KeyList:
     others = {key: values for key, values in neutral.items() if key not in (*used, *harmless)}
-    return KeyList((*USED, *used), (*HARMLESS, *harmless), others)
+    return KeyList((*(key for key in USED if key not in others), *used), (*HARMLESS, *harmless), others)
 
 
 KEYS = {
@@ -91,6 +91,16 @@ KEYS = {
     "smollm3": _keys(
         *("attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"), harmless=("max_window_layers",)
     ),
+    "granite": _keys(
+        *("attention_bias", "mlp_bias"),
+        *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+    ),
+    "gemma3_text": _keys(
+        *("attention_bias", "hidden_activation", "query_pre_attn_scalar"),
+        *("rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"),
+        neutral=NEUTRAL | _NO_BIAS | {"hidden_act": ("gelu_pytorch_tanh",)},
+    ),
+    **dict.fromkeys(("olmo2", "olmo3"), _keys("attention_bias", neutral=NEUTRAL | _NORMS | {"mlp_bias": (False,)})),
 }
 # Of rope_scaling and rope_parameters, by type of scaling: every key that is not listed is refused.
 _ROPE = ("type", "rope_type", "rope_theta")
@@ -107,6 +117,7 @@ ROPE_KEYS = {
     "yarn": KeyList((*_ROPE, "factor", *_YARN, "mscale", "mscale_all_dim"), ("finetuned",), _ROPE_NEUTRAL, ("",)),
     "longrope": KeyList((*_ROPE, *_LONGROPE), ("finetuned",), _ROPE_NEUTRAL, ("",)),
 }
+_LAYER_TYPE_ROPES = KeyList(("full_attention", "sliding_attention"), stems=("",))
 # transformers' own values for keys that a config leaves out; "null" there means what it does here.
 _QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -118,12 +129,31 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2e6},
         **{"tie_word_embeddings": True, "no_rope_layer_interval": 4},
     },
+    "granite": {"max_position_embeddings": 2048, "attention_multiplier": 1.0},
+    "gemma3_text": {
+        **{"max_position_embeddings": 131072, "num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
+        **{"hidden_act": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "sliding_window": 4096},
+        **{"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
+    },
+    "olmo2": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+    "olmo3": {
+        **{"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "sliding_window": 4096},
+        **{"sliding_window_pattern": 4},
+    },
 }
 # What every model of a family has.
-OPTIONS: dict[str, dict[str, Any]] = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
+_NORMS_AFTER = {"pre_norm": False, "post_norm": True, "qk_norm": True, "whole_qk_norm": True}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+    "gemma3_text": {"qk_norm": True, "post_norm": True},
+    **dict.fromkeys(("olmo2", "olmo3"), _NORMS_AFTER),
+}
 SWITCHED = ("qwen2", "qwen3", "smollm3")  # use_sliding_window decides
-ALWAYS = ("mistral",)  # where there is a window it is on, in the others never
-TYPED = ("qwen2", "qwen3", "smollm3")  # each layer has a window or not
+ALWAYS = ("mistral", "gemma3_text", "olmo3")  # where there is a window it is on, in the others never
+TYPED = ("qwen2", "qwen3", "smollm3", "gemma3_text", "olmo3")  # each layer has a window or not
+TWO_ROPES = ("gemma3_text", "olmo3")  # one of layers with a window, one of the others
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 LAYER_TYPES = {"full_attention": False, "attention": False, "sliding_attention": True}  # whether there is a window
 
 
@@ -146,9 +176,8 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     KEYS[family].check(hf, f"a {family} config.json")
     used = {key: value for key, value in hf.items() if key in KEYS[family].used}
     fields = Fields(DEFAULTS[family] | used)
-    if (act := fields.text("hidden_act", "silu")) not in ("silu", "swish"):
-        raise KvjaxError(f"hidden_act {act!r} is not supported; expected silu")
     layers = fields.whole("num_hidden_layers", most=MOST_LAYERS)
+    heads = _heads(fields)
     return ModelConfig(
         family=family,
         vocab_size=fields.whole("vocab_size"),
@@ -156,11 +185,37 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         layers=layers,
         norm_eps=fields.real("rms_norm_eps", 1e-6),
         tied=fields.flag("tie_word_embeddings"),
-        **_heads(fields),
-        **_positions(fields),
+        activation=_activation(fields),
+        **heads,
+        **_scales(fields, family, heads),
+        **_positions(fields, family),
         **_layer_kinds(fields, family, layers),
         **_biases(fields) | OPTIONS.get(family, {}),
     )
+
+
+def _activation(fields: Fields) -> str:
+    key = "hidden_activation" if "hidden_activation" in fields.values else "hidden_act"
+    if (name := fields.text(key, fields.text("hidden_act", "silu"))) not in ACTIVATIONS:
+        raise KvjaxError(f"{key} {name!r} is not supported; expected one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def _scales(fields: Fields, family: str, heads: Mapping[str, int]) -> dict[str, Any]:
+    """Granite's multipliers, and Gemma's embedding and queries. Decoders scale scores by 1 / sqrt(head_dim)."""
+    root = math.sqrt(heads["head_dim"])
+    query = 1.0
+    if "attention_multiplier" in fields.values:
+        query = fields.real("attention_multiplier") * root
+    elif "query_pre_attn_scalar" in fields.values:
+        query = root / math.sqrt(fields.real("query_pre_attn_scalar"))
+    embedding = math.sqrt(heads["model_dim"]) if family == "gemma3_text" else fields.real("embedding_multiplier", 1.0)
+    return {
+        "embedding_scale": embedding,
+        "residual_scale": fields.real("residual_multiplier", 1.0),
+        "query_scale": query,
+        "logit_scale": 1 / fields.real("logits_scaling", 1.0),
+    }
 
 
 def _heads(fields: Fields) -> dict[str, Any]:
@@ -176,16 +231,17 @@ def _biases(fields: Fields) -> dict[str, Any]:
     return {"qkv_bias": attention, "o_bias": attention, "mlp_bias": fields.flag("mlp_bias")}
 
 
-def _positions(fields: Fields) -> dict[str, Any]:
-    """The rope, and how far it reaches: yarn and dynamic count from the length that the model was first made for."""
+def _positions(fields: Fields, family: str) -> dict[str, Any]:
+    """The ropes, and how far they reach: yarn and dynamic count from the length that the model was first made for."""
     most = fields.whole("max_position_embeddings")
-    rope = _rope(fields, most)
+    ropes = _rope_by_type(fields, most) if family in TWO_ROPES else {"rope": _rope(fields, most)}
+    rope = ropes["rope"]
     stretched = rope.scaling in ("yarn", "dynamic")
-    return {"rope": rope, "max_positions": max(most, int(rope.factor * rope.original_max_positions) * stretched)}
+    return {**ropes, "max_positions": max(most, int(rope.factor * rope.original_max_positions) * stretched)}
 
 
 def _layer_kinds(fields: Fields, family: str, layers: int) -> dict[str, Any]:
-    """The sliding window, and the layers without it or without RoPE, as transformers' config of the family has them."""
+    """The sliding window, and the layers without it or without RoPE, as transformers has them."""
     nope = _nope_layers(fields, layers)
     window = _window(fields, family)
     full = tuple(range(layers)) if window is None else _untyped_full_layers(fields, layers, nope)
@@ -220,7 +276,10 @@ def _untyped_full_layers(fields: Fields, layers: int, nope: tuple[int, ...]) -> 
         return tuple(i for i in range(layers) if i not in nope)
     if "max_window_layers" in fields.values:
         return tuple(range(min(fields.whole("max_window_layers", 28, least=0), layers)))
-    return ()
+    every = fields.values.get("_sliding_window_pattern")  # as transformers 5 writes it
+    if every is None and "sliding_window_pattern" in fields.values:
+        every = fields.whole("sliding_window_pattern")
+    return () if every is None else tuple(range(every - 1, layers, every))
 
 
 def _window(fields: Fields, family: str) -> int | None:
@@ -246,6 +305,20 @@ def _rope(fields: Fields, max_positions: int) -> RopeConfig:
     # transformers 5 writes `rope_parameters`; earlier files have `rope_theta` and `rope_scaling`.
     scaling = fields.part("rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters")
     return _rope_of(scaling, fields.real("rope_theta", 10000.0), fields, max_positions)
+
+
+def _rope_by_type(fields: Fields, max_positions: int) -> dict[str, RopeConfig]:
+    """Two ropes: `rope_scaling` and `rope_theta` speak of the layers without a window."""
+    types = fields.part("rope_parameters")
+    _LAYER_TYPE_ROPES.check(types.values, "rope_parameters")
+    full, local = types.part("full_attention"), types.part("sliding_attention")
+    if fields.values.get("rope_scaling"):
+        full = Fields({**full.values, **fields.part("rope_scaling").values}, " of rope_scaling")
+    theta = fields.real("rope_theta")
+    return {
+        "rope": _rope_of(full, theta, fields, max_positions),
+        "window_rope": _rope_of(local, fields.real("rope_local_base_freq", theta), fields, max_positions),
+    }
 
 
 def _rope_of(scaling: Fields, theta: float, fields: Fields, max_positions: int) -> RopeConfig:

@@ -47,13 +47,14 @@ def param_shapes(config: ModelConfig) -> dict[ParamPath, Shape]:
     """
     c = config
     q_dim, kv_dim = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    before, after = (["attention", "mlp"] * there for there in (c.pre_norm, c.post_norm))
     layer: dict[str, Shape] = {
-        "attention_norm": (c.model_dim,),
+        **{f"{name}_norm": (c.model_dim,) for name in before},
+        **{f"{name}_post_norm": (c.model_dim,) for name in after},
         "q": (q_dim, c.model_dim),
         "k": (kv_dim, c.model_dim),
         "v": (kv_dim, c.model_dim),
         "o": (c.model_dim, q_dim),
-        "mlp_norm": (c.model_dim,),
         "gate": (c.mlp_dim, c.model_dim),
         "up": (c.mlp_dim, c.model_dim),
         "down": (c.model_dim, c.mlp_dim),
@@ -65,7 +66,7 @@ def param_shapes(config: ModelConfig) -> dict[ParamPath, Shape]:
     if c.mlp_bias:
         layer |= {"gate_bias": (c.mlp_dim,), "up_bias": (c.mlp_dim,), "down_bias": (c.model_dim,)}
     if c.qk_norm:
-        layer |= {"q_norm": (c.head_dim,), "k_norm": (c.head_dim,)}
+        layer |= {name: (width,) for name, width in zip(("q_norm", "k_norm"), c.qk_norm_widths, strict=True)}
     shapes: dict[ParamPath, Shape] = {("embed",): (c.vocab_size, c.model_dim), ("norm",): (c.model_dim,)}
     if not c.tied:
         shapes["head",] = (c.vocab_size, c.model_dim)

@@ -87,8 +87,10 @@ def _llama3(inv_freq: np.ndarray, config: RopeConfig) -> np.ndarray:
 
 
 def _yarn(inv_freq: np.ndarray, config: RopeConfig) -> np.ndarray:
-    """YaRN (arXiv 2309.00071, section 3.2): divides by `factor` the frequencies of pairs that turn `beta_slow` times
-    or less in the original length, keeps those that turn `beta_fast` times or more, and blends in between.
+    """YaRN (arXiv 2309.00071, section 3.2).
+
+    Divides by `factor` the frequencies of pairs that turn `beta_slow` times or less in the original length, keeps
+    those that turn `beta_fast` times or more, and blends in between.
     """
     channels = 2 * len(inv_freq)
 

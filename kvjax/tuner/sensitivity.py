@@ -35,7 +35,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.caches.base import CacheShape, CacheSpec, Chunk, ModelSizes, visible
 from kvjax.caches.cross_layer import CrossLayerSpec
 from kvjax.caches.plan import CachePlan
-from kvjax.models.decoder import rms_norm
+from kvjax.models.decoder import final_states
 from kvjax.ops import attention
 from kvjax.ops.rotate import rotate_heads
 from kvjax.tuner.simulate import Simulator, Streamed, levels_of, run_layer
@@ -237,7 +237,7 @@ def gradients(simulator: Simulator, window: int, samples: int, seed: int) -> Flo
 
 @functools.partial(jax.jit, static_argnames="config")
 def _pull_head(config, head, norm, h, mean, keys):
-    hidden, pull = jax.vjp(lambda h: rms_norm(h, norm, config.norm_eps), h)
+    hidden, pull = jax.vjp(lambda h: final_states(config, norm, h), h)
     drawn = jax.vmap(lambda key: _draw(hidden[0, :-1], head, key))(keys)  # [S, N - 1]
     g = jnp.pad(head[drawn] - mean.astype(h.dtype), ((0, 0), (0, 1), (0, 0)))  # the last token predicts nothing
     return jax.vmap(lambda g: pull(g[None])[0])(g)

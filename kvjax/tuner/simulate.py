@@ -25,7 +25,7 @@ from kvjax.errors import KvjaxError
 from kvjax.evaluate import vocabulary
 from kvjax.mesh import fetch
 from kvjax.models.config import ModelConfig
-from kvjax.models.decoder import layer_of, rms_norm
+from kvjax.models.decoder import embed, final_states, layer_of
 from kvjax.models.model import Model
 from kvjax.models.rope import make_rope
 from kvjax.ops import attention, store
@@ -131,11 +131,7 @@ def _step(config, layer, form, shape, params, h, carry, levels, bases):
     return h, carry
 
 
-@functools.partial(jax.jit, static_argnames="eps")
-def _final_norm(h: Array, weight: Array, eps: float) -> Array:
-    return rms_norm(h, weight, eps)
-
-
+_final_states = jax.jit(final_states, static_argnums=0)
 _compare = jax.jit(vocabulary.compare)
 _dense_run = jax.jit(vocabulary.dense_run)
 
@@ -246,7 +242,7 @@ class Simulator:
     def _scored(self, plan: CachePlan, window: int) -> tuple[Array, Array, Array]:
         """Returns final hidden states, the head and the targets of a window."""
         params, config = self.model.params, self.model.config
-        hidden = _final_norm(self._trace(plan, window, False).h[-1], params["norm"], config.norm_eps)
+        hidden = _final_states(config, params["norm"], self._trace(plan, window, False).h[-1])
         return hidden[0, :-1], self.model.head, jnp.asarray(self.windows[window, 1:], jnp.int32)
 
     def _trace(self, plan: CachePlan, window: int, whole: bool) -> Trace:
@@ -261,7 +257,7 @@ class Simulator:
         if best and start:
             hs, carries = best.h[: start + 1], best.carry[: start + 1]
         else:
-            hs = [params["embed"][jnp.asarray(self.windows[window : window + 1], jnp.int32)]]
+            hs = [embed(config, params["embed"], jnp.asarray(self.windows[window : window + 1], jnp.int32))]
             carries = [plan.init_carry(self.shape)]
         h, carry = hs[-1], carries[-1] or plan.init_carry(self.shape)
         for i in range(start, config.layers):

@@ -24,16 +24,28 @@ BASE: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "sliding_window": None,
 }
+FULL, SLIDING = "full_attention", "sliding_attention"
 # Where a family's own default does not suit the cases.
-BASES: dict[str, dict[str, Any]] = {"smollm3": {"tie_word_embeddings": False, "pad_token_id": None}}
+_OWN_HEAD = {"tie_word_embeddings": False, "pad_token_id": None}
+BASES: dict[str, dict[str, Any]] = {
+    "smollm3": _OWN_HEAD,
+    "gemma3_text": {**_OWN_HEAD, "sliding_window": 6, "sliding_window_pattern": 2, "eos_token_id": None},
+    "olmo2": {"pad_token_id": None},
+    "olmo3": {
+        "pad_token_id": None,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+}
 TOKENS, KEPT, COLUMNS = 40, 4, 32  # fed; positions from the end and columns of which the logits are kept
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LONGROPE = {
     **{"rope_type": "longrope", "short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [1.0, 2.0, 5.0, 9.0]},
     **{"original_max_position_embeddings": 16},
 }
-EVERYWHERE: dict[str, dict[str, Any]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "base": {},
     "width": {"hidden_size": 64},
     "width of the MLP": {"intermediate_size": 40},
@@ -43,11 +55,14 @@ EVERYWHERE: dict[str, dict[str, Any]] = {
     "head dim": {"head_dim": 12},
     "eps": {"rms_norm_eps": 1e-2},
     "tied": {"tie_word_embeddings": True},
+}
+EVERYWHERE: dict[str, dict[str, Any]] = {
+    **SHAPES,
     "theta": {"rope_theta": 500.0},
     "theta, new spelling": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     "theta twice": {"rope_theta": 99.0, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
-    "linear, new spelling": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}},
+    "linear, new spelling": {"rope_parameters": LINEAR},
     "linear wins over default": {
         "rope_scaling": {"rope_type": "linear", "factor": 4},
         "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
@@ -76,8 +91,12 @@ ROPES: dict[str, dict[str, Any]] = {
     "longrope, with a factor": {"rope_scaling": {**LONGROPE, "factor": 8.0}},
     "longrope, factor of attention": {"rope_scaling": {**LONGROPE, "attention_factor": 1.5}},
 }
+TWO_ROPES: dict[str, dict[str, Any]] = {
+    "theta of full layers": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 50.0}}},
+    "theta of windows": {"rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}},
+    "two ropes": {"rope_parameters": {"full_attention": {**YARN, "rope_theta": 50.0}, "sliding_attention": LINEAR}},
+}
 WINDOW = {"use_sliding_window": True, "sliding_window": 6}
-FULL, SLIDING = "full_attention", "sliding_attention"
 CHOOSING: dict[str, dict[str, Any]] = {  # Qwen's layers have a window or not
     "windows from layer 0": {**WINDOW, "max_window_layers": 0},
     "windows from layer 2": {**WINDOW, "max_window_layers": 2},
@@ -105,6 +124,37 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "windows where there is no rope": {**WINDOW, "no_rope_layers": [0, 1, 0]},
         "windows by type": {**WINDOW, "layer_types": [SLIDING, FULL, SLIDING]},
     },
+    "granite": {
+        **EVERYWHERE,
+        "attention bias": {"attention_bias": True},
+        "mlp bias": {"mlp_bias": True},
+        "embedding multiplier": {"embedding_multiplier": 12.0},
+        "residual multiplier": {"residual_multiplier": 0.22},
+        "attention multiplier": {"attention_multiplier": 0.1},
+        "logits scaling": {"logits_scaling": 8.0},
+    },
+    "gemma3_text": {
+        **SHAPES,
+        **TWO_ROPES,
+        "attention bias": {"attention_bias": True},
+        "activation": {"hidden_activation": "silu"},
+        "query scale": {"query_pre_attn_scalar": 8},
+        "window": {"sliding_window": 12},
+        "pattern": {"sliding_window_pattern": 3},
+        "windows by type": {"layer_types": [FULL, SLIDING, FULL]},
+        "ropes, old spelling": {"rope_theta": 500.0, "rope_local_base_freq": 20.0},
+        "scaled rope, old spelling": {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    },
+    "olmo2": {**EVERYWHERE, "attention bias": {"attention_bias": True}, "yarn": ROPES["yarn"]},
+    "olmo3": {
+        **SHAPES,
+        **TWO_ROPES,
+        "layers": {"num_hidden_layers": 2, "layer_types": [SLIDING, FULL]},
+        "window": {"sliding_window": 12},
+        "pattern": {"num_hidden_layers": 4, "layer_types": None},
+        "windows by type": {"layer_types": [FULL, SLIDING, FULL]},
+        "yarn, old spelling": {"rope_scaling": {**YARN, "beta_fast": 1.5, "beta_slow": 0.1}},
+    },
 }
 # Same logits as the base, or as the case that is named.
 SAME: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
@@ -114,7 +164,13 @@ SAME: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "all full": ("base", {"layer_types": [FULL] * 3}),
     }
     for family in CASES
+    if family not in ("gemma3_text", "olmo3")
 }
+SAME["gemma3_text"] = {
+    "default": ("base", {"rope_scaling": {"rope_type": "default"}}),
+    "pattern by type": ("pattern", {"layer_types": [SLIDING, SLIDING, FULL]}),
+}
+SAME["olmo3"] = {"one rope": ("base", {"rope_parameters": {"sliding_attention": {"rope_theta": 5e5}}})}
 SAME["smollm3"] |= {
     "all with rope": ("base", {"no_rope_layers": [1, 1, 1]}),
     "window off": ("base", {"use_sliding_window": False, "sliding_window": 6}),

@@ -44,6 +44,32 @@ MODELS = {
             **{"use_sliding_window": True, "sliding_window": 12},
         },
     ),
+    "granite": (
+        transformers.GraniteConfig,
+        {
+            **{"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.125},
+            **{"logits_scaling": 4.0, "tie_word_embeddings": True},
+        },
+    ),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        {
+            **{"num_hidden_layers": 3, "head_dim": 24, "sliding_window": 12, "sliding_window_pattern": 2},
+            **{"query_pre_attn_scalar": 32, "num_key_value_heads": 1, "num_attention_heads": 2},
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "olmo2": (transformers.Olmo2Config, {"num_key_value_heads": 4}),
+    "olmo3": (
+        transformers.Olmo3Config,
+        {
+            **{"num_hidden_layers": 4, "sliding_window": 12},
+            "rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_theta": 1e4}},
+        },
+    ),
 }
 
 

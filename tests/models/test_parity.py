@@ -9,7 +9,8 @@ from kvjax.checkpoints.safetensors import load_hf
 TOLERANCE = 2e-5
 
 
-FOLDERS = ["llama-linear", "llama-llama3", "mistral-window", "qwen2-tied", "qwen3", "smollm3"]
+FAMILIES = ["smollm3", "granite", "gemma3", "olmo2", "olmo3"]
+FOLDERS = ["llama-linear", "llama-llama3", "mistral-window", "qwen2-tied", "qwen3", *FAMILIES]
 
 
 @pytest.mark.parametrize("name", FOLDERS)
