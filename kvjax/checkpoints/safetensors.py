@@ -63,8 +63,19 @@ def names_of(config: ModelConfig) -> Names:
 
 
 def as_decoder(config: ModelConfig, path: ParamPath, values: np.ndarray) -> np.ndarray:
-    """A tensor's values as the decoder has them, from those of HF: Gemma's norms scale by 1 + w."""
-    return 1 + values.astype(np.float32) if config.family == "gemma3_text" and path[-1].endswith("norm") else values
+    """A tensor's values as the decoder has them, from those of HF.
+
+    Gemma's norms scale by 1 + w. Where RoPE turns only the first channels of a head, the pairs that it turns lie
+    together; the decoder has the two halves of all pairs apart.
+    """
+    if config.family == "gemma3_text" and path[-1].endswith("norm"):
+        return 1 + values.astype(np.float32)
+    turned = config.rope.channels
+    if turned is None or path[-1] not in ("q", "k", "q_bias", "k_bias"):
+        return values
+    first, last = np.split(np.arange(turned), 2), np.split(np.arange(turned, config.head_dim), 2)
+    heads = values.reshape(-1, config.head_dim, *values.shape[1:])
+    return heads[:, np.concatenate([first[0], last[0], first[1], last[1]])].reshape(values.shape)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from kvjax.errors import KvjaxError
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma3_text", "olmo2", "olmo3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma3_text", "olmo2", "olmo3", "phi3")
 SCALINGS = ("none", "linear", "llama3", "yarn", "longrope", "dynamic")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # gelu_tanh: the approximation of GELU by a tanh
 MOST = 2**31 - 1  # of any size

@@ -101,6 +101,7 @@ KEYS = {
         neutral=NEUTRAL | _NO_BIAS | {"hidden_act": ("gelu_pytorch_tanh",)},
     ),
     **dict.fromkeys(("olmo2", "olmo3"), _keys("attention_bias", neutral=NEUTRAL | _NORMS | {"mlp_bias": (False,)})),
+    "phi3": _keys("partial_rotary_factor", neutral=NEUTRAL | _NO_BIAS),
 }
 # Of rope_scaling and rope_parameters, by type of scaling: every key that is not listed is refused.
 _ROPE = ("type", "rope_type", "rope_theta")
@@ -140,6 +141,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "sliding_window": 4096},
         **{"sliding_window_pattern": 4},
     },
+    "phi3": {
+        **{"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+        **{"partial_rotary_factor": 1.0},
+    },
 }
 # What every model of a family has.
 _NORMS_AFTER = {"pre_norm": False, "post_norm": True, "qk_norm": True, "whole_qk_norm": True}
@@ -150,7 +155,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("olmo2", "olmo3"), _NORMS_AFTER),
 }
 SWITCHED = ("qwen2", "qwen3", "smollm3")  # use_sliding_window decides
-ALWAYS = ("mistral", "gemma3_text", "olmo3")  # where there is a window it is on, in the others never
+ALWAYS = ("mistral", "gemma3_text", "olmo3", "phi3")  # where there is a window it is on, in the others never
 TYPED = ("qwen2", "qwen3", "smollm3", "gemma3_text", "olmo3")  # each layer has a window or not
 TWO_ROPES = ("gemma3_text", "olmo3")  # one of layers with a window, one of the others
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -188,7 +193,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         activation=_activation(fields),
         **heads,
         **_scales(fields, family, heads),
-        **_positions(fields, family),
+        **_positions(fields, family, heads["head_dim"]),
         **_layer_kinds(fields, family, layers),
         **_biases(fields) | OPTIONS.get(family, {}),
     )
@@ -231,10 +236,10 @@ def _biases(fields: Fields) -> dict[str, Any]:
     return {"qkv_bias": attention, "o_bias": attention, "mlp_bias": fields.flag("mlp_bias")}
 
 
-def _positions(fields: Fields, family: str) -> dict[str, Any]:
+def _positions(fields: Fields, family: str, head_dim: int) -> dict[str, Any]:
     """The ropes, and how far they reach: yarn and dynamic count from the length that the model was first made for."""
     most = fields.whole("max_position_embeddings")
-    ropes = _rope_by_type(fields, most) if family in TWO_ROPES else {"rope": _rope(fields, most)}
+    ropes = _rope_by_type(fields, most) if family in TWO_ROPES else {"rope": _rope(fields, most, head_dim)}
     rope = ropes["rope"]
     stretched = rope.scaling in ("yarn", "dynamic")
     return {**ropes, "max_positions": max(most, int(rope.factor * rope.original_max_positions) * stretched)}
@@ -301,10 +306,18 @@ def _full_layers(types: Any, layers: int) -> tuple[int, ...]:
     return tuple(i for i, kind in enumerate(types) if not LAYER_TYPES[kind])
 
 
-def _rope(fields: Fields, max_positions: int) -> RopeConfig:
+def _rope(fields: Fields, max_positions: int, head_dim: int) -> RopeConfig:
     # transformers 5 writes `rope_parameters`; earlier files have `rope_theta` and `rope_scaling`.
     scaling = fields.part("rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters")
-    return _rope_of(scaling, fields.real("rope_theta", 10000.0), fields, max_positions)
+    channels = None
+    if "partial_rotary_factor" in fields.values:  # the share of a head that the family lets configs choose
+        turned = head_dim * scaling.real("partial_rotary_factor", fields.real("partial_rotary_factor"))
+        if turned % 2 or turned > head_dim:
+            raise KvjaxError(f"rope turns {turned} of the {head_dim} channels of a head; expected an even number")
+        channels = None if turned == head_dim else int(turned)
+        scaling = Fields({**scaling.values, "partial_rotary_factor": None}, scaling.where)
+    rope = _rope_of(scaling, fields.real("rope_theta", 10000.0), fields, max_positions)
+    return dataclasses.replace(rope, channels=channels)
 
 
 def _rope_by_type(fields: Fields, max_positions: int) -> dict[str, RopeConfig]:
@@ -324,6 +337,7 @@ def _rope_by_type(fields: Fields, max_positions: int) -> dict[str, RopeConfig]:
 def _rope_of(scaling: Fields, theta: float, fields: Fields, max_positions: int) -> RopeConfig:
     """The RoPE of one object, `theta` where it has none."""
     kind = scaling.text("rope_type", scaling.text("type", "default"))
+    kind = "longrope" if kind == "su" else kind  # its older name
     if kind not in ROPE_KEYS:
         raise KvjaxError(f"rope scaling {kind!r} is not supported; expected {', '.join(ROPE_KEYS)}")
     ROPE_KEYS[kind].check(scaling.values, f"{kind} rope scaling")

@@ -31,6 +31,7 @@ BASES: dict[str, dict[str, Any]] = {
     "smollm3": _OWN_HEAD,
     "gemma3_text": {**_OWN_HEAD, "sliding_window": 6, "sliding_window_pattern": 2, "eos_token_id": None},
     "olmo2": {"pad_token_id": None},
+    "phi3": {"pad_token_id": None},
     "olmo3": {
         "pad_token_id": None,
         "sliding_window": 6,
@@ -156,6 +157,11 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "yarn, old spelling": {"rope_scaling": {**YARN, "beta_fast": 1.5, "beta_slow": 0.1}},
     },
 }
+FOLDERS = (
+    "phi3",
+    "qwen3_moe",
+    "gpt_oss",
+)  # families whose files hold weights in another form: goldens in folders only
 # Same logits as the base, or as the case that is named.
 SAME: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     family: {

@@ -36,6 +36,10 @@ COMMON = {
     "pad_token_id": None,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+LONGROPE = {
+    **{"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75},  # 12 of 16 channels
+    **{"short_factor": [1.0, 1.1, 1.2, 1.5, 2.0, 3.0], "long_factor": [1.0, 1.5, 2.0, 4.0, 6.0, 9.0]},
+}
 MODELS = {
     "smollm3": (
         transformers.SmolLM3Config,
@@ -68,6 +72,20 @@ MODELS = {
         {
             **{"num_hidden_layers": 4, "sliding_window": 12},
             "rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_theta": 1e4}},
+        },
+    ),
+    "phi3-long": (
+        transformers.Phi3Config,
+        {
+            **{"rope_parameters": LONGROPE, "original_max_position_embeddings": 16, "max_position_embeddings": 64},
+            **{"tie_word_embeddings": True},
+        },
+    ),
+    "phi3-short": (
+        transformers.Phi3Config,
+        {
+            **{"rope_parameters": LONGROPE, "original_max_position_embeddings": 48, "max_position_embeddings": 96},
+            **{"sliding_window": 12},
         },
     ),
 }
