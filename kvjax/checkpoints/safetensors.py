@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,10 @@ NAMES = Names(
         "gate_bias": "mlp.gate_proj.bias",
         "up_bias": "mlp.up_proj.bias",
         "down_bias": "mlp.down_proj.bias",
+        "router": "mlp.gate.weight",
+        "expert_gate": "mlp.experts.gate_proj.weight",
+        "expert_up": "mlp.experts.up_proj.weight",
+        "expert_down": "mlp.experts.down_proj.weight",
     },
 )
 POST_NORMS = {
@@ -53,6 +58,7 @@ POST_NORMS = {
 INDEX = "model.safetensors.index.json"
 KINDS = ("F32", "BF16", "F16", "F64")
 ROWS = 4096  # of two weights that are compared
+EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d{1,9})\.(.*)")
 ADAPTER = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth")
 
@@ -134,6 +140,21 @@ class Stored:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """Tensors of one shape, read as one with an axis more: those of all experts."""
+
+    parts: tuple[Stored, ...]
+
+    @property
+    def shape(self) -> Shape:
+        return len(self.parts), *self.parts[0].shape
+
+    def read(self, index: Index) -> np.ndarray:
+        """Reads the part at an index, and no other bytes."""
+        return np.stack([part.read(index[1:]) for part in self.parts[index[0]]])
+
+
 def read_hf_config(folder: Path) -> ModelConfig:
     """Reads the config of a HF folder.
 
@@ -175,7 +196,8 @@ def load_hf(
     with contextlib.ExitStack() as stack:
         found = _find(weight_files(folder), stack)
         check_forms(found)
-        config, tensors = _own_head(config, _split_fused(config, _by_canonical_name(found)))
+        config, plain = _own_head(config, _split_fused(config, _by_canonical_name(found)))
+        tensors = _stack_experts(config, plain)
         present = {name: stored.shape for name, stored in tensors.items()}
 
         def read(path: ParamPath, name: str, index: Index) -> np.ndarray:
@@ -230,6 +252,25 @@ def _split_fused(config: ModelConfig, tensors: Mapping[str, Stored]) -> dict[str
             raise KvjaxError(f"tensor {part} is there twice: on its own and in a fused tensor")
         split |= parts
     return split
+
+
+def _stack_experts(config: ModelConfig, tensors: Mapping[str, Stored]) -> dict[str, Stored | Stacked]:
+    """Joins `experts.0.` to `experts.{E-1}.` of a layer, as Qwen's MoE models store them."""
+    found: dict[str, dict[int, Stored]] = {}
+    others: dict[str, Stored | Stacked] = {}
+    for name, stored in tensors.items():
+        if match := EXPERT.fullmatch(name):
+            found.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = stored
+        else:
+            others[name] = stored
+    for name, parts in found.items():
+        if parts.keys() != set(range(config.experts)):
+            numbers = f"{len(parts)} experts, up to number {max(parts)}"
+            raise KvjaxError(f"tensor {name} is there for {numbers}; expected {config.experts}, numbered from 0")
+        if len(shapes := {part.shape for part in parts.values()}) > 1:
+            raise KvjaxError(f"tensor {name} has shapes {sorted(shapes)} in its experts; expected one")
+        others[name] = Stacked(tuple(parts[i] for i in range(config.experts)))
+    return others
 
 
 def _own_head(config: ModelConfig, tensors: dict[str, Stored]) -> tuple[ModelConfig, dict[str, Stored]]:

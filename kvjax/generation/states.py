@@ -137,8 +137,8 @@ def grow(held: Held, model: Model, max_len: int) -> Held:
     for rope in map(config.layer_rope, range(config.layers)):
         if reach(rope, room) != reach(rope, max_len):
             raise KvjaxError(
-                f"a state with room for {room} tokens cannot grow to {max_len}: {rope.scaling} rope scaling turns keys"
-                f" by other angles there; expected max_len={max_len} when the state begins"
+                f"a state with room for {room} tokens cannot grow to {max_len}: {rope.scaling} rope scaling turns"
+                f" keys by other angles there; expected max_len={max_len} when the state begins"
             )
     return _refit(held, model.cache_shape(held.hidden.shape[0], max_len), model.layout)
 

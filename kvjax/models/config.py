@@ -7,9 +7,9 @@ from typing import Any
 
 from kvjax.errors import KvjaxError
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma3_text", "olmo2", "olmo3", "phi3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma3_text", "olmo2", "olmo3", "phi3", "qwen3_moe")
 SCALINGS = ("none", "linear", "llama3", "yarn", "longrope", "dynamic")
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # gelu_tanh: the approximation of GELU by a tanh
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "clamped_silu")  # models/decoder.py has the formulas
 MOST = 2**31 - 1  # of any size
 MOST_LAYERS = 2**16 - 1
 
@@ -121,6 +121,9 @@ class ModelConfig:
     residual_scale: float = 1.0  # of what attention and the MLP add
     query_scale: float = 1.0  # of queries, beside the 1 / sqrt(head_dim) of their scores
     logit_scale: float = 1.0  # of final hidden states, and so of logits
+    experts: int = 0  # of the MLP, chosen by a router; 0: one MLP for all tokens
+    experts_per_token: int = 0
+    normalized_experts: bool = True  # the weights of a token's experts add up to 1
     tied: bool = False
     window: int | None = None  # sliding window, in tokens
     full_layers: tuple[int, ...] = ()  # layers that attend to all tokens in spite of the window
@@ -136,8 +139,11 @@ class ModelConfig:
         _check_reals(self, "norm_eps", "embedding_scale", "residual_scale", "query_scale", "logit_scale")
         if self.activation not in ACTIVATIONS:
             raise KvjaxError(f"activation is {self.activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+        if self.experts:
+            _check_sizes(self, "experts")
+            _check_sizes(self, "experts_per_token", most=self.experts)
         flags = "qkv_bias", "o_bias", "mlp_bias", "qk_norm", "whole_qk_norm", "pre_norm", "post_norm", "tied"
-        for name in flags:
+        for name in (*flags, "normalized_experts"):
             if type(value := getattr(self, name)) is not bool:
                 raise KvjaxError(f"{name} is {value!r}; expected true or false")
         if self.heads % self.kv_heads:

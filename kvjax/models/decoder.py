@@ -8,6 +8,8 @@ Parameters (weights as in the checkpoints, [out, in]):
              attention_norm, mlp_norm [D] (before)  attention_post_norm, mlp_post_norm [D] (after)
              q_bias, k_bias, v_bias, o_bias, gate_bias, up_bias, down_bias
              q_norm, k_norm [d] of each head, or [H*d], [K*d] over all
+    instead of gate, up and down, for E experts: router [E, D]  expert_gate, expert_up [E, F, D]  expert_down [E, D, F],
+             all with biases or none
 
 V vocabulary, D model_dim, H heads, K kv_heads, d head_dim, F mlp_dim, B batch, T tokens of this call.
 """
@@ -15,8 +17,7 @@ V vocabulary, D model_dim, H heads, K kv_heads, d head_dim, F mlp_dim, B batch, 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -27,15 +28,13 @@ from kvjax.caches.base import Attends, Chunk, KVWeights
 from kvjax.caches.plan import Cache
 from kvjax.models.config import ModelConfig, RopeConfig
 from kvjax.models.rope import Rope, make_rope
+from kvjax.models.params import layer_shapes
+from kvjax.ops.experts import Experts, Gated, mix, route
 from kvjax.ops.norm import normalize
 from kvjax.ops.rotate import rotate_heads
 
 Weights = dict[str, Array]  # of a layer, by name
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": jax.nn.gelu,
-}
+BEFORE = ("attention_norm", *("q", "k", "v"), *("q_bias", "k_bias", "v_bias"), *("q_norm", "k_norm"))  # attention
 TOKEN_TILE = 1024  # tokens that go through an MLP together
 
 
@@ -98,10 +97,30 @@ def final_states(config: ModelConfig, norm: Float[Array, "D"], h: Float[Array, "
     return scaled(rms_norm(h, norm, config.norm_eps), config.logit_scale)
 
 
-def mlp(config: ModelConfig, weights: Weights, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """The gated MLP of a layer."""
-    gate, up = (project(weights, name, x) for name in ("gate", "up"))
-    return project(weights, "down", ACTIVATIONS[config.activation](gate) * up)
+def _clamped_silu(gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
+    """gpt-oss: values are clamped, the sigmoid is steeper, and 1 is added to the other factor."""
+    gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
+    return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
+
+
+GATED: dict[str, Gated] = {
+    "silu": lambda gate, up: jax.nn.silu(gate) * up,
+    "gelu": lambda gate, up: jax.nn.gelu(gate, approximate=False) * up,
+    "gelu_tanh": lambda gate, up: jax.nn.gelu(gate) * up,
+    "clamped_silu": _clamped_silu,
+}
+
+
+def mlp(config: ModelConfig, weights: Weights, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The gated MLP of a layer: one for all tokens, or the sum of each token's experts."""
+    gated = GATED[config.activation]
+    if not config.experts:
+        gate, up = (project(weights, name, x) for name in ("gate", "up"))
+        return project(weights, "down", gated(gate, up))
+    tokens = x.reshape(-1, x.shape[-1])
+    chosen, share = route(project(weights, "router", tokens), config.experts_per_token, config.normalized_experts)
+    experts = Experts(**{name: weights.get(f"expert_{name}") for name in Experts._fields})
+    return mix(tokens, experts, chosen, share, gated).reshape(x.shape)
 
 
 def finish(
@@ -146,13 +165,11 @@ class Layer(nn.Module):
     window: int | None
     rope: RopeConfig
 
-    def _param(self, name: str, *shape: int) -> Array:
-        init = nn.initializers.ones if name.endswith("norm") else nn.initializers.normal(0.02)
-        return self.param(name, init, shape)
+    def _weights(self) -> Weights:
+        def init(name: str) -> Any:
+            return nn.initializers.ones if name.endswith("norm") else nn.initializers.normal(0.02)
 
-    def _projection(self, name: str, inputs: int, outputs: int, bias: bool) -> Weights:
-        weights = {name: self._param(name, outputs, inputs)}
-        return weights | {f"{name}_bias": self._param(f"{name}_bias", outputs)} if bias else weights
+        return {name: self.param(name, init(name), shape) for name, shape in layer_shapes(self.config).items()}
 
     @nn.compact
     def __call__(
@@ -167,16 +184,14 @@ class Layer(nn.Module):
         carry,
         read: str,
     ):
-        c = self.config
+        c, w = self.config, self._weights()
         batch, tokens, dim = h.shape
-        q_dim = c.heads * c.head_dim
-        norm = self._param("attention_norm", dim) if c.pre_norm else jnp.ones(dim, h.dtype)
-        x = rms_norm(h, norm, c.norm_eps) if c.pre_norm else h
-        q = project(self._projection("q", dim, q_dim, c.qkv_bias), "q", x)
+        x, norm = normed(w, "attention_norm", h, c.norm_eps), w.get("attention_norm", jnp.ones(dim, h.dtype))
+        q = project(w, "q", x)
         if c.qk_norm:
-            q = norm_parts(q, self._param("q_norm", c.qk_norm_widths[0]), c.norm_eps)
+            q = norm_parts(q, w["q_norm"], c.norm_eps)
         q = scaled(q, c.query_scale).reshape(batch, tokens, c.heads, c.head_dim)
-        weights = self._kv_weights(dim)
+        weights = kv_weights(c, w)
         k, v = project_kv(x, weights, c.kv_heads)
         chunk = Chunk(
             h=h,
@@ -195,32 +210,14 @@ class Layer(nn.Module):
             read=read,
         )
         attended, cache, carry = cache.attend(chunk, carry)
-        return finish_by_tiles(c, self._rest(dim), h, attended.reshape(batch, tokens, q_dim)), cache, carry
+        rest = {name: each for name, each in w.items() if name not in BEFORE}
+        return finish_by_tiles(c, rest, h, attended.reshape(batch, tokens, -1)), cache, carry
 
-    def _kv_weights(self, dim: int) -> KVWeights:
-        c, kv_dim = self.config, self.config.kv_heads * self.config.head_dim
-        return KVWeights(
-            k=self._param("k", kv_dim, dim),
-            v=self._param("v", kv_dim, dim),
-            k_bias=self._param("k_bias", kv_dim) if c.qkv_bias else None,
-            v_bias=self._param("v_bias", kv_dim) if c.qkv_bias else None,
-            k_norm=self._param("k_norm", c.qk_norm_widths[1]) if c.qk_norm else None,
-            norm_eps=c.norm_eps,
-            head_dim=c.head_dim,
-            pre_norm=c.pre_norm,
-        )
 
-    def _rest(self, dim: int) -> Weights:
-        """What `finish` takes."""
-        c = self.config
-        norms = ["mlp_norm"] * c.pre_norm + ["attention_post_norm", "mlp_post_norm"] * c.post_norm
-        return {
-            **self._projection("o", c.heads * c.head_dim, dim, c.o_bias),
-            **{name: self._param(name, dim) for name in norms},
-            **self._projection("gate", dim, c.mlp_dim, c.mlp_bias),
-            **self._projection("up", dim, c.mlp_dim, c.mlp_bias),
-            **self._projection("down", c.mlp_dim, dim, c.mlp_bias),
-        }
+def kv_weights(config: ModelConfig, weights: Weights) -> KVWeights:
+    """Those of a layer's weights that turn its normalised input into keys and values."""
+    own = {name: weights.get(name) for name in ("k", "v", "k_bias", "v_bias", "k_norm")}
+    return KVWeights(**own, norm_eps=config.norm_eps, head_dim=config.head_dim, pre_norm=config.pre_norm)
 
 
 def norm_parts(x: Float[Array, "... m"], weight: Float[Array, "n"], eps: float) -> Float[Array, "... m"]:

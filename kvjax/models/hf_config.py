@@ -75,7 +75,7 @@ _NORMS: dict[str, tuple[Any, ...]] = dict.fromkeys(("qk_norm", "use_qk_norm"), (
 
 def _keys(*used: str, harmless: tuple[str, ...] = (), neutral: Mapping[str, tuple[Any, ...]] = NEUTRAL) -> KeyList:
     others = {key: values for key, values in neutral.items() if key not in (*used, *harmless)}
-    return KeyList((*(key for key in USED if key not in others), *used), (*HARMLESS, *harmless), others)
+    return KeyList((*(key for key in USED if key not in (*others, *harmless)), *used), (*HARMLESS, *harmless), others)
 
 
 KEYS = {
@@ -102,6 +102,12 @@ KEYS = {
     ),
     **dict.fromkeys(("olmo2", "olmo3"), _keys("attention_bias", neutral=NEUTRAL | _NORMS | {"mlp_bias": (False,)})),
     "phi3": _keys("partial_rotary_factor", neutral=NEUTRAL | _NO_BIAS),
+    "qwen3_moe": _keys(
+        *("attention_bias", "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),
+        *("norm_topk_prob",),
+        harmless=("intermediate_size", "max_window_layers"),
+        neutral=NEUTRAL | _NORMS | {"mlp_bias": (False,), "decoder_sparse_step": (1,), "mlp_only_layers": ()},
+    ),
 }
 # Of rope_scaling and rope_parameters, by type of scaling: every key that is not listed is refused.
 _ROPE = ("type", "rope_type", "rope_theta")
@@ -145,6 +151,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
         **{"partial_rotary_factor": 1.0},
     },
+    "qwen3_moe": {
+        **{"max_position_embeddings": 32768, "num_key_value_heads": 4, "sliding_window": 4096, "num_experts": 128},
+        **{"num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": False},
+    },
 }
 # What every model of a family has.
 _NORMS_AFTER = {"pre_norm": False, "post_norm": True, "qk_norm": True, "whole_qk_norm": True}
@@ -153,8 +163,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3": {"qk_norm": True},
     "gemma3_text": {"qk_norm": True, "post_norm": True},
     **dict.fromkeys(("olmo2", "olmo3"), _NORMS_AFTER),
+    "qwen3_moe": {"qk_norm": True},
 }
-SWITCHED = ("qwen2", "qwen3", "smollm3")  # use_sliding_window decides
+SWITCHED = ("qwen2", "qwen3", "smollm3", "qwen3_moe")  # use_sliding_window decides
 ALWAYS = ("mistral", "gemma3_text", "olmo3", "phi3")  # where there is a window it is on, in the others never
 TYPED = ("qwen2", "qwen3", "smollm3", "gemma3_text", "olmo3")  # each layer has a window or not
 TWO_ROPES = ("gemma3_text", "olmo3")  # one of layers with a window, one of the others
@@ -186,12 +197,12 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(
         family=family,
         vocab_size=fields.whole("vocab_size"),
-        mlp_dim=fields.whole("intermediate_size"),
         layers=layers,
         norm_eps=fields.real("rms_norm_eps", 1e-6),
         tied=fields.flag("tie_word_embeddings"),
         activation=_activation(fields),
         **heads,
+        **_mlp(fields),
         **_scales(fields, family, heads),
         **_positions(fields, family, heads["head_dim"]),
         **_layer_kinds(fields, family, layers),
@@ -204,6 +215,19 @@ def _activation(fields: Fields) -> str:
     if (name := fields.text(key, fields.text("hidden_act", "silu"))) not in ACTIVATIONS:
         raise KvjaxError(f"{key} {name!r} is not supported; expected one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
+
+
+def _mlp(fields: Fields) -> dict[str, Any]:
+    """The MLP's width; where the family has experts, theirs."""
+    if "num_experts" not in fields.values:
+        return {"mlp_dim": fields.whole("intermediate_size")}
+    experts = fields.whole("num_local_experts", fields.whole("num_experts"))  # one key by two names
+    return {
+        "mlp_dim": fields.whole("moe_intermediate_size", fields.whole("intermediate_size", 1)),
+        "experts": experts,
+        "experts_per_token": fields.whole("num_experts_per_tok", most=experts),
+        "normalized_experts": fields.flag("norm_topk_prob"),
+    }
 
 
 def _scales(fields: Fields, family: str, heads: Mapping[str, int]) -> dict[str, Any]:

@@ -88,13 +88,37 @@ MODELS = {
             **{"sliding_window": 12},
         },
     ),
+    "qwen3-moe": (
+        transformers.Qwen3MoeConfig,
+        {
+            **{"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
+            **{"norm_topk_prob": True, "tie_word_embeddings": True},
+        },
+    ),
+    "qwen3-moe-window": (
+        transformers.Qwen3MoeConfig,
+        {
+            **{"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+            **{"use_sliding_window": True, "sliding_window": 12, "num_attention_heads": 2},
+        },
+    ),
 }
+
+
+def tie_experts(model: transformers.PreTrainedModel) -> None:
+    """Makes experts 0 and 1 the same, and their scores: one, both or neither is chosen."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".mlp." in name and parameter.shape[0] == getattr(model.config, "num_local_experts", None):
+                parameter[1] = parameter[0]
 
 
 def make(name: str) -> None:
     config_class, options = MODELS[name]
     torch.manual_seed(zlib.crc32(name.encode()))
-    tiny_model(config_class(**COMMON | options)).to(torch.bfloat16).save_pretrained(HERE / name)
+    model = tiny_model(config_class(**COMMON | options))
+    tie_experts(model)
+    model.to(torch.bfloat16).save_pretrained(HERE / name)
     (HERE / name / "generation_config.json").unlink(missing_ok=True)
     tokens = torch.randint(3, COMMON["vocab_size"], (1, TOKENS))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Every cache method on every family: at 16 bits it gives the logits of transformers, whatever the layers are like."""
+"""Every cache method on every family: at 16 bits it gives the logits of transformers."""
 
 from __future__ import annotations
 
