@@ -143,6 +143,7 @@ class Chunk:
     rotation: tuple[Float[Array, "B T d"], Float[Array, "B T d"]]  # its cos and sin at `positions`
     window: int | None = struct.field(pytree_node=False)
     read: str = struct.field(pytree_node=False)  # "exact" or "stored"
+    learned_sinks: Float[Array, "H"] | None = None  # a score of each head that joins its softmax and adds no value
 
 
 class Attends(Protocol):

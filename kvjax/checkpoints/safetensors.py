@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from kvjax.checkpoints.names import canonical, check_forms
+from kvjax.checkpoints.views import PACKED, join_experts
 from kvjax.errors import KvjaxError
 from kvjax.files import brief, read_json
 from kvjax.mesh import ONE_DEVICE, Index, Layout
@@ -44,7 +44,12 @@ NAMES = Names(
         "gate_bias": "mlp.gate_proj.bias",
         "up_bias": "mlp.up_proj.bias",
         "down_bias": "mlp.down_proj.bias",
+        "sinks": "self_attn.sinks",
         "router": "mlp.gate.weight",
+        "router_bias": "mlp.gate.bias",
+        "expert_gate_bias": "mlp.experts.gate_proj.bias",
+        "expert_up_bias": "mlp.experts.up_proj.bias",
+        "expert_down_bias": "mlp.experts.down_proj.bias",
         "expert_gate": "mlp.experts.gate_proj.weight",
         "expert_up": "mlp.experts.up_proj.weight",
         "expert_down": "mlp.experts.down_proj.weight",
@@ -58,7 +63,6 @@ POST_NORMS = {
 INDEX = "model.safetensors.index.json"
 KINDS = ("F32", "BF16", "F16", "F64")
 ROWS = 4096  # of two weights that are compared
-EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d{1,9})\.(.*)")
 ADAPTER = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth")
 
@@ -140,21 +144,6 @@ class Stored:
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class Stacked:
-    """Tensors of one shape, read as one with an axis more: those of all experts."""
-
-    parts: tuple[Stored, ...]
-
-    @property
-    def shape(self) -> Shape:
-        return len(self.parts), *self.parts[0].shape
-
-    def read(self, index: Index) -> np.ndarray:
-        """Reads the part at an index, and no other bytes."""
-        return np.stack([part.read(index[1:]) for part in self.parts[index[0]]])
-
-
 def read_hf_config(folder: Path) -> ModelConfig:
     """Reads the config of a HF folder.
 
@@ -197,7 +186,7 @@ def load_hf(
         found = _find(weight_files(folder), stack)
         check_forms(found)
         config, plain = _own_head(config, _split_fused(config, _by_canonical_name(found)))
-        tensors = _stack_experts(config, plain)
+        tensors = join_experts(plain, config.experts)
         present = {name: stored.shape for name, stored in tensors.items()}
 
         def read(path: ParamPath, name: str, index: Index) -> np.ndarray:
@@ -229,8 +218,9 @@ def _by_canonical_name(found: Mapping[str, Stored]) -> dict[str, Stored]:
             continue
         if (own := canonical(name)) in tensors:
             raise KvjaxError(f"tensors {tensors[own].name} and {name} are both {own}; expected one")
-        if (kind := stored.handle.get_slice(name).get_dtype()) not in KINDS:
-            raise KvjaxError(f"tensor {name} is {kind}; expected one of {', '.join(KINDS)}")
+        kinds = ("U8",) if name.endswith(PACKED) else KINDS
+        if (kind := stored.handle.get_slice(name).get_dtype()) not in kinds:
+            raise KvjaxError(f"tensor {name} is {kind}; expected one of {', '.join(kinds)}")
         tensors[own] = stored
     return tensors
 
@@ -252,25 +242,6 @@ def _split_fused(config: ModelConfig, tensors: Mapping[str, Stored]) -> dict[str
             raise KvjaxError(f"tensor {part} is there twice: on its own and in a fused tensor")
         split |= parts
     return split
-
-
-def _stack_experts(config: ModelConfig, tensors: Mapping[str, Stored]) -> dict[str, Stored | Stacked]:
-    """Joins `experts.0.` to `experts.{E-1}.` of a layer, as Qwen's MoE models store them."""
-    found: dict[str, dict[int, Stored]] = {}
-    others: dict[str, Stored | Stacked] = {}
-    for name, stored in tensors.items():
-        if match := EXPERT.fullmatch(name):
-            found.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = stored
-        else:
-            others[name] = stored
-    for name, parts in found.items():
-        if parts.keys() != set(range(config.experts)):
-            numbers = f"{len(parts)} experts, up to number {max(parts)}"
-            raise KvjaxError(f"tensor {name} is there for {numbers}; expected {config.experts}, numbered from 0")
-        if len(shapes := {part.shape for part in parts.values()}) > 1:
-            raise KvjaxError(f"tensor {name} has shapes {sorted(shapes)} in its experts; expected one")
-        others[name] = Stacked(tuple(parts[i] for i in range(config.experts)))
-    return others
 
 
 def _own_head(config: ModelConfig, tensors: dict[str, Stored]) -> tuple[ModelConfig, dict[str, Stored]]:

@@ -7,7 +7,10 @@ from typing import Any
 
 from kvjax.errors import KvjaxError
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma3_text", "olmo2", "olmo3", "phi3", "qwen3_moe")
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma3_text", "olmo2", "olmo3", "phi3"),
+    *("qwen3_moe", "gpt_oss"),
+)
 SCALINGS = ("none", "linear", "llama3", "yarn", "longrope", "dynamic")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "clamped_silu")  # models/decoder.py has the formulas
 MOST = 2**31 - 1  # of any size
@@ -125,6 +128,7 @@ class ModelConfig:
     experts_per_token: int = 0
     normalized_experts: bool = True  # the weights of a token's experts add up to 1
     tied: bool = False
+    learned_sinks: bool = False  # each head has a score that joins the softmax and adds no value
     window: int | None = None  # sliding window, in tokens
     full_layers: tuple[int, ...] = ()  # layers that attend to all tokens in spite of the window
     window_rope: RopeConfig | None = None  # of the layers with a window; `rope` where None
@@ -143,7 +147,7 @@ class ModelConfig:
             _check_sizes(self, "experts")
             _check_sizes(self, "experts_per_token", most=self.experts)
         flags = "qkv_bias", "o_bias", "mlp_bias", "qk_norm", "whole_qk_norm", "pre_norm", "post_norm", "tied"
-        for name in (*flags, "normalized_experts"):
+        for name in (*flags, "normalized_experts", "learned_sinks"):
             if type(value := getattr(self, name)) is not bool:
                 raise KvjaxError(f"{name} is {value!r}; expected true or false")
         if self.heads % self.kv_heads:

@@ -8,8 +8,9 @@ Parameters (weights as in the checkpoints, [out, in]):
              attention_norm, mlp_norm [D] (before)  attention_post_norm, mlp_post_norm [D] (after)
              q_bias, k_bias, v_bias, o_bias, gate_bias, up_bias, down_bias
              q_norm, k_norm [d] of each head, or [H*d], [K*d] over all
-    instead of gate, up and down, for E experts: router [E, D]  expert_gate, expert_up [E, F, D]  expert_down [E, D, F],
-             all with biases or none
+             sinks [H]
+    instead of gate, up and down, for E experts, all with biases or none:
+             router [E, D]  expert_gate, expert_up [E, F, D]  expert_down [E, D, F]
 
 V vocabulary, D model_dim, H heads, K kv_heads, d head_dim, F mlp_dim, B batch, T tokens of this call.
 """
@@ -27,14 +28,15 @@ from jaxtyping import Array, Float, Int
 from kvjax.caches.base import Attends, Chunk, KVWeights
 from kvjax.caches.plan import Cache
 from kvjax.models.config import ModelConfig, RopeConfig
-from kvjax.models.rope import Rope, make_rope
 from kvjax.models.params import layer_shapes
+from kvjax.models.rope import Rope, make_rope
 from kvjax.ops.experts import Experts, Gated, mix, route
 from kvjax.ops.norm import normalize
 from kvjax.ops.rotate import rotate_heads
 
 Weights = dict[str, Array]  # of a layer, by name
-BEFORE = ("attention_norm", *("q", "k", "v"), *("q_bias", "k_bias", "v_bias"), *("q_norm", "k_norm"))  # attention
+# What attention takes; `finish` takes the rest.
+BEFORE = ("attention_norm", *("q", "k", "v"), *("q_bias", "k_bias", "v_bias"), *("q_norm", "k_norm", "sinks"))
 TOKEN_TILE = 1024  # tokens that go through an MLP together
 
 
@@ -119,8 +121,8 @@ def mlp(config: ModelConfig, weights: Weights, x: Float[Array, "B T D"]) -> Floa
         return project(weights, "down", gated(gate, up))
     tokens = x.reshape(-1, x.shape[-1])
     chosen, share = route(project(weights, "router", tokens), config.experts_per_token, config.normalized_experts)
-    experts = Experts(**{name: weights.get(f"expert_{name}") for name in Experts._fields})
-    return mix(tokens, experts, chosen, share, gated).reshape(x.shape)
+    own: Any = {name: weights.get(f"expert_{name}") for name in Experts._fields}
+    return mix(tokens, Experts(**own), chosen, share, gated).reshape(x.shape)
 
 
 def finish(
@@ -208,6 +210,7 @@ class Layer(nn.Module):
             rotation=rotation,
             window=self.window,
             read=read,
+            learned_sinks=w.get("sinks"),
         )
         attended, cache, carry = cache.attend(chunk, carry)
         rest = {name: each for name, each in w.items() if name not in BEFORE}
@@ -216,7 +219,7 @@ class Layer(nn.Module):
 
 def kv_weights(config: ModelConfig, weights: Weights) -> KVWeights:
     """Those of a layer's weights that turn its normalised input into keys and values."""
-    own = {name: weights.get(name) for name in ("k", "v", "k_bias", "v_bias", "k_norm")}
+    own: Any = {name: weights.get(name) for name in ("k", "v", "k_bias", "v_bias", "k_norm")}
     return KVWeights(**own, norm_eps=config.norm_eps, head_dim=config.head_dim, pre_norm=config.pre_norm)
 
 

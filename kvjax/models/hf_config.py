@@ -108,6 +108,11 @@ KEYS = {
         harmless=("intermediate_size", "max_window_layers"),
         neutral=NEUTRAL | _NORMS | {"mlp_bias": (False,), "decoder_sparse_step": (1,), "mlp_only_layers": ()},
     ),
+    "gpt_oss": _keys(
+        *("attention_bias", "num_experts", "num_local_experts", "num_experts_per_tok", "quantization_config"),
+        harmless=("experts_per_token",),
+        neutral=NEUTRAL | {"mlp_bias": (True,), "swiglu_limit": (7,), "swiglu_alpha": (1.702,)},
+    ),
 }
 # Of rope_scaling and rope_parameters, by type of scaling: every key that is not listed is refused.
 _ROPE = ("type", "rope_type", "rope_theta")
@@ -155,6 +160,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"max_position_embeddings": 32768, "num_key_value_heads": 4, "sliding_window": 4096, "num_experts": 128},
         **{"num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": False},
     },
+    "gpt_oss": {
+        **{"max_position_embeddings": 131072, "num_key_value_heads": 8, "head_dim": 64, "rms_norm_eps": 1e-5},
+        **{"num_experts": 128, "num_experts_per_tok": 4, "norm_topk_prob": True, "attention_bias": True},
+        **{"sliding_window": 128, "sliding_window_pattern": 2, "rope_theta": 150000.0},
+        "rope_parameters": {
+            **{"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+            "original_max_position_embeddings": 4096,
+        },
+    },
 }
 # What every model of a family has.
 _NORMS_AFTER = {"pre_norm": False, "post_norm": True, "qk_norm": True, "whole_qk_norm": True}
@@ -164,10 +178,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"qk_norm": True, "post_norm": True},
     **dict.fromkeys(("olmo2", "olmo3"), _NORMS_AFTER),
     "qwen3_moe": {"qk_norm": True},
+    "gpt_oss": {"learned_sinks": True, "mlp_bias": True, "activation": "clamped_silu"},
 }
 SWITCHED = ("qwen2", "qwen3", "smollm3", "qwen3_moe")  # use_sliding_window decides
-ALWAYS = ("mistral", "gemma3_text", "olmo3", "phi3")  # where there is a window it is on, in the others never
-TYPED = ("qwen2", "qwen3", "smollm3", "gemma3_text", "olmo3")  # each layer has a window or not
+ALWAYS = ("mistral", "gemma3_text", "olmo3", "phi3", "gpt_oss")  # where there is a window it is on; else never
+TYPED = ("qwen2", "qwen3", "smollm3", "gemma3_text", "olmo3", "gpt_oss")  # each layer has a window or not
 TWO_ROPES = ("gemma3_text", "olmo3")  # one of layers with a window, one of the others
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 LAYER_TYPES = {"full_attention": False, "attention": False, "sliding_attention": True}  # whether there is a window
@@ -192,6 +207,8 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     KEYS[family].check(hf, f"a {family} config.json")
     used = {key: value for key, value in hf.items() if key in KEYS[family].used}
     fields = Fields(DEFAULTS[family] | used)
+    if (form := fields.part("quantization_config").text("quant_method", "mxfp4")) != "mxfp4":
+        raise KvjaxError(f"quant_method of quantization_config is {form!r}; expected mxfp4 or float weights")
     layers = fields.whole("num_hidden_layers", most=MOST_LAYERS)
     heads = _heads(fields)
     return ModelConfig(
@@ -200,13 +217,12 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         layers=layers,
         norm_eps=fields.real("rms_norm_eps", 1e-6),
         tied=fields.flag("tie_word_embeddings"),
-        activation=_activation(fields),
         **heads,
         **_mlp(fields),
         **_scales(fields, family, heads),
         **_positions(fields, family, heads["head_dim"]),
         **_layer_kinds(fields, family, layers),
-        **_biases(fields) | OPTIONS.get(family, {}),
+        **{"activation": _activation(fields)} | _biases(fields) | OPTIONS.get(family, {}),
     )
 
 

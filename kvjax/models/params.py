@@ -30,7 +30,7 @@ AXES: Mapping[str, PartitionSpec] = {
     "o": PartitionSpec(None, "heads"),
     **dict.fromkeys(("gate", "up"), PartitionSpec("mlp", None)),
     "down": PartitionSpec(None, "mlp"),
-    "q_bias": PartitionSpec("heads"),
+    **dict.fromkeys(("q_bias", "sinks"), PartitionSpec("heads")),
     **dict.fromkeys(("k_bias", "v_bias"), PartitionSpec("kv_heads")),
     **dict.fromkeys(("gate_bias", "up_bias"), PartitionSpec("mlp")),
     # Every device has a part of each expert.
@@ -75,6 +75,8 @@ def layer_shapes(config: ModelConfig) -> dict[str, Shape]:
         shapes["o_bias"] = (c.model_dim,)
     if c.qk_norm:
         shapes |= {name: (width,) for name, width in zip(("q_norm", "k_norm"), c.qk_norm_widths, strict=True)}
+    if c.learned_sinks:
+        shapes["sinks"] = (c.heads,)
     return shapes | _mlp_shapes(c)
 
 

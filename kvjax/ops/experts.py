@@ -28,9 +28,7 @@ class Experts(NamedTuple):
     down_bias: Float[Array, "E D"] | None = None
 
 
-def route(
-    scores: Float[Array, "T E"], k: int, normalized: bool
-) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
+def route(scores: Float[Array, "T E"], k: int, normalized: bool) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
     """Chooses the k experts with the largest scores; of equal ones those with the lower index.
 
     Args:

@@ -35,6 +35,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.caches.base import CacheShape, CacheSpec, Chunk, ModelSizes, visible
 from kvjax.caches.cross_layer import CrossLayerSpec
 from kvjax.caches.plan import CachePlan
+from kvjax.errors import KvjaxError
 from kvjax.models.decoder import final_states
 from kvjax.ops import attention
 from kvjax.ops.rotate import rotate_heads
@@ -99,7 +100,11 @@ def local_errors(
 
     Returns:
       Per spec, the errors by name, averaged over the windows.
+
+    Raises:
+      KvjaxError: the model has learned sinks.
     """
+    _check_sinks(simulator)
     config, params = simulator.model.config, simulator.model.params[f"layer_{layer}"]
     found: dict[CacheSpec, dict[str, float]] = {}
     for form, group in itertools.groupby(
@@ -125,6 +130,13 @@ def local_errors(
         for i, spec in enumerate(same):
             found[spec] = {name: float(np.mean([float(part[name][i]) for part in parts])) for name in ERRORS}
     return [found[spec] for spec in specs]
+
+
+def _check_sinks(simulator: Simulator) -> None:
+    """Raises KvjaxError for scores that join the softmax: the errors and gradients here are of keys alone."""
+    if simulator.model.config.learned_sinks:
+        name = simulator.model.name
+        raise KvjaxError(f"{name} has learned sinks; expected a model without them, or errors measured by KL")
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layer", "form", "shape"))
@@ -221,7 +233,11 @@ def gradients(simulator: Simulator, window: int, samples: int, seed: int) -> Flo
 
     Returns:
       The gradients, for L layers and N tokens.
+
+    Raises:
+      KvjaxError: the model has learned sinks.
     """
+    _check_sinks(simulator)
     config, params = simulator.model.config, simulator.model.params
     trace, dense = simulator.keep(simulator.dense_plan)[window], simulator.dense(window)
     key = jax.random.fold_in(jax.random.key(seed), window)

@@ -84,7 +84,8 @@ class Streamed:
     def attend(self, chunk: Chunk, carry: Any) -> tuple[Float[Array, "B T H d"], Streamed, Any]:
         k, v, positions, _, carry = self.materialize(chunk, carry)
         own = rotate_heads(chunk.k, chunk.rotation), chunk.v
-        output = attention.attend_streamed(chunk.q, (k, v, positions), own, self.form.residual_length, chunk.window)
+        r, sinks = self.form.residual_length, chunk.learned_sinks
+        output = attention.attend_streamed(chunk.q, (k, v, positions), own, r, chunk.window, sinks)
         return output, self, carry
 
     def materialize(self, chunk: Chunk, carry: Any):

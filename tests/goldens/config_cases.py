@@ -32,6 +32,7 @@ BASES: dict[str, dict[str, Any]] = {
     "gemma3_text": {**_OWN_HEAD, "sliding_window": 6, "sliding_window_pattern": 2, "eos_token_id": None},
     "olmo2": {"pad_token_id": None},
     "phi3": {"pad_token_id": None},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
     "olmo3": {
         "pad_token_id": None,

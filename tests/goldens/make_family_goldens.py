@@ -10,6 +10,7 @@ A folder has config.json, model.safetensors in bfloat16 and logits.npz: tokens [
 
 from __future__ import annotations
 
+import json
 import sys
 import zlib
 from pathlib import Path
@@ -17,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from tests.goldens.make_goldens import load_hf, tiny_model
 
@@ -39,6 +42,10 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 LONGROPE = {
     **{"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75},  # 12 of 16 channels
     **{"short_factor": [1.0, 1.1, 1.2, 1.5, 2.0, 3.0], "long_factor": [1.0, 1.5, 2.0, 4.0, 6.0, 9.0]},
+}
+GPT_OSS = {
+    **{"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 12},
+    **{"intermediate_size": 24, "rope_parameters": YARN | {"truncate": False}},
 }
 MODELS = {
     "smollm3": (
@@ -102,6 +109,8 @@ MODELS = {
             **{"use_sliding_window": True, "sliding_window": 12, "num_attention_heads": 2},
         },
     ),
+    "gpt-oss": (transformers.GptOssConfig, GPT_OSS),
+    "gpt-oss-mxfp4": (transformers.GptOssConfig, GPT_OSS | {"intermediate_size": 32, "num_local_experts": 3}),
 }
 
 
@@ -113,16 +122,44 @@ def tie_experts(model: transformers.PreTrainedModel) -> None:
                 parameter[1] = parameter[0]
 
 
+def pack_experts(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Gives a gpt-oss model experts that MXFP4 holds exactly, and returns them in that form, by name."""
+    packed = {}
+    for name, parameter in model.named_parameters():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, inputs, outputs = parameter.shape
+            blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+            scales = torch.randint(122, 126, blocks.shape[:3], dtype=torch.uint8)
+            with torch.no_grad():
+                parameter.copy_(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
+            packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    return packed
+
+
+def save_packed(folder: Path, packed: dict[str, torch.Tensor]) -> None:
+    """Replaces experts in a saved folder by MXFP4, as gpt-oss is published."""
+    file = folder / "model.safetensors"
+    names = {name.removesuffix("_blocks").removesuffix("_scales") for name in packed}
+    rest = {name: tensor for name, tensor in load_file(file).items() if name not in names}
+    save_file(rest | packed, file, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
 def make(name: str) -> None:
     config_class, options = MODELS[name]
     torch.manual_seed(zlib.crc32(name.encode()))
     model = tiny_model(config_class(**COMMON | options))
     tie_experts(model)
+    packed = pack_experts(model) if name.endswith("mxfp4") else {}
     model.to(torch.bfloat16).save_pretrained(HERE / name)
     (HERE / name / "generation_config.json").unlink(missing_ok=True)
     tokens = torch.randint(3, COMMON["vocab_size"], (1, TOKENS))
     with torch.no_grad():
         logits = load_hf(HERE / name)(tokens).logits  # from what was stored
+    if packed:
+        save_packed(HERE / name, packed)
     np.savez_compressed(HERE / name / "logits.npz", tokens=tokens.numpy().astype(np.int32), logits=logits.numpy())
 
 

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 EXACT = ("k16v16@kivi(sink=3)", "x16@input", "x16@latent(group=8,sink=2)", "x16@head(group=8)")
 RUN = "xcl16@latent(base=0,base_bits=16)"
 CHUNK = 16
+KINDS = ("smollm3", "gemma3", "olmo3", "phi3-long", "qwen3-moe", "gpt-oss")  # of layers
 
 
 def load(goldens: Path, family: str) -> tuple[Model, dict[str, np.ndarray]]:
@@ -59,7 +60,7 @@ def logits(model: Model, text: str, tokens: np.ndarray) -> np.ndarray:
     return np.concatenate(parts, 1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_every_method_reads_every_kind_of_layer(family: str, goldens: Path) -> None:
     model, golden = load(goldens, family)
     for text in plans(model.config):
@@ -67,7 +68,7 @@ def test_every_method_reads_every_kind_of_layer(family: str, goldens: Path) -> N
         assert error <= 2 * TOLERANCE * np.abs(golden["logits"]).max(), text
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["granite", "gemma3", "olmo2", "gpt-oss"])
 def test_a_search_evaluates_the_same_model(family: str, goldens: Path) -> None:
     model, golden = load(goldens, family)
     simulator = Simulator(model, golden["tokens"])

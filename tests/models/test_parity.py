@@ -8,8 +8,10 @@ from kvjax.checkpoints.safetensors import load_hf
 
 TOLERANCE = 2e-5
 
-
-FAMILIES = ["smollm3", "granite", "gemma3", "olmo2", "olmo3", "phi3-long", "phi3-short", "qwen3-moe", "qwen3-moe-window"]
+FAMILIES = [
+    *("smollm3", "granite", "gemma3", "olmo2", "olmo3", "phi3-long", "phi3-short"),
+    *("qwen3-moe", "qwen3-moe-window", "gpt-oss", "gpt-oss-mxfp4"),
+]
 FOLDERS = ["llama-linear", "llama-llama3", "mistral-window", "qwen2-tied", "qwen3", *FAMILIES]
 
 
