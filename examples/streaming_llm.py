@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 import kvjax
 from kvjax.caches.base import CacheSpec, LayerCache
-from kvjax.ops.attention import attend_exact
+from kvjax.ops.attention import attend_exact, merge
 from kvjax.ops.rotate import rotate_heads
 
 
@@ -46,7 +46,7 @@ class RecentCache(LayerCache):
     def attend(self, chunk, carry):
         k, v, positions, after, carry = self.materialize(chunk, carry)
         part = attend_exact(chunk.q, chunk.positions, k, v, positions, chunk.window, own=False)
-        return part.output.astype(chunk.q.dtype), after, carry
+        return merge([part], chunk.learned_sinks).astype(chunk.q.dtype), after, carry
 
     def materialize(self, chunk, carry):
         end = chunk.positions[:, :1] + chunk.lengths[:, None]

@@ -115,13 +115,14 @@ class KVWeights:
     v: Float[Array, "Kd D"]
     k_bias: Float[Array, "Kd"] | None = None
     v_bias: Float[Array, "Kd"] | None = None
-    k_norm: Float[Array, "d"] | None = None
+    k_norm: Float[Array, "n"] | None = None  # of n channels that are normalised together: d of a head, or all Kd
     norm_eps: float = struct.field(pytree_node=False, default=1e-6)
     head_dim: int = struct.field(pytree_node=False, default=0)
+    pre_norm: bool = struct.field(pytree_node=False, default=True)  # whether layer inputs are normalised
 
     def normalize(self, x: Float[Array, "... n"]) -> Float[Array, "... n"]:
-        """x / rms(x), with the layer's epsilon."""
-        return normalize(x, self.norm_eps)
+        """x / rms(x), with the layer's epsilon; x itself where the layer has no norm before attention."""
+        return normalize(x, self.norm_eps) if self.pre_norm else x
 
 
 @struct.dataclass
@@ -129,8 +130,8 @@ class Chunk:
     """What a layer knows when T tokens arrive. A method takes what it needs; XLA removes the rest."""
 
     h: Float[Array, "B T D"]  # layer input
-    x: Float[Array, "B T D"]  # normalised
-    norm: Float[Array, "D"]  # the norm's weight
+    x: Float[Array, "B T D"]  # normalised; h itself where there is no norm before attention
+    norm: Float[Array, "D"]  # the norm's weight; ones where there is none
     q: Float[Array, "B T H d"]  # after RoPE
     k: Float[Array, "B T K d"]  # after bias and qk-norm, before RoPE
     v: Float[Array, "B T K d"]
@@ -142,6 +143,7 @@ class Chunk:
     rotation: tuple[Float[Array, "B T d"], Float[Array, "B T d"]]  # its cos and sin at `positions`
     window: int | None = struct.field(pytree_node=False)
     read: str = struct.field(pytree_node=False)  # "exact" or "stored"
+    learned_sinks: Float[Array, "H"] | None = None  # a score of each head that joins its softmax and adds no value
 
 
 class Attends(Protocol):

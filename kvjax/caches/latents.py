@@ -84,4 +84,7 @@ def remat_of(chunk: Chunk, key: Float[Array, "G r m"], value: Float[Array, "G s 
     weights, kv_heads = chunk.weights, chunk.k.shape[2]
     k_bias, v_bias = (b if b is None else b.reshape(kv_heads, -1) for b in (weights.k_bias, weights.v_bias))
     key, value = (w.reshape(*w.shape[:2], kv_heads // w.shape[0], -1) for w in (key, value))
-    return Remat(key, value, k_bias, v_bias, weights.k_norm, weights.norm_eps)
+    k_norm, head_dim = weights.k_norm, key.shape[-1]
+    if k_norm is not None and k_norm.shape[0] > head_dim:
+        k_norm = k_norm.reshape(-1, head_dim)
+    return Remat(key, value, k_bias, v_bias, k_norm, weights.norm_eps)

@@ -321,7 +321,8 @@ class StoredCache(LayerCache):
             k, v, positions = self._exact_kv(after, chunk)
             own = not self.store.reads_stored(chunk)
             parts.append(attention.attend_exact(chunk.q, chunk.positions, k, v, positions, chunk.window, own))
-        return attention.merge(parts).astype(chunk.q.dtype), dataclasses.replace(self, store=after), carry
+        output = attention.merge(parts, chunk.learned_sinks).astype(chunk.q.dtype)
+        return output, dataclasses.replace(self, store=after), carry
 
     def materialize(self, chunk: Chunk, carry: Any):
         after, carry = self.append(chunk, carry)

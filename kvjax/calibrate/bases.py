@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
 from kvjax import hosts
@@ -55,7 +56,7 @@ def folder_of(digest: str, key: str) -> Path:
 def _layer(model: Model, i: int) -> tuple[KVWeights, jax.Array]:
     params, config = model.params[f"layer_{i}"], model.config
     weights = KVWeights(params["k"], params["v"], norm_eps=config.norm_eps, head_dim=config.head_dim)
-    return weights, params["attention_norm"]
+    return weights, params.get("attention_norm", jnp.ones(config.model_dim, model.dtype))
 
 
 def _digest(layers: list[tuple[KVWeights, jax.Array]]) -> str:

@@ -161,9 +161,17 @@ def read_config(folder: Path) -> ModelConfig:
         fields = metadata["config"]
         kept = {name: value for name, value in fields.items() if name != "first_window_layer"}
         full_layers = kept.get("full_layers") or range(min(fields.get("first_window_layer", 0), MOST_LAYERS))
-        return ModelConfig(**kept | {"rope": RopeConfig(**fields["rope"]), "full_layers": tuple(full_layers)})
+        ropes = {name: _rope(kept.get(name)) for name in ("rope", "window_rope")}
+        layers = {"full_layers": tuple(full_layers), "nope_layers": tuple(kept.get("nope_layers", ()))}
+        return ModelConfig(**kept | ropes | layers)
     except (KeyError, TypeError, AttributeError) as error:
         raise KvjaxError(f"{folder / METADATA} is not one that kvjax wrote: {brief(error)}") from None
+
+
+def _rope(fields: dict[str, Any] | None) -> Any:
+    """A RopeConfig as JSON has it; None stays None."""
+    lists = {name: tuple(value) for name, value in (fields or {}).items() if isinstance(value, list)}
+    return None if fields is None else RopeConfig(**fields | lists)
 
 
 def load(

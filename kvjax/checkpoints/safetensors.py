@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from kvjax.checkpoints.names import canonical, check_forms
+from kvjax.checkpoints.views import PACKED, join_experts
 from kvjax.errors import KvjaxError
 from kvjax.files import brief, read_json
 from kvjax.mesh import ONE_DEVICE, Index, Layout
@@ -43,13 +44,48 @@ NAMES = Names(
         "gate_bias": "mlp.gate_proj.bias",
         "up_bias": "mlp.up_proj.bias",
         "down_bias": "mlp.down_proj.bias",
+        "sinks": "self_attn.sinks",
+        "router": "mlp.gate.weight",
+        "router_bias": "mlp.gate.bias",
+        "expert_gate_bias": "mlp.experts.gate_proj.bias",
+        "expert_up_bias": "mlp.experts.up_proj.bias",
+        "expert_down_bias": "mlp.experts.down_proj.bias",
+        "expert_gate": "mlp.experts.gate_proj.weight",
+        "expert_up": "mlp.experts.up_proj.weight",
+        "expert_down": "mlp.experts.down_proj.weight",
     },
 )
+POST_NORMS = {
+    "attention_post_norm": "post_attention_layernorm.weight",
+    "mlp_norm": "pre_feedforward_layernorm.weight",
+    "mlp_post_norm": "post_feedforward_layernorm.weight",
+}
 INDEX = "model.safetensors.index.json"
 KINDS = ("F32", "BF16", "F16", "F64")
 ROWS = 4096  # of two weights that are compared
 ADAPTER = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth")
+
+
+def names_of(config: ModelConfig) -> Names:
+    """HF's names of a decoder's parameters."""
+    return dataclasses.replace(NAMES, layer={**NAMES.layer, **POST_NORMS}) if config.post_norm else NAMES
+
+
+def as_decoder(config: ModelConfig, path: ParamPath, values: np.ndarray) -> np.ndarray:
+    """A tensor's values as the decoder has them, from those of HF.
+
+    Gemma's norms scale by 1 + w. Where RoPE turns only the first channels of a head, the pairs that it turns lie
+    together; the decoder has the two halves of all pairs apart.
+    """
+    if config.family == "gemma3_text" and path[-1].endswith("norm"):
+        return 1 + values.astype(np.float32)
+    turned = config.rope.channels
+    if turned is None or path[-1] not in ("q", "k", "q_bias", "k_bias"):
+        return values
+    first, last = np.split(np.arange(turned), 2), np.split(np.arange(turned, config.head_dim), 2)
+    heads = values.reshape(-1, config.head_dim, *values.shape[1:])
+    return heads[:, np.concatenate([first[0], last[0], first[1], last[1]])].reshape(values.shape)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -149,13 +185,14 @@ def load_hf(
     with contextlib.ExitStack() as stack:
         found = _find(weight_files(folder), stack)
         check_forms(found)
-        config, tensors = _own_head(config, _split_fused(config, _by_canonical_name(found)))
+        config, plain = _own_head(config, _split_fused(config, _by_canonical_name(found)))
+        tensors = join_experts(plain, config.experts)
         present = {name: stored.shape for name, stored in tensors.items()}
 
-        def read(_: ParamPath, name: str, index: Index) -> np.ndarray:
-            return tensors[name].read(index)
+        def read(path: ParamPath, name: str, index: Index) -> np.ndarray:
+            return as_decoder(config, path, tensors[name].read(index))
 
-        return build_params(config, NAMES, present, read, dtype, layers, layout)
+        return build_params(config, names_of(config), present, read, dtype, layers, layout)
 
 
 def _find(files: list[Path], stack: contextlib.ExitStack) -> dict[str, Stored]:
@@ -181,8 +218,9 @@ def _by_canonical_name(found: Mapping[str, Stored]) -> dict[str, Stored]:
             continue
         if (own := canonical(name)) in tensors:
             raise KvjaxError(f"tensors {tensors[own].name} and {name} are both {own}; expected one")
-        if (kind := stored.handle.get_slice(name).get_dtype()) not in KINDS:
-            raise KvjaxError(f"tensor {name} is {kind}; expected one of {', '.join(KINDS)}")
+        kinds = ("U8",) if name.endswith(PACKED) else KINDS
+        if (kind := stored.handle.get_slice(name).get_dtype()) not in kinds:
+            raise KvjaxError(f"tensor {name} is {kind}; expected one of {', '.join(kinds)}")
         tensors[own] = stored
     return tensors
 

@@ -20,7 +20,7 @@ from kvjax.caches.plan import Cache
 from kvjax.calibrate.bases import load_bases
 from kvjax.errors import KvjaxError
 from kvjax.mesh import fetch
-from kvjax.models.decoder import Layer
+from kvjax.models.decoder import Layer, layer_of
 from kvjax.models.model import Model
 from kvjax.models.params import Params
 from kvjax.models.rope import make_rope
@@ -89,10 +89,10 @@ def read_layer(model: Model, cache: Cache, index: int) -> LayerView:
     """Layer `index` of a cache of the model. Where layers depend on one another, those below it are read as well."""
     bases, carry = load_bases(model, cache.plan), cache.plan.init_carry(cache.shape)
     for i in range(0 if jax.tree.leaves(carry) else index, index + 1):
-        layer = Layer(model.config, model.config.layer_window(i))
+        layer = layer_of(model.config, i)
         with model.layout.entered():
             keys, values, positions, carry = _materialize(
-                layer, model.params[f"layer_{i}"], bases[i], cache.layers[i], cache.length, carry
+                layer, cache.shape.max_len, model.params[f"layer_{i}"], bases[i], cache.layers[i], cache.length, carry
             )
     held, count = fetch(positions), int(fetch(cache.length).max())
     keys, values = (
@@ -113,12 +113,14 @@ class _Reader:
         return jnp.zeros_like(chunk.q), (keys.astype(wide), values.astype(wide), positions), carry
 
 
-@functools.partial(jax.jit, static_argnames="layer")
-def _materialize(layer: Layer, params: Params, bases: Any, cache: LayerCache, length: Int[Array, "B"], carry: Any):
+@functools.partial(jax.jit, static_argnames=("layer", "max_len"))
+def _materialize(
+    layer: Layer, max_len: int, params: Params, bases: Any, cache: LayerCache, length: Int[Array, "B"], carry: Any
+):
     """The layer reads one token of padding. Layers with the same spec share a program."""
     config, dtype = layer.config, params["k"].dtype
     h, positions = jnp.zeros((len(length), 1, config.model_dim), dtype), length[:, None]
-    rope = make_rope(config.rope, config.head_dim)
+    rope = make_rope(layer.rope, config.head_dim, max_len)
     apply: Any = layer.apply
     _, read, carry = apply(
         *({"params": params}, h, positions, jnp.zeros_like(length), rope, rope.table(positions, dtype)),

@@ -27,6 +27,7 @@ from kvjax.generation.layers import LayerView, read_layer
 from kvjax.generation.prompts import Read
 from kvjax.mesh import BATCH, ONE_DEVICE, Layout, fetch
 from kvjax.models.model import Model, check_model
+from kvjax.models.rope import reach
 
 METADATA = "state.json"
 
@@ -128,7 +129,18 @@ class State:
 
 
 def grow(held: Held, model: Model, max_len: int) -> Held:
-    """The same sequences in caches with room for `max_len` tokens, no fewer than before; copied."""
+    """The same sequences in caches with room for `max_len` tokens, no fewer than before; copied.
+
+    Raises:
+      KvjaxError: the model's RoPE depends on the room, so that the stored keys would be turned by other angles.
+    """
+    config, room = model.config, held.cache.shape.max_len
+    for rope in map(config.layer_rope, range(config.layers)):
+        if reach(rope, room) != reach(rope, max_len):
+            raise KvjaxError(
+                f"a state with room for {room} tokens cannot grow to {max_len}: {rope.scaling} rope scaling turns"
+                f" keys by other angles there; expected max_len={max_len} when the state begins"
+            )
     return _refit(held, model.cache_shape(held.hidden.shape[0], max_len), model.layout)
 
 

@@ -1,11 +1,16 @@
-"""The decoder: Llama, Mistral, Qwen2/2.5 and Qwen3 in one Flax module, used functionally.
+"""The decoder of all families in one Flax module, used functionally.
 
 Parameters (weights as in the checkpoints, [out, in]):
 
     embed [V, D]   norm [D]   head [V, D] (absent where tied)
-    layer_i: attention_norm [D]  q [H*d, D]  k, v [K*d, D]  o [D, H*d]  mlp_norm [D]  gate, up [F, D]  down [D, F]
-             q_bias, k_bias, v_bias, o_bias, gate_bias, up_bias, down_bias (where the config has them)
-             q_norm, k_norm [d] (Qwen3)
+    layer_i: q [H*d, D]  k, v [K*d, D]  o [D, H*d]  gate, up [F, D]  down [D, F]
+    and where the config has them:
+             attention_norm, mlp_norm [D] (before)  attention_post_norm, mlp_post_norm [D] (after)
+             q_bias, k_bias, v_bias, o_bias, gate_bias, up_bias, down_bias
+             q_norm, k_norm [d] of each head, or [H*d], [K*d] over all
+             sinks [H]
+    instead of gate, up and down, for E experts, all with biases or none:
+             router [E, D]  expert_gate, expert_up [E, F, D]  expert_down [E, D, F]
 
 V vocabulary, D model_dim, H heads, K kv_heads, d head_dim, F mlp_dim, B batch, T tokens of this call.
 """
@@ -13,6 +18,7 @@ V vocabulary, D model_dim, H heads, K kv_heads, d head_dim, F mlp_dim, B batch, 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,12 +27,16 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.caches.base import Attends, Chunk, KVWeights
 from kvjax.caches.plan import Cache
-from kvjax.models.config import ModelConfig
+from kvjax.models.config import ModelConfig, RopeConfig
+from kvjax.models.params import layer_shapes
 from kvjax.models.rope import Rope, make_rope
+from kvjax.ops.experts import Experts, Gated, mix, route
 from kvjax.ops.norm import normalize
 from kvjax.ops.rotate import rotate_heads
 
 Weights = dict[str, Array]  # of a layer, by name
+# What attention takes; `finish` takes the rest.
+BEFORE = ("attention_norm", *("q", "k", "v"), *("q_bias", "k_bias", "v_bias"), *("q_norm", "k_norm", "sinks"))
 TOKEN_TILE = 1024  # tokens that go through an MLP together
 
 
@@ -57,37 +67,95 @@ def project(weights: Weights, name: str, x: Float[Array, "... i"]) -> Float[Arra
     return y if bias is None else y + bias
 
 
+def normed(weights: Weights, name: str, x: Float[Array, "... n"], eps: float) -> Float[Array, "... n"]:
+    """`rms_norm` with the weight of that name, x itself where there is none."""
+    return rms_norm(x, weights[name], eps) if name in weights else x
+
+
+def scaled(x: Float[Array, "..."], factor: float) -> Float[Array, "..."]:
+    """x times a number of the config, most often 1."""
+    return x if factor == 1 else x * factor
+
+
+def embed(config: ModelConfig, table: Float[Array, "V D"], tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """The input of the first layer.
+
+    Args:
+      config: the decoder's config.
+      table: the embedding.
+      tokens: token ids.
+    """
+    return scaled(table[tokens], config.embedding_scale)
+
+
+def final_states(config: ModelConfig, norm: Float[Array, "D"], h: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """Final hidden states: what the head makes logits of.
+
+    Args:
+      config: the decoder's config.
+      norm: the weight of the last norm.
+      h: the output of the last layer.
+    """
+    return scaled(rms_norm(h, norm, config.norm_eps), config.logit_scale)
+
+
+def _clamped_silu(gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
+    """gpt-oss: values are clamped, the sigmoid is steeper, and 1 is added to the other factor."""
+    gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
+    return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
+
+
+GATED: dict[str, Gated] = {
+    "silu": lambda gate, up: jax.nn.silu(gate) * up,
+    "gelu": lambda gate, up: jax.nn.gelu(gate, approximate=False) * up,
+    "gelu_tanh": lambda gate, up: jax.nn.gelu(gate) * up,
+    "clamped_silu": _clamped_silu,
+}
+
+
+def mlp(config: ModelConfig, weights: Weights, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The gated MLP of a layer: one for all tokens, or the sum of each token's experts."""
+    gated = GATED[config.activation]
+    if not config.experts:
+        gate, up = (project(weights, name, x) for name in ("gate", "up"))
+        return project(weights, "down", gated(gate, up))
+    tokens = x.reshape(-1, x.shape[-1])
+    chosen, share = route(project(weights, "router", tokens), config.experts_per_token, config.normalized_experts)
+    own: Any = {name: weights.get(f"expert_{name}") for name in Experts._fields}
+    return mix(tokens, Experts(**own), chosen, share, gated).reshape(x.shape)
+
+
 def finish(
-    weights: Weights, h: Float[Array, "B T D"], attended: Float[Array, "B T q"], eps: float
+    config: ModelConfig, weights: Weights, h: Float[Array, "B T D"], attended: Float[Array, "B T q"]
 ) -> Float[Array, "B T D"]:
     """What a layer does after attention, to every token alone: the output projection, the MLP, the residual sums.
 
     Args:
-      weights: the layer's, from `o` to `down`.
+      config: the decoder's config.
+      weights: the layer's, from `o` on.
       h: the layer's input.
       attended: the attention's output, all heads side by side.
-      eps: of the norm.
     """
-    h = h + project(weights, "o", attended)
-    x = rms_norm(h, weights["mlp_norm"], eps)
-    gate, up = (project(weights, name, x) for name in ("gate", "up"))
-    return h + project(weights, "down", jax.nn.silu(gate) * up)
+    eps, share = config.norm_eps, config.residual_scale
+    h = h + scaled(normed(weights, "attention_post_norm", project(weights, "o", attended), eps), share)
+    y = mlp(config, weights, normed(weights, "mlp_norm", h, eps))
+    return h + scaled(normed(weights, "mlp_post_norm", y, eps), share)
 
 
 def finish_by_tiles(
-    weights: Weights, h: Float[Array, "B T D"], attended: Float[Array, "B T q"], eps: float
+    config: ModelConfig, weights: Weights, h: Float[Array, "B T D"], attended: Float[Array, "B T q"]
 ) -> Float[Array, "B T D"]:
     """`finish` of `TOKEN_TILE` tokens at a time where there are more, so that no array [T, F] is held."""
     tokens = h.shape[1]
     if tokens <= TOKEN_TILE:
-        return finish(weights, h, attended, eps)
+        return finish(config, weights, h, attended)
     h, attended = (jnp.pad(a, ((0, 0), (0, -tokens % TOKEN_TILE), (0, 0))) for a in (h, attended))
 
     def step(i: Array, h: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         tiles = [jax.lax.dynamic_slice_in_dim(a, i * TOKEN_TILE, TOKEN_TILE, 1) for a in (h, attended)]
         # XLA's CPU backend widens bfloat16 weights; without a barrier it would keep those of all layers widened.
         (below, seen), kept = jax.lax.optimization_barrier((tiles, weights))
-        return jax.lax.dynamic_update_slice_in_dim(h, finish(kept, below, seen, eps), i * TOKEN_TILE, 1)
+        return jax.lax.dynamic_update_slice_in_dim(h, finish(config, kept, below, seen), i * TOKEN_TILE, 1)
 
     return jax.lax.fori_loop(0, h.shape[1] // TOKEN_TILE, step, h)[:, :tokens]
 
@@ -97,14 +165,13 @@ class Layer(nn.Module):
 
     config: ModelConfig
     window: int | None
+    rope: RopeConfig
 
-    def _param(self, name: str, *shape: int) -> Array:
-        init = nn.initializers.ones if name.endswith("norm") else nn.initializers.normal(0.02)
-        return self.param(name, init, shape)
+    def _weights(self) -> Weights:
+        def init(name: str) -> Any:
+            return nn.initializers.ones if name.endswith("norm") else nn.initializers.normal(0.02)
 
-    def _projection(self, name: str, inputs: int, outputs: int, bias: bool) -> Weights:
-        weights = {name: self._param(name, outputs, inputs)}
-        return weights | {f"{name}_bias": self._param(f"{name}_bias", outputs)} if bias else weights
+        return {name: self.param(name, init(name), shape) for name, shape in layer_shapes(self.config).items()}
 
     @nn.compact
     def __call__(
@@ -119,24 +186,14 @@ class Layer(nn.Module):
         carry,
         read: str,
     ):
-        c = self.config
+        c, w = self.config, self._weights()
         batch, tokens, dim = h.shape
-        q_dim, kv_dim = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        norm = self._param("attention_norm", dim)
-        x = rms_norm(h, norm, c.norm_eps)
-        q = linear(x, self._param("q", q_dim, dim))
-        weights = KVWeights(
-            k=self._param("k", kv_dim, dim), v=self._param("v", kv_dim, dim), norm_eps=c.norm_eps, head_dim=c.head_dim
-        )
-        if c.qkv_bias:
-            q = q + self._param("q_bias", q_dim)
-            weights = dataclasses.replace(
-                weights, k_bias=self._param("k_bias", kv_dim), v_bias=self._param("v_bias", kv_dim)
-            )
-        q = q.reshape(batch, tokens, c.heads, c.head_dim)
+        x, norm = normed(w, "attention_norm", h, c.norm_eps), w.get("attention_norm", jnp.ones(dim, h.dtype))
+        q = project(w, "q", x)
         if c.qk_norm:
-            q = rms_norm(q, self._param("q_norm", c.head_dim), c.norm_eps)
-            weights = dataclasses.replace(weights, k_norm=self._param("k_norm", c.head_dim))
+            q = norm_parts(q, w["q_norm"], c.norm_eps)
+        q = scaled(q, c.query_scale).reshape(batch, tokens, c.heads, c.head_dim)
+        weights = kv_weights(c, w)
         k, v = project_kv(x, weights, c.kv_heads)
         chunk = Chunk(
             h=h,
@@ -153,16 +210,22 @@ class Layer(nn.Module):
             rotation=rotation,
             window=self.window,
             read=read,
+            learned_sinks=w.get("sinks"),
         )
         attended, cache, carry = cache.attend(chunk, carry)
-        rest = {
-            **self._projection("o", q_dim, dim, c.o_bias),
-            "mlp_norm": self._param("mlp_norm", dim),
-            **self._projection("gate", dim, c.mlp_dim, c.mlp_bias),
-            **self._projection("up", dim, c.mlp_dim, c.mlp_bias),
-            **self._projection("down", c.mlp_dim, dim, c.mlp_bias),
-        }
-        return finish_by_tiles(rest, h, attended.reshape(batch, tokens, q_dim), c.norm_eps), cache, carry
+        rest = {name: each for name, each in w.items() if name not in BEFORE}
+        return finish_by_tiles(c, rest, h, attended.reshape(batch, tokens, -1)), cache, carry
+
+
+def kv_weights(config: ModelConfig, weights: Weights) -> KVWeights:
+    """Those of a layer's weights that turn its normalised input into keys and values."""
+    own: Any = {name: weights.get(name) for name in ("k", "v", "k_bias", "v_bias", "k_norm")}
+    return KVWeights(**own, norm_eps=config.norm_eps, head_dim=config.head_dim, pre_norm=config.pre_norm)
+
+
+def norm_parts(x: Float[Array, "... m"], weight: Float[Array, "n"], eps: float) -> Float[Array, "... m"]:
+    """`rms_norm` of each n channels: of every head, or of all heads together."""
+    return rms_norm(x.reshape(*x.shape[:-1], -1, len(weight)), weight, eps).reshape(x.shape)
 
 
 def project_kv(
@@ -182,10 +245,15 @@ def project_kv(
     k, v = linear(x, weights.k), linear(x, weights.v)
     if weights.k_bias is not None and weights.v_bias is not None:
         k, v = k + weights.k_bias, v + weights.v_bias
-    k, v = (a.reshape(batch, tokens, kv_heads, -1) for a in (k, v))
     if weights.k_norm is not None:
-        k = rms_norm(k, weights.k_norm, weights.norm_eps)
+        k = norm_parts(k, weights.k_norm, weights.norm_eps)
+    k, v = (a.reshape(batch, tokens, kv_heads, -1) for a in (k, v))
     return k, v
+
+
+def layer_of(config: ModelConfig, layer: int) -> Layer:
+    """The module of one layer. Layers of one kind are equal, and so share programs."""
+    return Layer(config, config.layer_window(layer), config.layer_rope(layer))
 
 
 class Decoder(nn.Module):
@@ -200,7 +268,7 @@ class Decoder(nn.Module):
         self.norm = self.param("norm", nn.initializers.ones, (c.model_dim,))
         if not c.tied:
             self.head = self.param("head", init, (c.vocab_size, c.model_dim))
-        self.layer = [Layer(c, c.layer_window(i)) for i in range(c.layers)]
+        self.layer = [layer_of(c, i) for i in range(c.layers)]
 
     def __call__(
         self,
@@ -227,18 +295,19 @@ class Decoder(nn.Module):
         batch, count = tokens.shape
         lengths = jnp.full((batch,), count, jnp.int32) if lengths is None else lengths
         positions = cache.length[:, None] + jnp.arange(count, dtype=jnp.int32)
-        rope = make_rope(c.rope, c.head_dim)
-        h = self.embed[tokens]
-        rotation = rope.table(positions, h.dtype)
+        h = embed(c, self.embed, tokens)
+        ropes = {layer.rope: make_rope(layer.rope, c.head_dim, cache.shape.max_len) for layer in self.layer}
+        rotations = {kind: rope.table(positions, h.dtype) for kind, rope in ropes.items()}
         carry = cache.plan.init_carry(cache.shape)
         bases = ((),) * c.layers if bases is None else bases
         stored = []
         self.sow("hidden", "h", h)  # kept only where the caller asks for it, see models/nonfinite.py
         for layer, factor, layer_cache in zip(self.layer, bases, cache.layers, strict=True):
+            rope, rotation = ropes[layer.rope], rotations[layer.rope]
             h, layer_cache, carry = layer(h, positions, lengths, rope, rotation, factor, layer_cache, carry, read)
             stored.append(layer_cache)
             self.sow("hidden", "h", h)
-        return rms_norm(h, self.norm, c.norm_eps), dataclasses.replace(
+        return final_states(c, self.norm, h), dataclasses.replace(
             cache, layers=tuple(stored), length=cache.length + lengths
         )
 

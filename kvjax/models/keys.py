@@ -106,9 +106,16 @@ class Fields:
             raise self._wrong(key, "a positive number")
         return float(value)
 
-    def flag(self, key: str) -> bool:
-        """true or false; false where the key is absent."""
-        value = self._get(key, False)
+    def reals(self, key: str) -> tuple[float, ...]:
+        """A list of positive numbers below 1e30; the key must be there."""
+        values = self._get(key, None)
+        if type(values) is not list or not all(type(x) in (int, float) and 0 < x < 1e30 for x in values):
+            raise self._wrong(key, "a list of positive numbers")
+        return tuple(map(float, values))
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """true or false."""
+        value = self._get(key, default)
         if type(value) is not bool:
             raise self._wrong(key, "true or false")
         return value

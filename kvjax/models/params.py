@@ -30,9 +30,13 @@ AXES: Mapping[str, PartitionSpec] = {
     "o": PartitionSpec(None, "heads"),
     **dict.fromkeys(("gate", "up"), PartitionSpec("mlp", None)),
     "down": PartitionSpec(None, "mlp"),
-    "q_bias": PartitionSpec("heads"),
+    **dict.fromkeys(("q_bias", "sinks"), PartitionSpec("heads")),
     **dict.fromkeys(("k_bias", "v_bias"), PartitionSpec("kv_heads")),
     **dict.fromkeys(("gate_bias", "up_bias"), PartitionSpec("mlp")),
+    # Every device has a part of each expert.
+    **dict.fromkeys(("expert_gate", "expert_up"), PartitionSpec(None, "mlp", None)),
+    "expert_down": PartitionSpec(None, None, "mlp"),
+    **dict.fromkeys(("expert_gate_bias", "expert_up_bias"), PartitionSpec(None, "mlp")),
 }
 
 
@@ -46,31 +50,51 @@ def param_shapes(config: ModelConfig) -> dict[ParamPath, Shape]:
       Shapes by path, weights as [out, in].
     """
     c = config
+    shapes: dict[ParamPath, Shape] = {("embed",): (c.vocab_size, c.model_dim), ("norm",): (c.model_dim,)}
+    if not c.tied:
+        shapes["head",] = (c.vocab_size, c.model_dim)
+    return shapes | {(f"layer_{i}", name): shape for i in range(c.layers) for name, shape in layer_shapes(c).items()}
+
+
+def layer_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Lists the shape of every parameter of a layer, by name."""
+    c = config
     q_dim, kv_dim = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    layer: dict[str, Shape] = {
-        "attention_norm": (c.model_dim,),
+    before, after = (["attention", "mlp"] * there for there in (c.pre_norm, c.post_norm))
+    shapes: dict[str, Shape] = {
+        **{f"{name}_norm": (c.model_dim,) for name in before},
+        **{f"{name}_post_norm": (c.model_dim,) for name in after},
         "q": (q_dim, c.model_dim),
         "k": (kv_dim, c.model_dim),
         "v": (kv_dim, c.model_dim),
         "o": (c.model_dim, q_dim),
-        "mlp_norm": (c.model_dim,),
+    }
+    if c.qkv_bias:
+        shapes |= {"q_bias": (q_dim,), "k_bias": (kv_dim,), "v_bias": (kv_dim,)}
+    if c.o_bias:
+        shapes["o_bias"] = (c.model_dim,)
+    if c.qk_norm:
+        shapes |= {name: (width,) for name, width in zip(("q_norm", "k_norm"), c.qk_norm_widths, strict=True)}
+    if c.learned_sinks:
+        shapes["sinks"] = (c.heads,)
+    return shapes | _mlp_shapes(c)
+
+
+def _mlp_shapes(config: ModelConfig) -> dict[str, Shape]:
+    c = config
+    shapes: dict[str, Shape] = {
         "gate": (c.mlp_dim, c.model_dim),
         "up": (c.mlp_dim, c.model_dim),
         "down": (c.model_dim, c.mlp_dim),
     }
-    if c.qkv_bias:
-        layer |= {"q_bias": (q_dim,), "k_bias": (kv_dim,), "v_bias": (kv_dim,)}
-    if c.o_bias:
-        layer["o_bias"] = (c.model_dim,)
     if c.mlp_bias:
-        layer |= {"gate_bias": (c.mlp_dim,), "up_bias": (c.mlp_dim,), "down_bias": (c.model_dim,)}
-    if c.qk_norm:
-        layer |= {"q_norm": (c.head_dim,), "k_norm": (c.head_dim,)}
-    shapes: dict[ParamPath, Shape] = {("embed",): (c.vocab_size, c.model_dim), ("norm",): (c.model_dim,)}
-    if not c.tied:
-        shapes["head",] = (c.vocab_size, c.model_dim)
-    shapes |= {(f"layer_{i}", name): shape for i in range(c.layers) for name, shape in layer.items()}
-    return shapes
+        shapes |= {f"{name}_bias": shape[:1] for name, shape in shapes.items()}
+    if not c.experts:
+        return shapes
+    router: dict[str, Shape] = {"router": (c.experts, c.model_dim)}
+    if c.mlp_bias:
+        router["router_bias"] = (c.experts,)
+    return router | {f"expert_{name}": (c.experts, *shape) for name, shape in shapes.items()}
 
 
 def param_axes(path: ParamPath) -> PartitionSpec:

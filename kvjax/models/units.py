@@ -53,7 +53,7 @@ def _is_concrete(leaf: Any) -> bool:
 def _sizes(layer: Any, head_dim: int) -> tuple[Float[Array, ""], Float[Array, "K"], Float[Array, "K"]]:
     """The rms of normalised layer inputs, and of keys and values per head, as if channels were independent."""
     wide = {name: array.astype(jnp.promote_types(array.dtype, jnp.float32)) for name, array in layer.items()}
-    norm = wide["attention_norm"]
+    norm = wide.get("attention_norm", jnp.ones(1))  # without one, layer inputs are taken to be of usual size
 
     def of_heads(name: str) -> Float[Array, "K"]:
         squares = jnp.square(wide[name] * norm).sum(1) + jnp.square(wide.get(f"{name}_bias", 0.0))

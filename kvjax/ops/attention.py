@@ -125,18 +125,21 @@ class Span(NamedTuple):
         return Keys(-(-tokens // size), load, reach, width)
 
 
-def merge(parts: Sequence[Partial]) -> Float[Array, "B T H D"]:
+def merge(parts: Sequence[Partial], learned_sinks: Float[Array, "H"] | None = None) -> Float[Array, "B T H D"]:
     """Merges attention over disjoint sets of keys into attention over their union.
 
     Args:
       parts: attention of the same queries over each set.
+      learned_sinks: a score of each head that joins its softmax and adds no value; None where there is none.
 
     Returns:
       The output over all keys.
     """
-    lse = jnp.stack([part.lse for part in parts])
-    weight = jax.nn.softmax(lse, axis=0)
-    return sum(w[..., None] * part.output for w, part in zip(weight, parts, strict=True))
+    lse = [part.lse for part in parts]
+    if learned_sinks is not None:
+        lse.append(jnp.broadcast_to(learned_sinks.astype(lse[0].dtype), lse[0].shape))
+    weight = jax.nn.softmax(jnp.stack(lse), axis=0)
+    return sum(w[..., None] * part.output for w, part in zip(weight, parts, strict=False))
 
 
 def attend_held(span: Span, tokens: int, attend: Callable[[Span], Partial]) -> Partial:
@@ -305,6 +308,7 @@ def attend_streamed(
     own: tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]],
     residual_length: int,
     window: int | None,
+    learned_sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "B T H D"]:
     """Attends as decoding would, for all tokens of a sequence at once.
 
@@ -318,6 +322,7 @@ def attend_streamed(
       own: exact keys (after RoPE) and values of tokens 0 to T - 1.
       residual_length: R, in tokens.
       window: sliding window in tokens; None where there is none.
+      learned_sinks: as in `merge`.
 
     Returns:
       The output, in the dtype of q.
@@ -341,7 +346,7 @@ def attend_streamed(
         late = attend_exact(blocks(q), inside, blocks(own[0]), blocks(own[1]), inside, window)
         output, lse = (a.reshape(batch, -1, *a.shape[2:])[:, :tokens] for a in late)
         parts.append(Partial(output, lse))
-    return merge(parts).astype(q.dtype)
+    return merge(parts, learned_sinks).astype(q.dtype)
 
 
 def tile_size(tokens: int, channels: int, queries: int) -> int:

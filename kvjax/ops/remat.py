@@ -36,7 +36,7 @@ from kvjax.ops.attention import (
     tile_size,
 )
 from kvjax.ops.dispatch import dispatch
-from kvjax.ops.norm import normalize
+from kvjax.ops.norm import normalize_heads
 from kvjax.ops.rotate import rotate
 from kvjax.ops.store import Tile
 from pallas_kernels.remat_attention import remat_attention
@@ -56,7 +56,7 @@ class Remat:
     value: Float[Array, "G s k D"]
     key_bias: Float[Array, "K D"] | None
     value_bias: Float[Array, "K D"] | None
-    key_norm: Float[Array, "D"] | None = None  # the weight of qk-norm, where the model has it
+    key_norm: Float[Array, "D"] | Float[Array, "K D"] | None = None  # the weight of qk-norm, of a head or over all
     eps: float = struct.field(pytree_node=False, default=1e-6)
 
     @property
@@ -72,7 +72,8 @@ class Remat:
         """The upper part of the same tree, leaves PartitionSpecs of logical names."""
         weight = PartitionSpec("kv_heads") if self.latents_axis else PartitionSpec(None, None, "kv_heads")
         bias = PartitionSpec("kv_heads")
-        return Remat(weight, weight, bias, bias, PartitionSpec(), self.eps)  # type: ignore[arg-type]
+        whole = self.key_norm is not None and self.key_norm.ndim == 2
+        return Remat(weight, weight, bias, bias, bias if whole else PartitionSpec(), self.eps)  # type: ignore[arg-type]
 
     def astype(self, dtype) -> Remat:
         """Casts the weights, once for all tiles: XLA does not move the cast out of a loop."""
@@ -82,7 +83,7 @@ class Remat:
         k = _rebuild(latents, self.key)
         if self.key_bias is not None:
             k = k + self.key_bias[:, None].astype(k.dtype)
-        return k if self.key_norm is None else normalize(k, self.eps) * self.key_norm
+        return k if self.key_norm is None else normalize_heads(k, self.key_norm, self.eps)
 
     def values(self, latents: Float[Array, "B G n s"]) -> Float[Array, "B K n D"]:
         v = _rebuild(latents, self.value)
@@ -174,6 +175,8 @@ def attend_latents(q: Float[Array, "B T H D"], span: Span, latents: Latents, rem
         check_queries(q, remat.kv_heads)
         if latents.change:
             raise NotImplementedError("latents that are changed after they are read; kernels read them as they are")
+        if remat.key_norm is not None and remat.key_norm.ndim == 2:
+            raise NotImplementedError("a norm over the keys of all heads; kernels normalise each head alone")
         packed = [store.for_kernels(each) for each in stores]
         up = remat.key.reshape(*remat.key.shape[:2], -1)
         rebuild = Rebuild(up, *table, remat.key_bias, remat.key_norm, remat.eps)

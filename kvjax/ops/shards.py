@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import jax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from kvjax import mesh as meshes
 from kvjax.errors import KvjaxError
@@ -77,6 +77,12 @@ def token_parts() -> int:
 def first_token(tokens: int) -> Int[Array, ""] | int:
     """The position of the first token that this device holds, of `tokens` that each holds."""
     return jax.lax.axis_index(meshes.RULES["tokens"]) * tokens if token_parts() > 1 else 0
+
+
+def head_mean(x: Float[Array, "B K ..."]) -> Float[Array, "B 1 ..."]:
+    """The mean over the kv heads, those of all devices where each holds some."""
+    mean, axis = x.mean(1, keepdims=True), meshes.RULES["kv_heads"]
+    return jax.lax.pmean(mean, axis) if axis in jax.sharding.get_abstract_mesh().manual_axes else mean
 
 
 def _is_axes(node: Any) -> bool:

@@ -152,7 +152,12 @@ def attend_both_ways(cache: LayerCache, chunk: Chunk, carry: Any) -> tuple[Array
     mask = visible(chunk, positions)
     k, v = (jnp.repeat(a, chunk.q.shape[2] // a.shape[2], 2) for a in (k, v))
     scores = jnp.einsum("bthd,bnhd->bhtn", chunk.q, k) / np.sqrt(chunk.q.shape[-1])
-    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), where=mask[:, None])
+    scores, mask = jnp.where(mask[:, None], scores, -jnp.inf), mask[:, None]
+    if chunk.learned_sinks is not None:  # one key more, without a value
+        sinks = jnp.broadcast_to(chunk.learned_sinks[:, None, None], (*scores.shape[:3], 1))
+        scores, mask = jnp.concatenate([scores, sinks], -1), jnp.concatenate([mask, mask[..., :1] | True], -1)
+        v = jnp.pad(v, ((0, 0), (0, 1), (0, 0), (0, 0)))
+    weights = jax.nn.softmax(scores, where=mask)
     return output, jnp.einsum("bhtn,bnhd->bthd", weights, v), after, plain, above, plain_carry
 
 

@@ -35,8 +35,9 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.caches.base import CacheShape, CacheSpec, Chunk, ModelSizes, visible
 from kvjax.caches.cross_layer import CrossLayerSpec
 from kvjax.caches.plan import CachePlan
+from kvjax.errors import KvjaxError
 from kvjax.mesh import fetch
-from kvjax.models.decoder import rms_norm
+from kvjax.models.decoder import final_states
 from kvjax.ops import attention
 from kvjax.ops.rotate import rotate_heads
 from kvjax.tuner.simulate import Simulator, Streamed, levels_of, run_layer
@@ -100,7 +101,11 @@ def local_errors(
 
     Returns:
       Per spec, the errors by name, averaged over the windows.
+
+    Raises:
+      KvjaxError: the model has learned sinks.
     """
+    _check_sinks(simulator)
     config, params = simulator.model.config, simulator.model.params[f"layer_{layer}"]
     found: dict[CacheSpec, dict[str, float]] = {}
     for form, group in itertools.groupby(
@@ -126,6 +131,13 @@ def local_errors(
         for i, spec in enumerate(same):
             found[spec] = {name: float(np.mean([float(fetch(part[name])[i]) for part in parts])) for name in ERRORS}
     return [found[spec] for spec in specs]
+
+
+def _check_sinks(simulator: Simulator) -> None:
+    """Raises KvjaxError for scores that join the softmax: the errors and gradients here are of keys alone."""
+    if simulator.model.config.learned_sinks:
+        name = simulator.model.name
+        raise KvjaxError(f"{name} has learned sinks; expected a model without them, or errors measured by KL")
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layer", "form", "shape"))
@@ -222,7 +234,11 @@ def gradients(simulator: Simulator, window: int, samples: int, seed: int) -> Flo
 
     Returns:
       The gradients, for L layers and N tokens.
+
+    Raises:
+      KvjaxError: the model has learned sinks.
     """
+    _check_sinks(simulator)
     config, params = simulator.model.config, simulator.model.params
     trace, dense = simulator.keep(simulator.dense_plan)[window], simulator.dense(window)
     key = jax.random.fold_in(jax.random.key(seed), window)
@@ -238,7 +254,7 @@ def gradients(simulator: Simulator, window: int, samples: int, seed: int) -> Flo
 
 @functools.partial(jax.jit, static_argnames="config")
 def _pull_head(config, head, norm, h, mean, keys):
-    hidden, pull = jax.vjp(lambda h: rms_norm(h, norm, config.norm_eps), h)
+    hidden, pull = jax.vjp(lambda h: final_states(config, norm, h), h)
     drawn = jax.vmap(lambda key: _draw(hidden[0, :-1], head, key))(keys)  # [S, N - 1]
     g = jnp.pad(head[drawn] - mean.astype(h.dtype), ((0, 0), (0, 1), (0, 0)))  # the last token predicts nothing
     return jax.vmap(lambda g: pull(g[None])[0])(g)

@@ -25,7 +25,7 @@ from kvjax.errors import KvjaxError
 from kvjax.evaluate import vocabulary
 from kvjax.mesh import fetch
 from kvjax.models.config import ModelConfig
-from kvjax.models.decoder import Layer, rms_norm
+from kvjax.models.decoder import embed, final_states, layer_of
 from kvjax.models.model import Model
 from kvjax.models.rope import make_rope
 from kvjax.ops import attention, store
@@ -84,7 +84,8 @@ class Streamed:
     def attend(self, chunk: Chunk, carry: Any) -> tuple[Float[Array, "B T H d"], Streamed, Any]:
         k, v, positions, _, carry = self.materialize(chunk, carry)
         own = rotate_heads(chunk.k, chunk.rotation), chunk.v
-        output = attention.attend_streamed(chunk.q, (k, v, positions), own, self.form.residual_length, chunk.window)
+        r, sinks = self.form.residual_length, chunk.learned_sinks
+        output = attention.attend_streamed(chunk.q, (k, v, positions), own, r, chunk.window, sinks)
         return output, self, carry
 
     def materialize(self, chunk: Chunk, carry: Any):
@@ -118,8 +119,8 @@ def run_layer(
     """
     count = h.shape[1]
     positions = jnp.arange(count, dtype=jnp.int32)[None]
-    rope = make_rope(config.rope, config.head_dim)
-    module: Any = Layer(config, config.layer_window(layer))
+    module: Any = layer_of(config, layer)
+    rope = make_rope(module.rope, config.head_dim, count)
     lengths = jnp.full((1,), count, jnp.int32)
     rotation = rope.table(positions, h.dtype)
     return module.apply({"params": params}, h, positions, lengths, rope, rotation, bases, cache, carry, "exact")
@@ -131,11 +132,7 @@ def _step(config, layer, form, shape, params, h, carry, levels, bases):
     return h, carry
 
 
-@functools.partial(jax.jit, static_argnames="eps")
-def _final_norm(h: Array, weight: Array, eps: float) -> Array:
-    return rms_norm(h, weight, eps)
-
-
+_final_states = jax.jit(final_states, static_argnums=0)
 _compare = jax.jit(vocabulary.compare)
 _dense_run = jax.jit(vocabulary.dense_run)
 
@@ -246,7 +243,7 @@ class Simulator:
     def _scored(self, plan: CachePlan, window: int) -> tuple[Array, Array, Array]:
         """Returns final hidden states, the head and the targets of a window."""
         params, config = self.model.params, self.model.config
-        hidden = _final_norm(self._trace(plan, window, False).h[-1], params["norm"], config.norm_eps)
+        hidden = _final_states(config, params["norm"], self._trace(plan, window, False).h[-1])
         return hidden[0, :-1], self.model.head, jnp.asarray(self.windows[window, 1:], jnp.int32)
 
     def _trace(self, plan: CachePlan, window: int, whole: bool) -> Trace:
@@ -261,7 +258,7 @@ class Simulator:
         if best and start:
             hs, carries = best.h[: start + 1], best.carry[: start + 1]
         else:
-            hs = [params["embed"][jnp.asarray(self.windows[window : window + 1], jnp.int32)]]
+            hs = [embed(config, params["embed"], jnp.asarray(self.windows[window : window + 1], jnp.int32))]
             carries = [plan.init_carry(self.shape)]
         h, carry = hs[-1], carries[-1] or plan.init_carry(self.shape)
         for i in range(start, config.layers):
@@ -283,4 +280,4 @@ class Simulator:
     def program(self, layer: int) -> int:
         """Returns the first layer that differs from this one only in weights, so that the two share a program."""
         config = self.model.config
-        return next(i for i in range(layer + 1) if config.layer_window(i) == config.layer_window(layer))
+        return next(i for i in range(layer + 1) if layer_of(config, i) == layer_of(config, layer))

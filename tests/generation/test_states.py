@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -13,6 +14,7 @@ import jax
 import pytest
 
 import kvjax
+from kvjax.models.config import RopeConfig
 from kvjax.models.model import Model
 
 OTHER = """
@@ -102,6 +104,17 @@ def test_the_room_has_bounds(tiny: Model, saved: Path) -> None:
     ):
         with pytest.raises(kvjax.KvjaxError, match=said):
             kvjax.generate(tiny, ["", ""], state, **options)
+
+
+def test_a_state_whose_rope_depends_on_its_room_keeps_it(tiny: Model) -> None:
+    rope = RopeConfig(scaling="dynamic", factor=4.0, original_max_positions=64)
+    model = dataclasses.replace(tiny, config=dataclasses.replace(tiny.config, rope=rope))
+    state = kvjax.prefill(model, ["short"], max_len=32)
+    options = {"max_new_tokens": 2}
+    state = kvjax.generate(model, [""], state, max_len=64, **options).state  # up to 64 tokens the angles are the same
+    assert state.max_len == 64
+    with pytest.raises(kvjax.KvjaxError, match="room for 64 tokens cannot grow to 128: dynamic rope scaling turns"):
+        kvjax.generate(model, [""], state, max_len=128, **options)
 
 
 def test_going_on_compiles_the_loop_once(tiny: Model, saved: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import transformers
 
-from tests.goldens.config_cases import CASES, COLUMNS, KEPT, SAME, config_of, tokens, weight
+from tests.goldens.config_cases import CASES, COLUMNS, FOLDERS, KEPT, SAME, config_of, tokens, weight
 
 HERE = Path(__file__).parent
 
@@ -40,7 +40,7 @@ def main() -> None:
             same = np.array_equal(logits(family, changes), found[f"{family}/{other}"])
             assert same, f"{family}: {name} is not {other}"
     np.savez_compressed(HERE / "config-goldens.npz", **found)
-    keys = {family: sorted(transformers.AutoConfig.for_model(family).to_dict()) for family in CASES}
+    keys = {family: sorted(transformers.AutoConfig.for_model(family).to_dict()) for family in (*CASES, *FOLDERS)}
     (HERE / "config-keys.json").write_text(json.dumps(keys, indent=1) + "\n")
 
 

@@ -8,8 +8,14 @@ from kvjax.checkpoints.safetensors import load_hf
 
 TOLERANCE = 2e-5
 
+FAMILIES = [
+    *("smollm3", "granite", "gemma3", "olmo2", "olmo3", "phi3-long", "phi3-short"),
+    *("qwen3-moe", "qwen3-moe-window", "gpt-oss", "gpt-oss-mxfp4"),
+]
+FOLDERS = ["llama-linear", "llama-llama3", "mistral-window", "qwen2-tied", "qwen3", *FAMILIES]
 
-@pytest.mark.parametrize("name", ["llama-linear", "llama-llama3", "mistral-window", "qwen2-tied", "qwen3"])
+
+@pytest.mark.parametrize("name", FOLDERS)
 def test_tiny(name, goldens, dense_logits):
     config, params = load_hf(goldens / name, jnp.float32)
     golden = np.load(goldens / name / "logits.npz")

@@ -40,7 +40,7 @@ def test_gradients_pass_through_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     h = jax.random.normal(jax.random.key(9), (1, 100, 8))
 
     def gradient() -> jax.Array:
-        return jax.vjp(lambda h: decoder.finish_by_tiles(weights, h, h, 1e-5), h)[1](jnp.ones_like(h))[0]
+        return jax.vjp(lambda h: decoder.finish_by_tiles(CONFIG, weights, h, h), h)[1](jnp.ones_like(h))[0]
 
     whole = gradient()
     monkeypatch.setattr(decoder, "TOKEN_TILE", 32)
