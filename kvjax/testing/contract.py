@@ -10,7 +10,7 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -43,10 +43,12 @@ from kvjax.testing.layers import (
     KV_HEADS,
     SHAPE,
     TOKENS,
+    Layer,
     aligned,
     attend,
     attend_both_ways,
     make_chunk,
+    other_stack,
     quick_jit,
     same_trees,
     schedule,
@@ -70,16 +72,18 @@ def plan_of(text: str) -> CachePlan:
 
 
 @functools.cache
-def bases_of(text: str) -> list[Any]:
+def bases_of(text: str, layers: Callable[[], tuple[Layer, ...]] = stack) -> list[Any]:
     """What each layer's spec computes once per model."""
-    return [spec.bases(layer.weights, layer.norm) for spec, layer in zip(plan_of(text).specs, stack(), strict=False)]
+    return [spec.bases(layer.weights, layer.norm) for spec, layer in zip(plan_of(text).specs, layers(), strict=False)]
 
 
-def chunks_of(text: str, chunks: Chunks, width: int, **how: Any) -> Iterator[list[Any]]:
+def chunks_of(
+    text: str, chunks: Chunks, width: int, layers: Callable[[], tuple[Layer, ...]] = stack, **how: Any
+) -> Iterator[list[Any]]:
     """A chunk for every layer, for each (start, lengths)."""
     for at, lengths in chunks:
-        layers = zip(stack(), bases_of(text), strict=False)
-        yield [make_chunk(layer, bases, at, lengths, width, **how) for layer, bases in layers]
+        pairs = zip(layers(), bases_of(text, layers), strict=False)
+        yield [make_chunk(layer, bases, at, lengths, width, **how) for layer, bases in pairs]
 
 
 def by_position(rows: list[tuple[np.ndarray, np.ndarray, list[np.ndarray]]]) -> np.ndarray:
@@ -93,11 +97,13 @@ def by_position(rows: list[tuple[np.ndarray, np.ndarray, list[np.ndarray]]]) -> 
 
 
 @functools.cache
-def run(text: str, width: int, window: int | None = None, read: str = "exact", chunks: Any = schedule):
+def run(
+    text: str, width: int, window: int | None = None, read: str = "exact", chunks: Any = schedule, layers: Any = stack
+):
     """Outputs by position of `attend`, checked against attention over `materialize`, and the caches at the end."""
     with jax.enable_x64(True):
         order = list(chunks(width))
-        fed = list(chunks_of(text, order, width, window=window, read=read))
+        fed = list(chunks_of(text, order, width, layers, window=window, read=read))
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *fed)
         caches = [spec.init(SHAPE) for spec in plan_of(text).specs]
         caches, (outputs, plain, apart) = _feed(plan_of(text), caches, stacked)
@@ -171,6 +177,11 @@ def test_attend_is_attention_over_materialize(text: str, width: int) -> None:
 def test_windows_and_stored_reads(text: str) -> None:
     """A sliding window; every token read as stored, where the method allows whole windows."""
     run(text, WIDTH, WINDOW, "stored" if allows_windows(text) else "exact")
+
+
+def test_layers_of_another_kind(text: str) -> None:
+    """No norm before attention, one over all keys, a part of each head turned, learned sinks, a window."""
+    run(text, WIDTH, WINDOW, layers=other_stack)
 
 
 def allows_windows(text: str) -> bool:

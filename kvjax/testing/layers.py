@@ -23,6 +23,7 @@ LAYERS, DIM, HEADS, KV_HEADS, HEAD_DIM = 4, 64, 4, 2, 16
 BATCH, TOKENS = 4, 75
 ENDS = np.array([75, 61, 40, 75])  # tokens of each sequence
 ROPE = RopeConfig(theta=100.0)
+OTHER_ROPE = RopeConfig(theta=100.0, channels=HEAD_DIM // 2, attention_factor=1.2)
 CONFIG = ModelConfig("qwen3", 64, DIM, 64, LAYERS, HEADS, KV_HEADS, HEAD_DIM, 256, rope=ROPE, qk_norm=True)
 SHAPE = CacheShape.of(CONFIG, BATCH, TOKENS + 5, jnp.float64)  # a few tokens more fit
 EPS = 1e-5
@@ -39,12 +40,19 @@ class Layer:
     w_v: Float[np.ndarray, "D Kd"]
     k_bias: Float[np.ndarray, "Kd"]
     v_bias: Float[np.ndarray, "Kd"]
-    k_norm: Float[np.ndarray, "d"]
+    k_norm: Float[np.ndarray, "n"]  # of a head's d channels, or of all
+    pre_norm: bool = True
+    rope: RopeConfig = ROPE
+    learned_sinks: Any = None  # [H]
+
+    def unit_of(self, h: np.ndarray) -> np.ndarray:
+        """Inputs divided by their rms, where the layer has a norm before attention."""
+        return normalize(h) if self.pre_norm else h
 
     @property
     def unit(self) -> Float[np.ndarray, "B N D"]:
-        """Inputs divided by their rms."""
-        return normalize(self.h)
+        """`unit_of` all inputs."""
+        return self.unit_of(self.h)
 
     @property
     def x(self) -> Float[np.ndarray, "B N D"]:
@@ -54,15 +62,16 @@ class Layer:
     def kv(self, x: Float[np.ndarray, "n D"]) -> tuple[Float[np.ndarray, "n K d"], Float[np.ndarray, "n K d"]]:
         """Keys after bias and qk-norm, before RoPE, and values."""
         k, v = x @ self.w_k + self.k_bias, x @ self.w_v + self.v_bias
+        k = normalize(k.reshape(len(x), -1, len(self.k_norm))) * self.k_norm
         k, v = (a.reshape(len(x), KV_HEADS, HEAD_DIM) for a in (k, v))
-        return normalize(k) * self.k_norm, v
+        return k, v
 
     @property
     def weights(self) -> KVWeights:
         """As caches take them."""
         arrays: Any = (self.w_k.T, self.w_v.T, self.k_bias, self.v_bias, self.k_norm)
         k, v, k_bias, v_bias, k_norm = arrays
-        return KVWeights(k, v, k_bias, v_bias, k_norm, EPS, HEAD_DIM)
+        return KVWeights(k, v, k_bias, v_bias, k_norm, EPS, HEAD_DIM, self.pre_norm)
 
 
 def normalize(x: np.ndarray) -> np.ndarray:
@@ -87,6 +96,24 @@ def stack() -> tuple[Layer, ...]:
     return tuple(layers)
 
 
+@functools.cache
+def other_stack() -> tuple[Layer, ...]:
+    """Layers of another kind: no norm before attention, one over all keys, a part of a head turned, learned sinks."""
+    rng = np.random.default_rng(1)
+
+    def other(layer: Layer) -> Layer:
+        return dataclasses.replace(
+            layer,
+            norm=np.ones(DIM),
+            k_norm=1 + 0.2 * rng.standard_normal(KV_HEADS * HEAD_DIM),
+            pre_norm=False,
+            rope=OTHER_ROPE,
+            learned_sinks=rng.standard_normal(HEADS),
+        )
+
+    return tuple(map(other, stack()))
+
+
 def make_chunk(
     layer: Layer,
     bases: Any,
@@ -102,12 +129,13 @@ def make_chunk(
     rows = np.arange(BATCH)[:, None], np.minimum(positions, TOKENS - 1)
     pad = (np.arange(width) >= lengths[:, None])[..., None]
     h, q = np.where(pad, 77.0, layer.h[rows]), np.where(pad[..., None], 77.0, layer.q[rows])
-    x = normalize(h) * layer.norm
+    x = layer.unit_of(h) * layer.norm
     k, v = (a.reshape(BATCH, width, KV_HEADS, HEAD_DIM) for a in layer.kv(x.reshape(-1, DIM)))
-    rope = make_rope(ROPE, HEAD_DIM)
+    rope = make_rope(layer.rope, HEAD_DIM)
     cast: Any = functools.partial(jax.tree.map, lambda a: np.asarray(a, dtype))
     make: Any = Chunk
-    angle = positions[..., None] * np.tile(rope.inv_freq, 2)
+    inv_freq, factor = (np.tile(a, 2) for a in (rope.inv_freq, rope.factor))
+    angle = positions[..., None] * inv_freq
     return make(
         *cast((h, x, layer.norm, q, k, v)),
         positions=positions.astype(np.int32),
@@ -115,9 +143,10 @@ def make_chunk(
         weights=cast(layer.weights),
         bases=cast(bases),
         rope=rope,
-        rotation=cast((np.cos(angle), np.sin(angle))),
+        rotation=cast((np.cos(angle) * factor, np.sin(angle) * factor)),
         window=window,
         read=read,
+        learned_sinks=cast(layer.learned_sinks),
     )
 
 
