@@ -321,10 +321,12 @@ def _untyped_full_layers(fields: Fields, layers: int, nope: tuple[int, ...]) -> 
         return tuple(i for i in range(layers) if i not in nope)
     if "max_window_layers" in fields.values:
         return tuple(range(min(fields.whole("max_window_layers", 28, least=0), layers)))
-    every = fields.values.get("_sliding_window_pattern")  # as transformers 5 writes it
-    if every is None and "sliding_window_pattern" in fields.values:
-        every = fields.whole("sliding_window_pattern")
-    return () if every is None else tuple(range(every - 1, layers, every))
+    written = fields.values.get("_sliding_window_pattern")  # as transformers 5 writes it
+    key = "sliding_window_pattern" if written is None else "_sliding_window_pattern"
+    if key not in fields.values:
+        return ()
+    every = fields.whole(key)
+    return tuple(range(every - 1, layers, every))
 
 
 def _window(fields: Fields, family: str) -> int | None:

@@ -141,6 +141,11 @@ def test_what_the_decoder_does_not_have_is_refused_by_name(family, key, value):
             {"partial_rotary_factor": 0.3},
             "rope turns 2.4 of the 8 channels of a head; expected an even number",
         ),
+        (
+            "gemma3_text",
+            {"_sliding_window_pattern": 0},
+            "_sliding_window_pattern is 0; expected a whole",
+        ),
         ("granite", {"num_local_experts": 4}, "num_local_experts of a granite config.json is 4"),
         ("olmo3", {"layer_types": ["chunked_attention"] * 3}, "layer_types has 'chunked_attention'"),
         ("llama", {"no_rope_layers": [1, 1, 0]}, "no_rope_layers of a llama config.json is"),
