@@ -25,7 +25,7 @@ from kvjax.caches.registry import parse_spec
 from kvjax.checkpoints.load import load
 from kvjax.evaluate.perplexity import cut_windows
 from kvjax.evaluate.text import load_text
-from kvjax.models.decoder import Decoder, rms_norm
+from kvjax.models.decoder import Decoder, normed
 from kvjax.models.model import Model
 from kvjax.quant import affine
 
@@ -56,14 +56,14 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
 
 
 def layer_inputs(model: Model, tokens: Array) -> list[Float[Array, "T D"]]:
-    """X of every layer: what its attention norm gives for the tokens [1, T]."""
+    """X of every layer: what its attention norm, where it has one, gives for the tokens [1, T]."""
     config = model.config
     shape = CacheShape.of(config, 1, tokens.shape[1], model.dtype)
     cache = CachePlan.parse("dense", config).init(shape)
     run = jax.jit(lambda params: Decoder(config).apply({"params": params}, tokens, cache, mutable=["hidden"])[1])
     hidden = run(model.params)["hidden"]["h"][:-1]
-    norms = [model.params[f"layer_{i}"]["attention_norm"] for i in range(config.layers)]
-    return [rms_norm(h, norm, config.norm_eps)[0] for h, norm in zip(hidden, norms, strict=True)]
+    layers = [model.params[f"layer_{i}"] for i in range(config.layers)]
+    return [normed(w, "attention_norm", h, config.norm_eps)[0] for w, h in zip(layers, hidden, strict=True)]
 
 
 def draw(rows: list[dict], file: Path) -> None:

@@ -254,7 +254,7 @@ def _bases(model: Model, plan: CachePlan) -> list[Any] | None:
     for spec in plan.specs:
         if spec.bases_key and spec.bases_key not in made:
             weights = KVWeights(k=first["k"], v=first["v"], head_dim=model.config.head_dim)
-            made[spec.bases_key] = spec.bases(weights, first["attention_norm"])
+            made[spec.bases_key] = spec.bases(weights, first.get("attention_norm", jnp.ones(model.config.model_dim)))
     dtype = model.params["embed"].dtype
     place = lambda a: model.layout.build(a.shape, dtype, WHOLE, a.__getitem__)  # noqa: E731
     return [jax.tree.map(place, made.get(spec.bases_key, [])) for spec in plan.specs]
