@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -56,7 +57,10 @@ def invented(monkeypatch: pytest.MonkeyPatch) -> None:
     class Judged:
         @staticmethod
         def of(plan: CachePlan, windows: Any) -> Any:
-            return config_dict.ConfigDict({"kld": cost(plan, 30), "nll": 1.0, "top1": 0.5})
+            kld = cost(plan, 30)
+            return SimpleNamespace(
+                kld=kld, kld_se=0.0, nll=1.0, top1=0.5, per_token=SimpleNamespace(kld=np.full((1, 1), kld))
+            )
 
     monkeypatch.setattr(Search, "_evaluate", evaluate)
     monkeypatch.setattr(Search, "_measure", measure)
