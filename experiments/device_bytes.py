@@ -7,7 +7,6 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from kvjax import mesh
 from kvjax.caches.plan import CachePlan
@@ -77,9 +76,5 @@ def _cache(model: str, tokens: int, name: str, batch: int, meshes: tuple[str, ..
 
 def _cache_axes(name: str) -> set[str]:
     plan = CachePlan.parse(name, RANDOM[f"random:{MODELS[0]}"])
-    names = jax.tree.leaves(plan.logical_axes(plan.shape(BATCH, CONTEXTS[0], DTYPE)), is_leaf=_is_axes)
+    names = jax.tree.leaves(plan.logical_axes(plan.shape(BATCH, CONTEXTS[0], DTYPE)), is_leaf=mesh.is_axes)
     return {axis for each in names for axis in each if axis}
-
-
-def _is_axes(node: object) -> bool:
-    return isinstance(node, PartitionSpec)

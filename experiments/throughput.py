@@ -27,11 +27,12 @@ from rich.table import Table
 
 from experiments import program
 from kvjax import records
-from kvjax.caches.base import CacheShape, KVWeights
+from kvjax.caches.base import CacheShape
 from kvjax.caches.grammar import split_list
 from kvjax.caches.kv import KV
 from kvjax.caches.plan import CachePlan
 from kvjax.caches.registry import parse_spec
+from kvjax.calibrate.bases import weights_of
 from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
 from kvjax.generation.states import Held
@@ -250,11 +251,10 @@ def _decode(model: Model, plan: CachePlan, shape: CacheShape, tokens: int, round
 def _bases(model: Model, plan: CachePlan) -> list[Any] | None:
     """Factors of the first layer's weights for every layer: their values do not matter, only that each is read."""
     made: dict[str, Any] = {}
-    first = model.params["layer_0"]
+    first = weights_of(model, 0)
     for spec in plan.specs:
         if spec.bases_key and spec.bases_key not in made:
-            weights = KVWeights(k=first["k"], v=first["v"], head_dim=model.config.head_dim)
-            made[spec.bases_key] = spec.bases(weights, first.get("attention_norm", jnp.ones(model.config.model_dim)))
+            made[spec.bases_key] = spec.bases(*first)
     dtype = model.params["embed"].dtype
     place = lambda a: model.layout.build(a.shape, dtype, WHOLE, a.__getitem__)  # noqa: E731
     return [jax.tree.map(place, made.get(spec.bases_key, [])) for spec in plan.specs]

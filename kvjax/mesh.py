@@ -185,9 +185,9 @@ class Layout:
         if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
             raise KvjaxError(f"replicate={replicate!r}; expected a text or a list of {', '.join(RULES)}")
         whole = tuple(name.strip() for text in names for name in text.split(",") if name.strip())
-        names = [name for name in RULES if name != "tokens"]  # a mesh without seq keeps them whole
-        if unknown := [name for name in whole if name not in names]:
-            raise KvjaxError(f"replicate={unknown[0]}; expected some of {', '.join(names)}")
+        known = [name for name in RULES if name != "tokens"]  # a mesh without seq keeps them whole
+        if unknown := [name for name in whole if name not in known]:
+            raise KvjaxError(f"replicate={unknown[0]}; expected some of {', '.join(known)}")
         if isinstance(mesh, str):
             mesh = parse(mesh) if mesh else None
         if mesh is None and hosts.count() > 1:
@@ -269,7 +269,12 @@ class Layout:
 
 
 def _over(f: Callable[[PartitionSpec, Any], Any], axes: Any, arrays: Any) -> Any:
-    return jax.tree.map(f, axes, arrays, is_leaf=lambda node: isinstance(node, PartitionSpec))
+    return jax.tree.map(f, axes, arrays, is_leaf=is_axes)
+
+
+def is_axes(node: Any) -> bool:
+    """Whether a node of a tree names the axes of an array, and so is a leaf."""
+    return isinstance(node, PartitionSpec)
 
 
 ONE_DEVICE = Layout()

@@ -160,7 +160,7 @@ class CachePlan:
         size = lambda carry: sum(leaf.size for leaf in jax.tree.leaves(carry))  # noqa: E731
         if shape.parts > 1 and len({*map(size, carries)}) > 1:
             raise KvjaxError(
-                f"{self}: runs with residuals of their own; devices that share tokens expect the same one"
+                f"{self}: its runs of XQuant-CL have different residuals; expected one residual under a mesh with seq"
             )
         return max(carries, key=size, default=())  # runs with residuals of their own: the longest serves all
 

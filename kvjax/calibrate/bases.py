@@ -36,7 +36,7 @@ def load_bases(model: Model, plan: CachePlan) -> tuple[Any, ...]:
     specs = {spec.bases_key: spec for spec in plan.specs if spec.bases_key}
     if not specs:
         return ((),) * model.config.layers
-    layers = [_layer(model, i) for i in range(model.config.layers)]
+    layers = [weights_of(model, i) for i in range(model.config.layers)]
     digest = _digest(layers)
     for key, spec in specs.items():
         if not hosts.on_first(lambda key=key: _found(digest, key)):  # type: ignore[misc]
@@ -53,7 +53,8 @@ def folder_of(digest: str, key: str) -> Path:
     return cache_folder() / "bases" / f"{digest[:16]}-{key}-layers"
 
 
-def _layer(model: Model, i: int) -> tuple[KVWeights, jax.Array]:
+def weights_of(model: Model, i: int) -> tuple[KVWeights, jax.Array]:
+    """What the bases of layer i are computed from: its K and V weights, and the weight of the norm before them."""
     params, config = model.params[f"layer_{i}"], model.config
     weights = KVWeights(params["k"], params["v"], norm_eps=config.norm_eps, head_dim=config.head_dim)
     return weights, params.get("attention_norm", jnp.ones(config.model_dim, model.dtype))

@@ -51,10 +51,12 @@ def per_shard(
     def divided(names: PartitionSpec) -> PartitionSpec:
         return PartitionSpec(*(meshes.RULES[n] if meshes.parts(mesh, n, tuple(whole)) > 1 else None for n in names))
 
-    jax.tree.map(note, axes, operands, is_leaf=_is_axes)
+    jax.tree.map(note, axes, operands, is_leaf=meshes.is_axes)
     if "tokens" in whole:  # `first_token` would be wrong
-        raise KvjaxError(f"tokens that do not divide over {meshes.describe(mesh)}; see CacheShape.parts")
-    specs, out_specs = (jax.tree.map(divided, tree, is_leaf=_is_axes) for tree in (axes, result))
+        raise KvjaxError(
+            f"the tokens of a cache do not divide over {meshes.describe(mesh)}; expected CacheShape.parts of its seq"
+        )
+    specs, out_specs = (jax.tree.map(divided, tree, is_leaf=meshes.is_axes) for tree in (axes, result))
     return jax.shard_map(function, in_specs=specs, out_specs=out_specs, check_vma=False)(*operands)
 
 
@@ -83,7 +85,3 @@ def head_mean(x: Float[Array, "B K ..."]) -> Float[Array, "B 1 ..."]:
     """The mean over the kv heads, those of all devices where each holds some."""
     mean, axis = x.mean(1, keepdims=True), meshes.RULES["kv_heads"]
     return jax.lax.pmean(mean, axis) if axis in jax.sharding.get_abstract_mesh().manual_axes else mean
-
-
-def _is_axes(node: Any) -> bool:
-    return isinstance(node, PartitionSpec)

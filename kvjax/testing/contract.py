@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 import kvjax
@@ -28,6 +27,7 @@ from kvjax.caches.registry import parse_spec
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Scorer
 from kvjax.generation.states import grow
+from kvjax.mesh import is_axes
 from kvjax.models.config import ModelConfig
 from kvjax.models.model import Model
 from kvjax.models.tokenizer import ByteTokenizer
@@ -311,7 +311,6 @@ def test_bytes_are_the_compilers(text: str) -> None:
         memory: Any = compiled.memory_analysis()
         assert memory.argument_size_in_bytes == spec.nbytes(shape)
         assert spec.simulated or spec.counted_bytes(shape) == spec.nbytes(shape)
-        is_axes = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
         axes = jax.tree.leaves(spec.logical_axes(shape), is_leaf=is_axes)
         assert all(map(is_axes, axes)) and len(axes) == len(jax.tree.leaves(cache))
         assert spec.bits_asymptotic(shape) >= 0 and spec.bits_nominal >= 0

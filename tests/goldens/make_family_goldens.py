@@ -21,23 +21,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from tests.goldens.make_goldens import load_hf, tiny_model
+from tests.goldens.make_goldens import COMMON as USUAL
+from tests.goldens.make_goldens import HERE, TOKENS, load_hf, tiny_model
 
-HERE = Path(__file__).parent
-TOKENS = 48
-COMMON = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
+COMMON = USUAL | {"max_position_embeddings": 64, "pad_token_id": None}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 LONGROPE = {
     **{"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75},  # 12 of 16 channels
