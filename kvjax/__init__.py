@@ -14,6 +14,7 @@ from kvjax.caches.registry import load_plugins, register
 from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Comparison, Score
+from kvjax.evaluate.roofline import roofline
 from kvjax.evaluate.sweep import Rows, score, sweep
 from kvjax.generation.generate import Generation, generate, logits, plan, prefill, stream
 from kvjax.generation.states import State, restore_state, save_state
@@ -44,6 +45,7 @@ __all__ = [
     "prefill",
     "register",
     "restore_state",
+    "roofline",
     "save_state",
     "score",
     "stream",
