@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from scipy.stats import spearmanr
 
 from experiments import checkpoint_keys, closed_loop, device_bytes, pareto, plans, tune_pictures
+from experiments import roofline as roofline_program
 from experiments import searches as search_courses
 from experiments.loading_memory import over_held
 from experiments.sources import check_clean, describe_source
@@ -418,6 +419,27 @@ def starts(rows: list[Row]) -> str:
     return f"{describe_source(rows)}\n\n" + table(("cache", "cold, s", "warm, s", "warm / cold"), lines)
 
 
+# ---- docs/roofline.md
+
+
+def roofline(rows: list[Row]) -> str:
+    """Milliseconds of a step on each device, the fastest that fits in bold, what does not fit in brackets."""
+    contexts = roofline_program.TABLE_CONTEXTS
+    lines = []
+    for row in rows:
+        rivals = [each for each in rows if (each["model"], each["on"]) == (row["model"], row["on"])]
+        cells = []
+        for n in contexts:
+            time = f"{1e3 * roofline_program.seconds(row, n):.2f}"
+            best = roofline_program.fastest(rivals, n) == row["cache"]
+            cells.append(f"**{time}**" if best else time if roofline_program.fits(row, n) else f"({time})")
+        above = "never" if math.isinf(row["ridge_tokens"]) else f"{row['ridge_tokens']:,.0f}"
+        where = f"{row['model'].removeprefix('random:')}, {row['on']}"
+        lines.append([where, f"`{row['cache']}`", *cells, above, f"{row['room']:,.0f}"])
+    header = ("model, device", "cache", *(f"{n // 1024}K: ms" for n in contexts), "computes above", "room")
+    return f"Computed, not measured. {rows[0]['batch']} sequences.\n\n" + table(header, lines)
+
+
 Tables = dict[
     str, tuple[str | None, Callable[[list[Row]], str]]
 ]  # by name: the result file, if any, and what renders it
@@ -477,6 +499,7 @@ TABLES: dict[str, Tables] = {
         "compile-seconds": ("compile_seconds.jsonl", compile_seconds),
         "starts": ("starts.jsonl", starts),
     },
+    "docs/roofline.md": {"roofline": ("roofline.jsonl", roofline)},
     "docs/decisions.md": {
         "xquant-beyond": ("xquant-beyond.jsonl", beyond),
         "fit": ("fit.jsonl", xquant),
@@ -496,6 +519,7 @@ PICTURES: dict[str, tuple[str, Callable[[list[Row], Path], None]]] = {  # by nam
     "tune-plans": ("plans-pairs.jsonl", plans.draw),
     "tune-families": ("plans-families.jsonl", plans.draw),
     "tune-searches": ("searches.jsonl", search_courses.draw),
+    "roofline": ("roofline.jsonl", roofline_program.draw),
     "tune-sensitivity": ("sensitivity.jsonl", lambda rows, file: tune_pictures.heat_map(rows, "kld", file)),
 }
 

@@ -68,15 +68,13 @@ def _figures(steps: Sequence[Step]) -> Row:
 
 def fastest(rows: Sequence[Row], context: int) -> str:
     """The cache of these rows of one device whose step is fastest at a context, of those that fit; "" where none."""
-    fitting = [
-        (time, row["cache"]) for row in rows if (time := seconds(row, context)) is not None and fits(row, context)
-    ]
+    fitting = [(seconds(row, context), row["cache"]) for row in rows if fits(row, context)]
     return min(fitting)[1] if fitting else ""
 
 
-def seconds(row: Row, context: int) -> float | None:
-    """A step's time at a context; None where it was not computed."""
-    return row["seconds"][row["contexts"].index(context)] if context in row["contexts"] else None
+def seconds(row: Row, context: int) -> float:
+    """A step's least time at a context."""
+    return row["seconds"][row["contexts"].index(context)]
 
 
 def fits(row: Row, context: int) -> bool:
