@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from scipy.stats import spearmanr
 
-from experiments import checkpoint_keys, closed_loop, device_bytes, pareto, plans, tune_pictures
+from experiments import checkpoint_keys, closed_loop, device_bytes, pareto, plans, similarity, tune_pictures
 from experiments import roofline as roofline_program
 from experiments import searches as search_courses
 from experiments.loading_memory import over_held
@@ -520,6 +520,7 @@ PICTURES: dict[str, tuple[str, Callable[[list[Row], Path], None]]] = {  # by nam
     "tune-families": ("plans-families.jsonl", plans.draw),
     "tune-searches": ("searches.jsonl", search_courses.draw),
     "roofline": ("roofline.jsonl", roofline_program.draw),
+    "similarity": ("similarity.jsonl", similarity.draw),
     "tune-sensitivity": ("sensitivity.jsonl", lambda rows, file: tune_pictures.heat_map(rows, "kld", file)),
 }
 

@@ -1,0 +1,12 @@
+"""How alike the layer inputs, keys and values of neighbouring layers are, and which channels stick out.
+
+    python -m experiments.similarity --config=configs/similarity.py --workdir=runs/similarity
+
+Half a minute on two CPU cores.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+    return config_dict.create(model="smollm2-135m", text="demo", tokens=512)
