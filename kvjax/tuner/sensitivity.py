@@ -105,9 +105,38 @@ def local_errors(
     Raises:
       KvjaxError: the model has learned sinks.
     """
+    found = _errors(simulator, layer, specs, gradients)
+    return [{name: float(errors[name].mean()) for name in ERRORS} for errors in found]
+
+
+def head_errors(simulator: Simulator, layer: int, specs: Sequence[CacheSpec]) -> list[dict[str, np.ndarray]]:
+    """Computes the errors of specs at one layer, head by head.
+
+    Args:
+      simulator: gives the windows and the full-precision runs.
+      layer: the layer.
+      specs: the caches to compare.
+
+    Returns:
+      Per spec, averaged over the windows: e_k and e_v of each kv head, e_a and e_o of each query head; and
+      `largest_weight`, the largest attention weight of a query without quantisation, averaged over queries.
+
+    Raises:
+      KvjaxError: the model has learned sinks.
+    """
+    config, (windows, tokens) = simulator.model.config, simulator.windows.shape
+    nothing = np.zeros((config.layers, 0, tokens, config.heads, config.head_dim), simulator.model.dtype)
+    found = _errors(simulator, layer, specs, [nothing] * windows)
+    return [{name: each for name, each in errors.items() if name != "predicted"} for errors in found]
+
+
+def _errors(
+    simulator: Simulator, layer: int, specs: Sequence[CacheSpec], gradients: Sequence[Float[np.ndarray, "L S N H d"]]
+) -> list[dict[str, np.ndarray]]:
+    """Per spec, what `_Probe` finds, averaged over the windows."""
     _check_sinks(simulator)
     config, params = simulator.model.config, simulator.model.params[f"layer_{layer}"]
-    found: dict[CacheSpec, dict[str, float]] = {}
+    found: dict[CacheSpec, dict[str, np.ndarray]] = {}
     for form, group in itertools.groupby(
         sorted(specs, key=lambda s: str(s.program_form)), key=lambda s: s.program_form
     ):
@@ -129,7 +158,7 @@ def local_errors(
             for trace, g in zip(simulator.keep(_exact(simulator, form)), gradients, strict=True)
         ]
         for i, spec in enumerate(same):
-            found[spec] = {name: float(np.mean([float(fetch(part[name])[i]) for part in parts])) for name in ERRORS}
+            found[spec] = {name: np.mean([fetch(part[name])[i] for part in parts], 0) for name in parts[0]}
     return [found[spec] for spec in specs]
 
 
@@ -147,7 +176,7 @@ def _local_errors(config, layer, form, shape, params, h, carry, levels, bases, g
 
 @struct.dataclass
 class _Probe:
-    """A cache that returns the errors of C candidates of one form in place of the carry."""
+    """A cache that returns the errors of C candidates of one form, head by head, in place of the carry."""
 
     levels: Float[Array, "C s"]
     g: Float[Array, "S N H d"]
@@ -159,7 +188,7 @@ class _Probe:
         own = rotate_heads(chunk.k, chunk.rotation).astype(dtype), chunk.v.astype(dtype)
         exact = attention.attend_streamed(chunk.q, (*own, chunk.positions), own, 0, chunk.window)
         a, o = _late_attention(chunk, *own)
-        seen = visible(chunk, chunk.positions)[:, chunk.q.shape[1] // 2 :].sum() * chunk.q.shape[2]
+        seen = visible(chunk, chunk.positions)[:, chunk.q.shape[1] // 2 :].sum()
 
         def candidate(levels):
             cache = Streamed(levels, self.form, self.shape)
@@ -171,10 +200,11 @@ class _Probe:
             k, v = (_by_position(x[0], positions[0], self.shape.max_len) for x in (k, v))
             a_hat, o_hat = _late_attention(chunk, k[None], v[None])
             return {
-                "e_k": relative_error(own[0][0], k),
-                "e_v": relative_error(own[1][0], v),
-                "e_a": jnp.abs(a - a_hat).sum() / seen,
-                "e_o": relative_error(o, o_hat),
+                "e_k": relative_errors(own[0][0], k),
+                "e_v": relative_errors(own[1][0], v),
+                "e_a": jnp.abs(a - a_hat).sum((0, 2, 3)) / seen,
+                "e_o": relative_errors(o[0], o_hat[0]),
+                "largest_weight": a.max(-1).mean((0, 2)),
                 "predicted": 0.5 * (moved**2).sum(1).mean() / (moved.shape[1] - 1),
             }
 
@@ -198,10 +228,10 @@ def _late_attention(
     return a, jnp.einsum("bhtn,bnhd->bthd", a, v)
 
 
-def relative_error(exact: Float[Array, "*tokens H d"], other: Float[Array, "*tokens H d"]) -> Float[Array, ""]:
-    """The norm of the error over the norm of the exact vector, averaged over tokens and heads."""
+def relative_errors(exact: Float[Array, "N H d"], other: Float[Array, "N H d"]) -> Float[Array, "H"]:
+    """The norm of the error over the norm of the exact vector, averaged over tokens."""
     error, size = jnp.linalg.norm(exact - other, axis=-1), jnp.linalg.norm(exact, axis=-1)
-    return jnp.mean(error / (size + TINY))
+    return jnp.mean(error / (size + TINY), 0)
 
 
 # ---- gradients

@@ -15,7 +15,15 @@ from kvjax.caches.plan import CachePlan
 from kvjax.evaluate.perplexity import Scorer
 from kvjax.models.model import Model
 from kvjax.tuner import sensitivity
-from kvjax.tuner.sensitivity import ERRORS, gradients, local_errors, measured, quantise_one, relative_error
+from kvjax.tuner.sensitivity import (
+    ERRORS,
+    gradients,
+    head_errors,
+    local_errors,
+    measured,
+    quantise_one,
+    relative_errors,
+)
 from kvjax.tuner.simulate import Simulator
 
 pytestmark = pytest.mark.usefixtures("quick_float64", "is_decode_shape")
@@ -150,6 +158,29 @@ def test_errors_are_those_of_the_definitions(layer: int, texts: list[str]) -> No
     assert all(errors["e_k"] > 1e-4 and errors["predicted"] > 0 for errors in found)
 
 
+def test_errors_of_heads_are_those_of_each_head_alone() -> None:
+    text, layer, late = "k4v2@kivi", 2, slice(TOKENS // 2, None)
+    found = head_errors(simulator(), layer, [spec_of(text, layer)])[0]
+    assert set(found) == {"e_k", "e_v", "e_a", "e_o", "largest_weight"}
+    each = []
+    for window in range(len(WINDOWS)):
+        seen = dense(window)[0]
+        exact, (k_hat, v_hat) = seen[layer], stored(text, layer, seen)
+        (a, o), (a_hat, o_hat) = attention(exact, exact.k, exact.v), attention(exact, k_hat, v_hat)
+        visible = (a[:, late] > 0).sum() / CONFIG.heads
+        each.append(
+            {
+                "e_k": [relative_norms(exact.k[:, i], k_hat[:, i]) for i in range(CONFIG.kv_heads)],
+                "e_v": [relative_norms(exact.v[:, i], v_hat[:, i]) for i in range(CONFIG.kv_heads)],
+                "e_a": [np.abs(a - a_hat)[i, late].sum() / visible for i in range(CONFIG.heads)],
+                "e_o": [relative_norms(o[late, i], o_hat[late, i]) for i in range(CONFIG.heads)],
+                "largest_weight": a[:, late].max(-1).mean(-1),
+            }
+        )
+    for name, errors in found.items():
+        np.testing.assert_allclose(errors, np.mean([one[name] for one in each], 0), rtol=1e-6, err_msg=name)
+
+
 GROUP, MEAN_RANGE = 32, 4.14  # the mean range of 32 standard normal values, in standard deviations
 
 
@@ -158,7 +189,7 @@ def test_relative_errors_of_gaussian_values(bits: int, wanted: float) -> None:
     """Rounding to steps of range / (2^b - 1) errs by a step / √12; the paper's Table 9 has .0078, .125, .605."""
     x = np.random.default_rng(bits).standard_normal((500, 2, 64))
     read = by_token(x, bits, GROUP)
-    found = float(relative_error(x, read))
+    found = float(relative_errors(x, read).mean())
     assert found == pytest.approx(relative_norms(x, read), rel=1e-6)
     assert found == pytest.approx(wanted, rel=0.08)
     assert found == pytest.approx(MEAN_RANGE / (2**bits - 1) / math.sqrt(12), rel=0.05)
@@ -169,8 +200,8 @@ def test_relative_errors_have_a_mean() -> None:
     x = np.random.default_rng(0).standard_normal((500, 2, 64))
     noise = 0.1 * np.random.default_rng(1).standard_normal(x.shape)
     near = np.where(np.arange(64) == 0, 1e-6 * x, x)
-    assert float(relative_error(near, near + noise)) == pytest.approx(float(relative_error(x, x + noise)), rel=0.05)
-    assert float(relative_error(np.zeros((1, 1, 64)), np.zeros((1, 1, 64)))) == 0
+    np.testing.assert_allclose(relative_errors(near, near + noise), relative_errors(x, x + noise), rtol=0.05)
+    assert relative_errors(np.zeros((1, 1, 64)), np.zeros((1, 1, 64))) == 0
 
 
 @pytest.mark.parametrize(("text", "layer"), [(KV[0], 0), (KV[1], 2), (KV[2], 1), (XCL, 1)])
