@@ -16,7 +16,16 @@ from typing import Any, TypeVar
 
 from scipy.stats import spearmanr
 
-from experiments import checkpoint_keys, closed_loop, device_bytes, pareto, plans, similarity, tune_pictures
+from experiments import (
+    checkpoint_keys,
+    closed_loop,
+    device_bytes,
+    head_errors,
+    pareto,
+    plans,
+    similarity,
+    tune_pictures,
+)
 from experiments import roofline as roofline_program
 from experiments import searches as search_courses
 from experiments.loading_memory import over_held
@@ -373,6 +382,15 @@ def _calibration(rows: list[Row]) -> str:
     return f"Calibrated on {size} of {row['text']}."
 
 
+def pairs(rows: list[Row]) -> str:
+    lines = [[f"`{cache}`", *figures] for cache, *figures in head_errors.pair_lines(rows)]
+    return f"{describe_source(rows)} {_calibration(rows)}\n\n" + table(head_errors.HEADER, lines)
+
+
+def keys_alone(rows: list[Row]) -> str:
+    return table(head_errors.KEYS_HEADER, head_errors.key_lines(rows))
+
+
 # ---- docs/scaling.md
 
 
@@ -464,6 +482,8 @@ TABLES: dict[str, Tables] = {
     },
     "docs/tuning.md": {
         "predictors": ("sensitivity.jsonl", predictors),
+        "pairs": ("head_errors.jsonl", pairs),
+        "keys-alone": ("head_errors.jsonl", keys_alone),
         "plans": ("plans-pairs.jsonl", searched),
         "families": ("plans-families.jsonl", searched),
         "searches": ("searches.jsonl", searches),
@@ -519,6 +539,7 @@ PICTURES: dict[str, tuple[str, Callable[[list[Row], Path], None]]] = {  # by nam
     "tune-plans": ("plans-pairs.jsonl", plans.draw),
     "tune-families": ("plans-families.jsonl", plans.draw),
     "tune-searches": ("searches.jsonl", search_courses.draw),
+    "head_errors": ("head_errors.jsonl", head_errors.draw),
     "roofline": ("roofline.jsonl", roofline_program.draw),
     "similarity": ("similarity.jsonl", similarity.draw),
     "tune-sensitivity": ("sensitivity.jsonl", lambda rows, file: tune_pictures.heat_map(rows, "kld", file)),
