@@ -39,6 +39,7 @@ def test_latents_of_keys_that_share_a_direction_have_their_outlier_in_channel_0(
     np.testing.assert_allclose(found["X/w"], x, rtol=1e-6)  # a layer without a norm
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_row_per_layer_and_a_picture(goldens: Path, tmp_path: Path) -> None:
     config = study.get_config()
     config.update(model=str(goldens / "llama-linear"), tokens=24)
