@@ -5,6 +5,7 @@ print(kvjax.generate(model, "What is a cache?", cache="k4v2@kivi").text)
 print(kvjax.score(model, "demo", cache="k4v2@kivi"))
 print(kvjax.sweep(model, "demo", ["dense", "k4v4", "k2v2"]).table())
 print(kvjax.tune(model, "demo", budget=3.25).plan)
+print(kvjax.roofline("random:llama-3.1-8b", "h100", "dense,k4v4@kivi,x4@head").table())
 """
 
 from importlib import metadata
