@@ -43,6 +43,7 @@ def main(folder: str, dtype: str, mesh: str) -> None:
         "anonymous_after": anonymous_bytes(),
         "disk_bytes": disk_bytes() - read,
         "parameter_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
+        "largest_bytes": max(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
         "held_bytes": sum(part.nbytes for part in parts),
         "distinct_bytes": sum({part.unsafe_buffer_pointer(): part.nbytes for part in parts}.values()),
     }

@@ -21,6 +21,7 @@ from experiments import (
     closed_loop,
     device_bytes,
     head_errors,
+    loading_memory,
     pareto,
     plans,
     similarity,
@@ -28,7 +29,6 @@ from experiments import (
 )
 from experiments import roofline as roofline_program
 from experiments import searches as search_courses
-from experiments.loading_memory import over_held
 from experiments.sources import check_clean, describe_source
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
@@ -396,13 +396,8 @@ def keys_alone(rows: list[Row]) -> str:
 
 def loading(rows: list[Row]) -> str:
     """What loading holds at its peak and reads from disk."""
-    lines = []
-    for row in rows:
-        sizes = (f"{row[key] / 1e6:.0f}" for key in ("parameter_bytes", "distinct_bytes", "anonymous_peak"))
-        read = f"{row['disk_bytes'] / row['file_bytes']:.3f}"
-        lines.append([row["mesh"] or "one device", *sizes, f"{over_held(row):.3f}", read, f"{row['seconds']:.1f}"])
-    header = ("mesh", "parameters MB", "held MB", "peak MB", "× held", "read / files", "seconds")
-    return f"{describe_source(rows)}\n\n" + table(header, lines)
+    lines = [[row["model"], str(row["layers"]), *loading_memory.line(row)] for row in rows]
+    return f"{describe_source(rows)}\n\n" + table(("shapes of", "layers", *loading_memory.HEADER), lines)
 
 
 def compile_seconds(rows: list[Row]) -> str:

@@ -27,6 +27,7 @@ from kvjax.hosts import init_distributed as init_distributed  # part of what is 
 
 AXES = ("data", "seq", "tensor")
 AUTO = (AxisType.Auto,) * len(AXES)
+PIECE = 2**25  # bytes of an array that are read at once
 RULES: Mapping[str, str] = MappingProxyType(
     {
         **{"batch": "data", "tokens": "seq"},
@@ -240,7 +241,12 @@ class Layout:
         return _over(lambda names, array: self.struct(names, array.shape, array.dtype), axes, arrays)
 
     def build(
-        self, shape: Sequence[int], dtype: DTypeLike, axes: PartitionSpec, read: Callable[[Index], np.ndarray]
+        self,
+        shape: Sequence[int],
+        dtype: DTypeLike,
+        axes: PartitionSpec,
+        read: Callable[[Index], np.ndarray],
+        together: int = 1,
     ) -> jax.Array:
         """Makes an array whose parts go straight to their devices.
 
@@ -248,24 +254,41 @@ class Layout:
           shape: its shape.
           dtype: its dtype.
           axes: logical names of its axes.
-          read: returns the values at an index, a slice per axis; called once for each part.
+          read: returns the values at an index, a slice per axis; called for some MB at a time.
+          together: a whole number of so many entries of the first axis is read at once.
 
         Returns:
           The array.
         """
         where = self.sharding(axes, shape)
         if where is None:
-            # A copy, because jax may otherwise alias numpy memory that maps a file.
-            return jnp.array(read((slice(None),) * len(shape)), dtype)
+            return jnp.asarray(_read_in_pieces(read, (slice(None),) * len(shape), shape, dtype, together))
         made: dict[tuple[int | None, ...], np.ndarray] = {}
 
         def part(index: Any) -> np.ndarray:
             key = tuple(each.start for each in index)  # devices that hold the same part
             if key not in made:
-                made[key] = np.array(read(index), dtype)
+                made[key] = _read_in_pieces(read, index, shape, dtype, together)
             return made[key]
 
         return jax.make_array_from_callback(tuple(shape), where, part)
+
+
+def _read_in_pieces(
+    read: Callable[[Index], np.ndarray], index: Index, shape: Sequence[int], dtype: DTypeLike, together: int
+) -> np.ndarray:
+    """The values at an index, in memory of their own.
+
+    What reading holds beside them (dequantised values, two fused tensors) is that of a piece.
+    """
+    ranges = [each.indices(size) for each, size in zip(index, shape, strict=True)]
+    whole = np.empty([stop - start for start, stop, _ in ranges], dtype)
+    start, stop, _ = ranges[0]
+    step = together * max(1, PIECE // max(1, whole[:together].nbytes))
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        whole[first - start : last - start] = read((slice(first, last), *index[1:]))
+    return whole
 
 
 def _over(f: Callable[[PartitionSpec, Any], Any], axes: Any, arrays: Any) -> Any:

@@ -3,6 +3,7 @@
     dense   k8v4   k4v2@token   k4v4@kivi(group=64,residual=128,sink=4)     one method for all layers
     0:k8v8;1-2+29:k4v4;3-28:k4v2@kivi                                       per layer; gaps and overlaps are errors
     path/plan.yaml   PRESET.yaml@token                                      a file: ours, or one of KVTuner's presets
+    kvtuner:llama-3.1-8b-instruct-3.25   kvtuner:qwen2.5-7b-instruct-4.00@kivi   a plan that KVTuner ships
 
 Plans in a list are separated by commas outside parentheses.
 """

@@ -44,6 +44,8 @@ class CachePlan:
         if not isinstance(text, str):
             raise KvjaxError(f"the plan is of type {type(text).__name__}; expected a text")
         text = text.strip()
+        if match := presets.SHIPPED.fullmatch(text):
+            return cls._complete(presets.shipped_plan(**match.groupdict()), model, f"plan {text}")
         if match := presets.FILE.fullmatch(text):
             return cls._of_file(Path(match["path"]), match["mode"], match["fields"], model)
         if ":" not in text and ";" not in text:

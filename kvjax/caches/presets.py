@@ -1,19 +1,27 @@
-"""Plans in files: `{plan: text, card: ...}` is ours; KVTuner's presets have {layer: {nbits_key, nbits_value}}."""
+"""Plans by file and by name.
+
+In files `{plan: text, card: ...}` is ours; KVTuner's presets have {layer: {nbits_key, nbits_value}}. What KVTuner
+ships has names: `kvtuner:llama-3.1-8b-instruct-3.25` is the model and the mean bits.
+"""
 
 from __future__ import annotations
 
+import functools
 import re
+from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from kvjax.caches.base import CacheSpec
-from kvjax.caches.grammar import parse_fields
+from kvjax.caches.grammar import parse_fields, split_layers
 from kvjax.caches.kv import KV
 from kvjax.errors import KvjaxError
 
-FILE = re.compile(r"(?P<path>.+\.ya?ml)(?:@(?P<mode>\w+)(?:\((?P<fields>[^()]*)\))?)?")
+_MODE = r"(?:@(?P<mode>\w+)(?:\((?P<fields>[^()]*)\))?)?"
+FILE = re.compile(rf"(?P<path>.+\.ya?ml){_MODE}")
+SHIPPED = re.compile(rf"kvtuner:(?P<name>[\w.-]*){_MODE}")
 _FORMS = "expected {layer: {nbits_key, nbits_value}} for every layer, or {plan: text}"
 
 
@@ -22,6 +30,55 @@ class _Loader(yaml.SafeLoader):
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         pass
+
+
+class Shipped(NamedTuple):
+    """A plan that KVTuner ships: the model, its file without .yaml, and every layer's pair, as in k4v2."""
+
+    model: str
+    file: str
+    bits: dict[int, str]
+
+    @property
+    def mode(self) -> str:
+        """What it was searched for."""
+        return "token" if "pertoken" in self.file else "kivi"
+
+    @property
+    def name(self) -> str:
+        """The model and the mean bits, halves of .01 rounded up."""
+        widths = [int(width) for pair in self.bits.values() for width in re.findall(r"\d", pair)]
+        return f"{self.model.lower()}-{sum(widths) / len(widths) + 1e-9:.2f}"
+
+
+@functools.cache
+def shipped() -> tuple[Shipped, ...]:
+    """KVTuner's own plans."""
+    data = yaml.safe_load(resources.files("kvjax.caches").joinpath("kvtuner.yaml").read_text(encoding="utf-8"))
+    plans = ((model, file, text) for model, texts in data.items() for file, text in texts.items())
+    return tuple(Shipped(model, file, dict(split_layers(text, 1000))) for model, file, text in plans)
+
+
+def shipped_plan(name: str, mode: str | None, fields: str | None) -> dict[int, CacheSpec]:
+    """The specs of the layers of a plan that KVTuner ships.
+
+    Args:
+      name: the model and the plan's mean bits, as in `llama-3.1-8b-instruct-3.25`.
+      mode: which it was searched for, or another one to use it in; may be None where one plan has the name.
+      fields: of all layers, as in `group=64,sink=4`.
+
+    Raises:
+      KvjaxError: no plan has the name, or plans of both modes have it and none is named.
+    """
+    found = [plan for plan in shipped() if plan.name == name.lower()]
+    if not found:
+        near = [plan for plan in shipped() if plan.model.lower() in name.lower()] or shipped()
+        raise KvjaxError(f"kvtuner:{name} is not known; expected {', '.join(dict.fromkeys(p.name for p in near))}")
+    modes = list(dict.fromkeys(plan.mode for plan in found))
+    if mode is None and len(modes) > 1:
+        raise KvjaxError(f"kvtuner:{name} is there in two modes; expected @{' or @'.join(modes)} behind it")
+    plan = next((plan for plan in found if plan.mode == mode), found[0])
+    return {layer: _pair(pair, mode or plan.mode, fields) for layer, pair in plan.bits.items()}
 
 
 def read_plan(path: Path, mode: str | None, fields: str | None) -> str | dict[int, CacheSpec]:
@@ -64,7 +121,11 @@ def _preset_spec(layer: Any, bits: Any, mode: str, fields: str | None) -> CacheS
         raise KvjaxError(f"layer {layer}: {_FORMS}")
     if any(type(width) is not int or not 0 <= width < 100 for width in bits.values()):
         raise KvjaxError(f"layer {layer}: expected whole numbers of bits")
-    spec = KV.parse(f"k{bits['nbits_key']}v{bits['nbits_value']}", mode, parse_fields(fields))
+    return _pair(f"k{bits['nbits_key']}v{bits['nbits_value']}", mode, fields)
+
+
+def _pair(bits: str, mode: str, fields: str | None) -> CacheSpec:
+    spec = KV.parse(bits, mode, parse_fields(fields))
     assert spec is not None
     return spec
 

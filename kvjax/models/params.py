@@ -202,7 +202,8 @@ def build_params(
     check_layout(config, layout)
 
     def build(path: ParamPath, shape: Shape) -> jax.Array:
-        return layout.build(shape, dtype, param_axes(path), functools.partial(read, path, names.of(path)))
+        read_part = functools.partial(read, path, names.of(path))
+        return layout.build(shape, dtype, param_axes(path), read_part, config.head_dim)  # heads are turned whole
 
     return config, unflatten_dict({path: build(path, shape) for path, shape in param_shapes(config).items()})
 

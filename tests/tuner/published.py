@@ -1,7 +1,8 @@
 """What KVTuner published of four models: their presets, the groups of their layers, and the layers' candidate pairs.
 
-From arXiv 2502.04420v5 and its code. In the tables a line names an entry and the next lists what its layers have, as
-in `K8V8{0,8-12} K4V2{rest}`; `rest` is the layers in no other braces.
+From arXiv 2502.04420v5 and its code; the presets themselves are kvjax's own `kvtuner:` plans. In the tables a line
+names an entry and the next lists what its layers have, as in `KV8,K4V8{0,8-12} KV4{rest}`; `rest` is the layers in no
+other braces.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from kvjax.caches.presets import shipped
 from kvjax.models.config import ModelConfig
 
 Pair = tuple[int, int]  # bits of keys, bits of values
@@ -23,69 +25,37 @@ MODELS = {
 # The shipped files: name without .yaml, average bits to four digits, the bits that the paper calls it by (C3.25).
 _PRESETS = """
 Llama-3.1-8B-Instruct_kivi_KVTuner4_0 3.0625
-    K8V8{0} K4V4{1,2,3,7,29,31} K2V2{4,5,13,17,21,23,24,25,27} K4V2{6,8-12,14-16,18-20,22,26,28,30}
 Llama-3.1-8B-Instruct_kivi_KVTuner4_1 3.25 3.25
-    K2V2{0,4,25,27} K4V4{1,2,3,7,29,31} K8V4{13,17} K4V2{5,6,8-12,14-16,18-24,26,28,30}
 Llama-3.1-8B-Instruct_kivi_KVTuner6_0 5.0625
-    K2V2{0,13,17} K4V8{1,2,3,7,29,31} K8V8{4,5,21,23,24,25,27} K4V4{6,8-12,14-16,18-20,22,26,28,30}
 Llama-3.1-8B-Instruct_kivi_KVTuner6_1 4.9062 4.91
-    K2V4{0} K4V4{1,2,3,7,29,31} K8V4{4,6,8-12,14-16,18-20,22,25-28,30} K4V2{5,21,23,24} K2V2{13,17}
 Llama-3.1-8B-Instruct_pertoken_KVTuner4_0 3.5938 3.59
-    K4V8{0} K4V2{1-4,7,13,18,19,22-25,27,29,31} K4V4{5,6,8-12,14-17,20,21,26,28,30}
 Llama-3.1-8B-Instruct_pertoken_KVTuner4_1 3.9688
-    K8V8{0} K4V2{1-4,7,13,18,23-25,27,29,31} K8V4{5,6,12,21,26,28} K4V4{8-11,14-17,20,30} K2V2{19,22}
 Llama-3.1-8B-Instruct_pertoken_KVTuner6_0 5.8438
-    K4V2{0} K8V4{1-18,20,21,25-28,30,31} K2V2{19,22} K8V8{23,24,29}
 Llama-3.1-8B-Instruct_pertoken_KVTuner6_1 5.4375 5.44 5.43
-    K4V4{0,5,6,12,19,21,22,26,28} K8V4{rest}
 Mistral-7B-Instruct-v0.3_kivi_KVTuner4_0 3.3125
-    K2V2{0,1,6,27,29,31} K4V4{2,3,4,16} K4V8{7,8,10,18} K4V2{5,9,11-15,17,19-26,28,30}
 Mistral-7B-Instruct-v0.3_kivi_KVTuner4_1 3.1875
-    K4V8{0,1,31} K4V4{2-4,7-10,14,18} K2V2{5,6,21-30} K4V2{11-13,15-17,19,20}
 Mistral-7B-Instruct-v0.3_kivi_KVTuner6_0 5.625
-    K2V2{0,1,31} K4V4{2-4,7-10,14,16,18} K8V4{5,21-26,28,30} K8V8{6,11-13,15,17,19,20,27,29}
 Mistral-7B-Instruct-v0.3_kivi_KVTuner6_1 4.1562
-    K4V8{0-4,7,8,10,18,31} K4V4{5,21-26,28,30} K2V2{6,9,14,27,29} K4V2{11-13,15,17,19,20} K8V4{16}
 Mistral-7B-Instruct-v0.3_pertoken_KVTuner4_0 3.6562
-    K4V4{0,5,6} K8V4{1-4,23,31} K4V2{7-22,24-30}
 Mistral-7B-Instruct-v0.3_pertoken_KVTuner4_1 3.7812 3.78
-    K4V8{0} K4V2{1,2,7-22,24-30} K8V4{3,4,23,31} K8V8{5,6}
 Mistral-7B-Instruct-v0.3_pertoken_KVTuner6_0 5.5312
-    K2V4{0} K8V4{1,2,7-22,24-30} K4V4{3,4,5,6,23,31}
 Mistral-7B-Instruct-v0.3_pertoken_KVTuner6_1 5.375 5.38
-    K4V8{0} K4V2{1,2,5,6} K4V4{3,4,23,31} K8V4{7-22,24-30}
 Qwen2.5-3B-Instruct_kivi_KVTuner4_0 3.1667 3.17
-    K4V8{0,1} K2V4{2,4} K2V2{12,28} K4V4{34,35} K4V2{rest}
 Qwen2.5-3B-Instruct_kivi_KVTuner4_1 3.4444 3.44
-    K8V8{0,1} K2V2{2,4,12,28} K4V4{3,5,6,7,11,13,23,25,32,33} K2V4{34,35} K4V2{8-10,14-22,24,26,27,29-31}
 Qwen2.5-3B-Instruct_kivi_KVTuner6_0 3.1667 3.17
-    K4V8{0,1} K2V4{2,4} K2V2{12,28} K4V4{34,35} K4V2{rest}
 Qwen2.5-3B-Instruct_kivi_KVTuner6_1 4.1111
-    K8V8{0,1} K4V4{2,4} K4V8{3,6,11,13,23} K8V4{5,7,25,32,33} K2V2{12,28} K2V4{34,35} K4V2{rest}
 Qwen2.5-3B-Instruct_pertoken_KVTuner4_0 3.6389 3.64
-    K8V4{0} K8V8{18,27,29} K4V4{10,19,24,26,33} K4V2{rest}
 Qwen2.5-3B-Instruct_pertoken_KVTuner4_1 4.0 4.0
-    K8V2{0} K8V4{17,18,27,29-31,34} K4V4{7,10,11,16,19,21,22,24-26,28,32,33} K4V2{1-6,8,9,12-15,20,23,35}
 Qwen2.5-3B-Instruct_pertoken_KVTuner6_0 5.0556 5.06
-    K8V8{0} K4V2{2,7,11,14,16,21-23,25,28,32,35} K8V4{rest}
 Qwen2.5-3B-Instruct_pertoken_KVTuner6_1 5.1389
-    K8V4{0,1,3-6,8,9,12,13,15,20-22} K8V8{17,18,27,29-31,34} K4V2{rest}
 Qwen2.5-7B-Instruct_kivi_KVTuner4_0 3.9286 3.92
-    K8V8{0,2,6,11,15,17} K2V2{1,3,7,9,10,13,14,16,18-21,27} K4V4{4,5,8,12,22-26}
 Qwen2.5-7B-Instruct_kivi_KVTuner4_1 3.1786
-    K8V8{0,2,6} K2V4{1,3} K4V2{4,5,12,22-25} K2V2{7-10,13,14,16,18-21,26,27} K4V4{11,15,17}
 Qwen2.5-7B-Instruct_kivi_KVTuner6_0 5.9643 5.96
-    K8V8{0,2,7,9,10,13,14,16,18-21,27} K2V4{1,3} K8V4{4,5,12,22-25} K2V2{6,8,26} K4V2{11,15,17}
 Qwen2.5-7B-Instruct_kivi_KVTuner6_1 5.1786
-    K8V8{0,2,6,7,9,10,13,14,16,18-21,27} K2V4{1,3} K2V2{4,5,8,12,22-26} K4V2{11,15,17}
 Qwen2.5-7B-Instruct_pertoken_KVTuner4_0 4.0 4.0
-    K8V8{0} K8V2{3,13,27} K4V2{1,2,4,5,8,24,25} K4V4{6,7,9-12,14-23,26}
 Qwen2.5-7B-Instruct_pertoken_KVTuner4_1 3.9286 3.92
-    K8V8{0,3,13,27} K8V4{6,19} K4V2{rest}
 Qwen2.5-7B-Instruct_pertoken_KVTuner6_0 5.7857
-    K8V8{0,7,9-12,15-18,21-23,26} K4V4{1-5,13,14,20,25,27} K4V2{6,19} K2V2{8,24}
 Qwen2.5-7B-Instruct_pertoken_KVTuner6_1 5.0 5.0
-    K8V2{0,3,13,27} K4V4{1,2,4-7,10,11,15,19,23,25} K8V4{8,9,12,14,16-18,20-22,24,26}
 """
 
 # Table 10.
@@ -178,12 +148,14 @@ def _pair(text: str) -> Pair:
     return int(key or value), int(value)
 
 
-def _preset(name: str, bits: str, *called: str, body: str) -> Preset:
-    pairs = [(_pair(what), layers) for what, layers in _listed(body, name.split("_")[0])]
+def _preset(name: str, bits: str, *called: str) -> Preset:
+    layers = {layer: _pair(pair.upper()) for layer, pair in _FILES[name].items()}
+    pairs = [(pair, [layer for layer in layers if layers[layer] == pair]) for pair in dict.fromkeys(layers.values())]
     return Preset(name, float(bits), tuple(map(float, called)), pairs)
 
 
-PRESETS = [_preset(*head, body=body) for head, body in _entries(_PRESETS)]
+_FILES = {f"{plan.model}_{plan.file}": plan.bits for plan in shipped()}
+PRESETS = [_preset(*line.split()) for line in _PRESETS.strip().splitlines()]
 GROUPS = {(model, mode): [layers for _, layers in _listed(body, model)] for (model, mode), body in _entries(_GROUPS)}
 CANDIDATES = {
     (model, mode): [({_pair(pair) for pair in what.split(",")}, layers) for what, layers in _listed(body, model)]

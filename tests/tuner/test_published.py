@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
+from decimal import ROUND_HALF_UP, Decimal
 
 import pytest
 import yaml
@@ -11,6 +13,7 @@ from published import CANDIDATES, GROUPS, MODELS, PRESETS
 
 from kvjax.caches.kv import KV
 from kvjax.caches.plan import CachePlan
+from kvjax.errors import KvjaxError
 
 TRUNCATED = (3.92, 5.43)  # 3.9286 and 5.4375, which Table 6 calls C5.43 and Table 5 C5.44; all else is rounded
 
@@ -42,6 +45,39 @@ def test_presets_are_read(tmp_path, preset):
         hundred = 100 * plan.bits_nominal
         assert called == (math.floor(hundred) if called in TRUNCATED else round(hundred)) / 100
     assert yaml.safe_load(plan.preset()) == rows
+
+
+@each_preset
+def test_presets_have_names(preset):
+    bits = Decimal(str(preset.bits)).quantize(Decimal("0.01"), ROUND_HALF_UP)
+    name = f"kvtuner:{preset.model}-{bits}@{preset.mode}"
+    plan = CachePlan.parse(name, MODELS[preset.model])
+    assert plan.specs == tuple(KV(*pair, preset.mode) for _, pair in sorted(preset.by_layer.items()))
+    assert CachePlan.parse(str(plan), MODELS[preset.model]) == plan
+
+
+def test_a_name_says_its_mode_where_one_plan_has_it():
+    model = MODELS["Llama-3.1-8B-Instruct"]
+    own, other = (CachePlan.parse(f"kvtuner:llama-3.1-8b-instruct-3.25{mode}", model) for mode in ("", "@token"))
+    assert {spec.mode for spec in own.specs} == {"kivi"} and {spec.mode for spec in other.specs} == {"token"}
+    assert [spec.key_bits for spec in own.specs] == [spec.key_bits for spec in other.specs]
+    sinks = CachePlan.parse("kvtuner:llama-3.1-8b-instruct-3.25@kivi(sink=4)", model)
+    assert all(spec.sink == 4 for spec in sinks.specs)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("kvtuner:llama-3.1-8b-instruct-3", "expected llama-3.1-8b-instruct-3.06, llama-3.1-8b-instruct-3.25"),
+        ("kvtuner:", "expected llama-3.1-8b-instruct-3.06"),
+        ("kvtuner:qwen2.5-7b-instruct-3.93", "two modes; expected @kivi or @token"),
+        ("kvtuner:mistral-7b-instruct-v0.3-3.19@x", "mode 'x'"),
+        ("kvtuner:llama-3.1-8b-instruct-3.25", "names layer 28; the model has 28 layers"),
+    ],
+)
+def test_names_that_fit_no_plan_or_model(name, expected):
+    with pytest.raises(KvjaxError, match=re.escape(expected)):
+        CachePlan.parse(name, MODELS["Qwen2.5-7B-Instruct"])
 
 
 @each_preset

@@ -1,0 +1,45 @@
+"""Every family of caches at equal conditions: its forms against its plain one, with the same exact tokens.
+
+    python -m experiments.quality --config=configs/quality.py --config.texts=wikitext-2,demo --workdir=runs/quality
+
+`stored` gives no family an exact token: no sinks, and each token is read as it is stored (protocol parallel). `exact`
+gives all of them 4 sinks and a residual of 64 tokens, read as decoding reads them (protocol streaming). An hour on
+two CPU cores; what is done already is not done again. The first tokens of both texts are left out, because other
+studies choose by them.
+"""
+
+from ml_collections import config_dict
+
+from configs import perplexity
+
+CONDITIONS = {"stored": ("parallel", ""), "exact": ("streaming", "residual=64,sink=4")}  # protocol, fields
+KEYS_AND_VALUES = ("fit=keys", "fit=mse", "rotate=hadamard", "rotate=hadamard,fit=mse")
+FAMILIES = {  # a family's plain form, {b} its bits, and the fields of its other forms
+    "K and V per token": ("k{b}v{b}@token", KEYS_AND_VALUES),
+    "KIVI": ("k{b}v{b}@kivi", KEYS_AND_VALUES),
+    "KIVI before RoPE": ("k{b}v{b}@kivi(rope=pre)", KEYS_AND_VALUES[:2]),
+    "X latents": ("x{b}@latent", ("fit=mse", "rotate=1", "rotate=1,fit=mse")),
+    "XQuant-CL per token": ("xcl{b}@latent", ("fit=mse",)),
+    "XQuant-CL per channel": (
+        "xcl{b}@latent(per=channel)",
+        ("fit=mse", "fold=1,rotate=1", "fold=1,rotate=1,fit=mse"),
+    ),
+}
+
+
+def get_config() -> config_dict.ConfigDict:
+    config = perplexity.get_config()
+    for key in ("text", "caches", "protocol", "over"):
+        del config[key]
+    config.update(
+        {
+            "texts": "wikitext-2,demo",
+            "conditions": CONDITIONS,
+            "families": FAMILIES,
+            "bits": "4,3,2",
+            "contexts": "1024,8192",  # for which bits are counted
+            "windows": 4,
+            "offset": 20480,
+        }
+    )
+    return config

@@ -1,0 +1,65 @@
+"""Families at equal conditions: which caches are compared, and that differences are of the same windows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import config_dict
+
+import kvjax
+from configs.quality import get_config
+from experiments import quality
+from kvjax.checkpoints.load import read_config
+from kvjax.records import read_rows
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture
+def config(goldens: Path, tmp_path: Path) -> config_dict.ConfigDict:
+    words = np.random.default_rng(0).choice(["an", "owl", "saw", "no", "moon"], 900)
+    (tmp_path / "text.txt").write_text(" ".join(words))
+    config = get_config()
+    config.update(model=str(goldens / "llama-linear"), texts=str(tmp_path / "text.txt"), context=48, windows=3)
+    config.update(bits="2", contexts="64,512", offset=5)
+    config.families = config_dict.ConfigDict({"per token": ("k{b}v{b}@token(group=8)", ("fit=mse",))})
+    config.conditions = config_dict.ConfigDict({"exact": ("streaming", "residual=16,sink=4")})
+    return config
+
+
+def test_every_family_of_the_study_has_its_forms_under_all_conditions() -> None:
+    config = get_config()
+    found = quality.cases(config, read_config("smollm2-135m"))
+    assert len(found) == len({(case.condition, case.plan) for case in found})
+    assert {case.bits for case in found} == {2, 3, 4} and {case.condition for case in found} == {*config.conditions}
+    for case in found:
+        spec, plain = case.plan.specs[-1], case.plain.specs[-1]
+        assert type(spec) is type(plain) and spec.sink == plain.sink == (4 if case.condition == "exact" else 0)
+        assert case.plan.bits_asymptotic == case.plain.bits_asymptotic
+        assert case.condition == "stored" or spec.residual_length == 64
+
+
+def test_differences_are_of_the_same_windows(config: config_dict.ConfigDict, tmp_path: Path) -> None:
+    quality.main(config, tmp_path / "out")
+    plain, fitted = read_rows(tmp_path / "out/quality.jsonl")
+    model = kvjax.load(config.model, config.dtype)
+    sizes = {"context": 48, "windows": 3, "offset": 5}
+    scores = [kvjax.score(model, Path(config.texts), row["cache"], **sizes) for row in (plain, fitted)]
+    compared = scores[1].compare(scores[0])
+    assert fitted["kld_less_plain"] == pytest.approx(compared.kld, rel=1e-3) and compared.kld
+    assert fitted["kld_less_plain_ci95"] == pytest.approx(compared.kld_interval, rel=1e-3)
+    assert fitted["kld_over_plain"] == pytest.approx(scores[1].kld / scores[0].kld)
+    assert (plain["kld_less_plain"], plain["cache"]) == (0, fitted["plain"])
+    plan = kvjax.CachePlan.parse(fitted["cache"], model.config)
+    assert [fitted["bits_64"], fitted["bits_512"]] == [plan.bits_real(64), plan.bits_real(512)]
+
+
+def test_what_is_there_is_not_scored_again(
+    config: config_dict.ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quality.main(config, tmp_path / "out")
+    monkeypatch.setattr(quality.Sweep, "score", lambda *_: pytest.fail("scored again"))
+    quality.main(config, tmp_path / "out")
+    assert len(read_rows(tmp_path / "out/quality.jsonl")) == 2
