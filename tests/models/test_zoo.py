@@ -18,7 +18,7 @@ from kvjax.models import zoo
 from kvjax.models.config import ModelConfig
 
 TEXT = b"one\n\n\n\ntwo\n"
-PINNED = Pinned("text.txt", "kvjax-text==1.0", "texts/*.txt", len(TEXT), hashlib.sha256(TEXT).hexdigest())
+PINNED = Pinned("text.txt", ("kvjax-text==1.0",), "texts/*.txt", len(TEXT), hashlib.sha256(TEXT).hexdigest())
 
 
 @pytest.fixture
