@@ -461,7 +461,10 @@ TABLES: dict[str, Tables] = {
         "harmless-keys": (None, lambda _: checkpoint_keys.harmless()),
         "rope-keys": (None, lambda _: table(("key", *ROPE_KEYS), checkpoint_keys.rope_lines(), numbers=False)),
         "forms": (None, lambda _: table(("part of a name", "what"), checkpoint_keys.form_lines(), numbers=False)),
-        "gguf-keys": (None, lambda _: table(("key", "what"), checkpoint_keys.gguf_lines(), numbers=False)),
+        "gguf-keys": (
+            None,
+            lambda _: table(("key", *checkpoint_keys.GGUF), checkpoint_keys.gguf_lines(), numbers=False),
+        ),
         **{name: (None, _key_table(keys)) for name, keys in checkpoint_keys.TOKENIZERS.items()},
     },
     "docs/scaling.md": {

@@ -41,7 +41,7 @@ KEYS = {  # under tokenizer.: what kvjax does with it
     "ggml.add_bos_token": "used; where it is not stated, llama.cpp's default of the kind",
     "ggml.add_eos_token": "no eos is added to a text that is to be gone on from",
     "ggml.add_sep_token": "no separator is added to a text that is to be gone on from",
-    "ggml.add_space_prefix": "used: SentencePiece's BPE is read where it is false, else it needs a tokenizer.json beside the file",
+    "ggml.add_space_prefix": "used: SentencePiece's BPE needs a tokenizer.json beside the file, unless it is false",
     "ggml.remove_extra_whitespaces": _BESIDE,
     "ggml.escape_whitespaces": _BESIDE,
     "ggml.precompiled_charsmap": _BESIDE,

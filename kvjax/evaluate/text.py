@@ -64,8 +64,8 @@ def read_ids(source: Text, tokenizer: AnyTokenizer, vocab_size: int) -> Int[np.n
 def read_windows(source: Text, model: Model, context: int, windows: int, offset: int) -> Int[np.ndarray, "w c"]:
     """Consecutive windows of a text, each of which begins a sequence.
 
-    So what the tokenizer puts before a sequence, mostly bos, stands first in each: some models (Gemma) predict nothing
-    well without it. Token ids are taken as they are.
+    So what the tokenizer puts before a sequence, mostly bos, stands first in each: models that were trained with it
+    predict badly without it. Token ids are taken as they are.
 
     Args:
       source: see `read_ids`.
