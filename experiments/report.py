@@ -114,6 +114,26 @@ def _bits(row: Row) -> list[str]:
     return [format_figure(row, key, ".2f") for key in BITS.values()]
 
 
+def beside(rows: list[Row]) -> str:
+    """Several models under the same caches."""
+    models: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        models.setdefault(row["model"], {})[row["cache"]] = row
+    figures = ("with scales", "KL", "top-1", "nll")
+    lines = []
+    for cache in dict.fromkeys(row["cache"] for row in rows):
+        cells = [f"`{cache}`"]
+        for row in (own.get(cache) for own in models.values()):
+            cells += [""] * len(figures) if row is None else _figures(row)
+        lines.append(cells)
+    header = ("cache", *(f"{name}: {figure}" for name in models for figure in figures))
+    return f"{describe_source(rows)}\n\n" + table(header, lines)
+
+
+def _figures(row: Row) -> list[str]:
+    return [f"{row['bits_asymptotic']:.2f}", f"{row['kld']:.4f}", f"{row['top1']:.3f}", f"{row['nll']:.4f}"]
+
+
 def beyond(rows: list[Row]) -> str:
     lines = [[f"`{r['cache']}`", *_bits(r), f"{r['kld']:.4f}", f"{r['nll']:.4f}"] for r in rows]
     return f"{describe_source(rows)}\n\n" + table(("cache", *BITS, "KL", "nll"), lines)
@@ -479,6 +499,10 @@ TABLES: dict[str, Tables] = {
         "loading": ("loading_memory.jsonl", loading),
         "compile-seconds": ("compile_seconds.jsonl", compile_seconds),
         "starts": ("starts.jsonl", starts),
+    },
+    "docs/models.md": {
+        "models": ("models.jsonl", beside),
+        "models-plans": ("models-plans.jsonl", searched),
     },
     "docs/decisions.md": {
         "xquant-beyond": ("xquant-beyond.jsonl", beyond),
