@@ -48,8 +48,11 @@ def rope_lines() -> list[list[str]]:
     return lines(hf_config.ROPE_KEYS)
 
 
+GGUF = {"llama, qwen2, qwen3": gguf.KEYS["llama"], "gemma3": gguf.KEYS["gemma3"]}
+
+
 def gguf_lines() -> list[list[str]]:
-    return lines({"any": gguf.KEYS})
+    return lines(GGUF)
 
 
 def form_lines() -> list[list[str]]:

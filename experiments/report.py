@@ -124,6 +124,26 @@ def _bits(row: Row) -> list[str]:
     return [format_figure(row, key, ".2f") for key in BITS.values()]
 
 
+def beside(rows: list[Row]) -> str:
+    """Several models under the same caches."""
+    models: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        models.setdefault(row["model"], {})[row["cache"]] = row
+    figures = ("with scales", "KL", "top-1", "nll")
+    lines = []
+    for cache in dict.fromkeys(row["cache"] for row in rows):
+        cells = [f"`{cache}`"]
+        for row in (own.get(cache) for own in models.values()):
+            cells += [""] * len(figures) if row is None else _figures(row)
+        lines.append(cells)
+    header = ("cache", *(f"{name}: {figure}" for name in models for figure in figures))
+    return f"{describe_source(rows)}\n\n" + table(header, lines)
+
+
+def _figures(row: Row) -> list[str]:
+    return [f"{row['bits_asymptotic']:.2f}", f"{row['kld']:.4f}", f"{row['top1']:.3f}", f"{row['nll']:.4f}"]
+
+
 def beyond(rows: list[Row]) -> str:
     lines = [[f"`{r['cache']}`", *_bits(r), f"{r['kld']:.4f}", f"{r['nll']:.4f}"] for r in rows]
     return f"{describe_source(rows)}\n\n" + table(("cache", *BITS, "KL", "nll"), lines)
@@ -498,7 +518,10 @@ TABLES: dict[str, Tables] = {
         "harmless-keys": (None, lambda _: checkpoint_keys.harmless()),
         "rope-keys": (None, lambda _: table(("key", *ROPE_KEYS), checkpoint_keys.rope_lines(), numbers=False)),
         "forms": (None, lambda _: table(("part of a name", "what"), checkpoint_keys.form_lines(), numbers=False)),
-        "gguf-keys": (None, lambda _: table(("key", "what"), checkpoint_keys.gguf_lines(), numbers=False)),
+        "gguf-keys": (
+            None,
+            lambda _: table(("key", *checkpoint_keys.GGUF), checkpoint_keys.gguf_lines(), numbers=False),
+        ),
         **{name: (None, _key_table(keys)) for name, keys in checkpoint_keys.TOKENIZERS.items()},
     },
     "docs/scaling.md": {
@@ -515,6 +538,10 @@ TABLES: dict[str, Tables] = {
         "starts": ("starts.jsonl", starts),
     },
     "docs/roofline.md": {"roofline": ("roofline.jsonl", roofline)},
+    "docs/models.md": {
+        "models": ("models.jsonl", beside),
+        "models-plans": ("models-plans.jsonl", searched),
+    },
     "docs/decisions.md": {
         "xquant-beyond": ("xquant-beyond.jsonl", beyond),
         "fit": ("fit.jsonl", xquant),

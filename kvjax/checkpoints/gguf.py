@@ -1,8 +1,9 @@
-"""Reading of GGUF files: llama (and mistral, which GGUF calls llama), qwen2 and qwen3, with tokenizers."""
+"""Reading of GGUF files: llama (and mistral, which GGUF calls llama), qwen2, qwen3 and gemma3, with tokenizers."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from kvjax.models.params import Names, ParamPath, Params, build_params
 from kvjax.models.rope import make_rope
 from kvjax.models.tokenizer import Tokenizer
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}  # by architecture
 ROPE_FACTORS = "rope_freqs.weight"
 NAMES = Names(
     top={"embed": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"},
@@ -38,7 +39,9 @@ NAMES = Names(
         "o_bias": "attn_output.bias",
         "q_norm": "attn_q_norm.weight",
         "k_norm": "attn_k_norm.weight",
+        "attention_post_norm": "post_attention_norm.weight",
         "mlp_norm": "ffn_norm.weight",
+        "mlp_post_norm": "post_ffw_norm.weight",
         "gate": "ffn_gate.weight",
         "up": "ffn_up.weight",
         "down": "ffn_down.weight",
@@ -48,7 +51,7 @@ NAMES = Names(
     },
 )
 # Of the keys that begin with the architecture. Scaling of rope has its own list below.
-KEYS = KeyList(
+_KEYS = KeyList(
     used=(
         *("context_length", "embedding_length", "feed_forward_length", "block_count", "attention.head_count"),
         *("attention.head_count_kv", "attention.key_length", "attention.value_length"),
@@ -73,6 +76,9 @@ KEYS = KeyList(
     },
     stems=(*STEMS, "attention", "altup", "softmax"),
 )
+_WINDOW = ("attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa")
+KEYS = dict.fromkeys(FAMILIES, _KEYS) | {"gemma3": dataclasses.replace(_KEYS, used=(*_KEYS.used, *_WINDOW))}
+GEMMA3_27B = 62  # layers
 
 
 class GGUFFile:
@@ -140,7 +146,7 @@ class GGUFFile:
             raise KvjaxError(f"{self.path} holds a GGUF of type {kind!r}; expected a model")
         prefix = f"{self._arch}."
         own = {key.removeprefix(prefix): value for key, value in self._metadata.items() if key.startswith(prefix)}
-        KEYS.check(own, str(self.path), f"metadata {prefix}")
+        KEYS[self._arch].check(own, str(self.path), f"metadata {prefix}")
 
     def _shape(self, name: str) -> tuple[int, ...]:
         if name not in self._tensors:
@@ -165,13 +171,11 @@ class GGUFFile:
         Raises:
           KvjaxError: another architecture, a missing field, or a rope that `Decoder` does not have.
         """
-        if self._arch not in ARCHITECTURES:
-            raise KvjaxError(
-                f"GGUF architecture {self._arch!r} is not supported; expected {', '.join(ARCHITECTURES)}"
-            )
+        if self._arch not in FAMILIES:
+            raise KvjaxError(f"GGUF architecture {self._arch!r} is not supported; expected {', '.join(FAMILIES)}")
         self._check_keys()
         heads, model_dim = self._size("attention.head_count"), self._size("embedding_length")
-        kv_heads = self._size("attention.head_count_kv", heads)
+        kv_heads, layers = self._size("attention.head_count_kv", heads), self._size("block_count")
         head_dim = self._size("attention.key_length", model_dim // heads)
         for key in ("attention.value_length", "rope.dimension_count"):
             if (channels := self._size(key, head_dim)) != head_dim:
@@ -181,11 +185,11 @@ class GGUFFile:
                 f"{self.path} has {heads} attention heads; expected a multiple of its {kv_heads} kv heads"
             )
         return ModelConfig(
-            family=self._arch,
+            family=FAMILIES[self._arch],
             vocab_size=self._shape(NAMES.top["embed"])[0],
             model_dim=model_dim,
             mlp_dim=self._size("feed_forward_length"),
-            layers=self._size("block_count"),
+            layers=layers,
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
@@ -195,9 +199,30 @@ class GGUFFile:
             qkv_bias=self._arch == "qwen2" or self._has("q_bias"),
             o_bias=self._has("o_bias"),
             mlp_bias=self._has("down_bias"),
-            qk_norm=self._arch == "qwen3",
+            qk_norm=self._arch in ("qwen3", "gemma3"),
             tied=NAMES.top["head"] not in self._tensors,
+            **(self._gemma3(layers, model_dim, model_dim / heads / head_dim) if self._arch == "gemma3" else {}),
         )
+
+    def _gemma3(self, layers: int, model_dim: int, per_head: float) -> dict[str, Any]:
+        """What every Gemma 3 has and its files do not say, as llama.cpp: all but every sixth layer have the window.
+
+        Args:
+          layers: the model's.
+          model_dim: the model's.
+          per_head: model_dim of each head, over head_dim; by its root the 27B model divides queries.
+        """
+        windowed = self.get("gemma3.attention.sliding_window", int, 0) != 0
+        every = self._size("attention.sliding_window_pattern", 6)
+        return {
+            "post_norm": True,
+            "activation": "gelu_tanh",
+            "embedding_scale": math.sqrt(model_dim),
+            "query_scale": per_head**-0.5 if layers == GEMMA3_27B else 1.0,
+            "window": self._size("attention.sliding_window") if windowed else None,
+            "full_layers": tuple(range(every - 1, layers, every)) if windowed else (),
+            "window_rope": RopeConfig(self.get("gemma3.rope.freq_base_swa", float, 10000.0)),
+        }
 
     def _rope(self, head_dim: int) -> RopeConfig:
         plain = RopeConfig(self.get(f"{self._arch}.rope.freq_base", float, 10000.0))

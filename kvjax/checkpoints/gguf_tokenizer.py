@@ -1,4 +1,4 @@
-"""Tokenizers in GGUF files: byte-level BPE, or a tokenizer.json beside the file.
+"""Tokenizers in GGUF files: byte-level BPE, SentencePiece's BPE, or a tokenizer.json beside the file.
 
 Every key of the metadata under `tokenizer.` is used, stands in a table here, or is refused.
 """
@@ -41,13 +41,13 @@ KEYS = {  # under tokenizer.: what kvjax does with it
     "ggml.add_bos_token": "used; where it is not stated, llama.cpp's default of the kind",
     "ggml.add_eos_token": "no eos is added to a text that is to be gone on from",
     "ggml.add_sep_token": "no separator is added to a text that is to be gone on from",
-    "ggml.add_space_prefix": _BESIDE,
+    "ggml.add_space_prefix": "used: SentencePiece's BPE needs a tokenizer.json beside the file, unless it is false",
     "ggml.remove_extra_whitespaces": _BESIDE,
     "ggml.escape_whitespaces": _BESIDE,
     "ggml.precompiled_charsmap": _BESIDE,
     "ggml.normalizer.lowercase": _BESIDE,
     "ggml.normalizer.strip_accents": _BESIDE,
-    "ggml.scores": _BESIDE,
+    "ggml.scores": "used: SentencePiece joins the pair with the highest score first",
     "ggml.token_type_count": "for models with segments",
     "ggml.seperator_token_id": "for models with segments",  # as GGUF spells it
     "ggml.separator_token_id": "for models with segments",
@@ -108,9 +108,14 @@ def read_tokenizer(get: Get, keys: Iterable[str], path: Path) -> Tokenizer:
 def _backend(get: Get, path: Path) -> Backend:
     kind, pre = get("tokenizer.ggml.model", str), get("tokenizer.ggml.pre", str, "default")
     beside = path.parent / "tokenizer.json"
+    read: Callable[[Get, str, Path], Backend] | None = None
     if kind == "gpt2" and pre in PRE_TOKENIZERS:
+        read = _byte_level_bpe
+    elif kind == "llama" and pre == "default" and get("tokenizer.ggml.add_space_prefix", bool, True) is False:
+        read = _sentencepiece_bpe
+    if read:
         try:
-            return _byte_level_bpe(get, pre, path)
+            return read(get, pre, path)
         except KvjaxError:
             raise
         except Exception as error:  # the library raises nothing narrower
@@ -153,8 +158,21 @@ def _need(get: Get, key: str, kind: type, path: Path) -> Any:
     return value
 
 
+def _read_tokens(get: Get, path: Path) -> tuple[list[str], list[int]]:
+    """All tokens, and the kind of each."""
+    kinds = _need(get, "tokenizer.ggml.token_type", np.ndarray, path).tolist()
+    return _need(get, "tokenizer.ggml.tokens", list, path), kinds
+
+
+def _add_whole(backend: Backend, tokens: list[str], kinds: list[int]) -> None:
+    """Control and user-defined tokens are matched whole in a text."""
+    whole = (TokenType.CONTROL, TokenType.USER_DEFINED)
+    added = [AddedToken(t, normalized=False, special=True) for t, k in zip(tokens, kinds, strict=True) if k in whole]
+    backend.add_special_tokens(added)
+
+
 def _byte_level_bpe(get: Get, pre: str, path: Path) -> Backend:
-    tokens = _need(get, "tokenizer.ggml.tokens", list, path)
+    tokens, kinds = _read_tokens(get, path)
     merges = [tuple(merge.split(" ")) for merge in _need(get, "tokenizer.ggml.merges", list, path)]
     vocab = {token: i for i, token in enumerate(tokens)}
     # Llama 3's vocabulary has whole words that no merges lead to.
@@ -163,9 +181,32 @@ def _byte_level_bpe(get: Get, pre: str, path: Path) -> Backend:
     if pre == "qwen2":
         backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()
-    special = (TokenType.CONTROL, TokenType.USER_DEFINED)
-    kinds = zip(tokens, _need(get, "tokenizer.ggml.token_type", np.ndarray, path).tolist(), strict=True)
-    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in kinds if k in special])
+    _add_whole(backend, tokens, kinds)
+    return backend
+
+
+def _sentencepiece_bpe(get: Get, pre: str, path: Path) -> Backend:
+    """The BPE of SentencePiece (arXiv 1808.06226): any pair that makes a token joins, the highest score first.
+
+    What no token holds is written in bytes. `▁` stands for a blank.
+    """
+    tokens, kinds = _read_tokens(get, path)
+    scores = _need(get, "tokenizer.ggml.scores", np.ndarray, path).tolist()
+    words = {t: s for t, k, s in zip(tokens, kinds, scores, strict=True) if k == TokenType.NORMAL}
+    merges = [
+        (word[:i], word[i:])
+        for word in sorted(words, key=words.__getitem__, reverse=True)
+        for i in range(1, len(word))
+        if word[:i] in words and word[i:] in words
+    ]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    unknown = get("tokenizer.ggml.unknown_token_id", int)
+    backend = Backend(
+        models.BPE(vocab, merges, byte_fallback=True, unk_token=None if unknown is None else tokens[unknown])
+    )
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    _add_whole(backend, tokens, kinds)
     return backend
 
 

@@ -42,9 +42,9 @@ def load(
     """Loads a model, onto one device or straight to the parts of a mesh.
 
     Args:
-      name: a name of `kvjax.models.zoo` (smollm2-135m, smollm2-135m-mha or random:...); the path of a HF folder, of a
-        .gguf file or of a folder that `kvjax.checkpoints.orbax.save` wrote; or org/name on the hub. May end in
-        (layers=N), which sets `layers`.
+      name: a name of `kvjax.models.zoo` (smollm2-135m, smollm2-135m-mha, gemma3-270m or random:...); the path of a HF
+        folder, of a .gguf file or of a folder that `kvjax.checkpoints.orbax.save` wrote; or org/name on the hub. May
+        end in (layers=N), which sets `layers`.
       dtype: float32, bfloat16 or float64; where None, float32 on CPU and bfloat16 elsewhere.
       layers: how many layers to keep, from the first; all where None.
       mesh: devices that share the model and all that is computed with it: a text such as data=2,tensor=4, see

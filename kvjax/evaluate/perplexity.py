@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,8 +32,17 @@ from kvjax.models.nonfinite import find_first_nonfinite
 PROTOCOLS = ("streaming", "decode", "parallel")
 
 
-def cut_windows(ids: Int[np.ndarray, "n"], context: int, windows: int, offset: int = 0) -> Int[np.ndarray, "w c"]:
-    """`windows` consecutive windows of `context` tokens, the first `offset` tokens skipped.
+def cut_windows(
+    ids: Int[np.ndarray, "n"], context: int, windows: int, offset: int = 0, start: Sequence[int] = ()
+) -> Int[np.ndarray, "w c"]:
+    """Consecutive windows of a text.
+
+    Args:
+      ids: the text's tokens.
+      context: tokens of a window.
+      windows: how many windows.
+      offset: tokens that are skipped first.
+      start: tokens that every window begins with, counted in `context`.
 
     Raises:
       KvjaxError: fewer tokens than asked for, or sizes that cannot be scored.
@@ -40,13 +50,17 @@ def cut_windows(ids: Int[np.ndarray, "n"], context: int, windows: int, offset: i
     context = check_whole("context", context, 2)
     windows = check_whole("windows", windows, 1)
     offset = check_whole("offset", offset, 0)
-    needed = offset + context * windows
+    if context < len(start) + 2:
+        raise KvjaxError(f"context={context}; expected at least {len(start) + 2}, {len(start)} of them for a start")
+    own = context - len(start)
+    needed = offset + own * windows
     if len(ids) < needed:
         raise KvjaxError(
             f"the text has {len(ids)} tokens; expected at least {needed}"
-            f" (offset {offset} and {windows} windows of {context})"
+            f" (offset {offset} and {windows} windows of {own})"
         )
-    return ids[offset:needed].reshape(windows, context)
+    cut = ids[offset:needed].reshape(windows, own)
+    return np.concatenate([np.broadcast_to(np.array(start, ids.dtype), (windows, len(start))), cut], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,8 +26,8 @@ from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checks import check_path, check_progress, show
 from kvjax.errors import KvjaxError
-from kvjax.evaluate.perplexity import Score, Scorer, Timing, concatenate, cut_windows, standard_error
-from kvjax.evaluate.text import Text, name_of, read_ids
+from kvjax.evaluate.perplexity import Score, Scorer, Timing, concatenate, standard_error
+from kvjax.evaluate.text import Text, name_of, read_windows
 from kvjax.evaluate.vocabulary import DenseRun, TokenScores
 from kvjax.models.model import Model, check_model
 from kvjax.tables import align_columns, format_figure
@@ -118,7 +118,7 @@ def sweep(
     plans = list(dict.fromkeys(CachePlan.cast(name, model.config) for name in names))
     if not plans:
         raise KvjaxError("there are no caches; expected at least one plan")
-    cut = cut_windows(read_ids(text, model.tokenizer, model.config.vocab_size), context, windows, offset)
+    cut = read_windows(text, model, context, windows, offset)
     identity = identity_of(model, name_of(text), cut, protocol, offset=offset)
     with kept_in(folder) as where:
         made = Sweep(model, cut, identity, where)
@@ -152,7 +152,7 @@ def score(
     """
     check_model(model)
     plan = CachePlan.cast(cache, model.config)
-    cut = cut_windows(read_ids(text, model.tokenizer, model.config.vocab_size), context, windows, offset)
+    cut = read_windows(text, model, context, windows, offset)
     with kept_in(None) as where:
         run = Sweep(model, cut, identity_of(model, name_of(text), cut, protocol, offset=offset), where)
         run.scorer.check(plan)

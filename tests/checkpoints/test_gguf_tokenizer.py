@@ -1,5 +1,8 @@
 """Tokenizers in GGUF files: bos as llama.cpp adds it, ends, words, templates, and every key accounted for."""
 
+import random
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -91,3 +94,51 @@ def test_templates():
 def test_refused(without, more, said):
     with pytest.raises(KvjaxError, match=said):
         read(without=without, **more)
+
+
+PIECES = ["<unk>", "<s>", "  ", "\n\n", "<b>", *(f"<0x{i:02X}>" for i in range(256)), *"ab▁c", "ab", "▁a", "ba", "aa"]
+PIECES += ["▁ab", "aab", "bab", "aaaa", "c▁", "▁▁a"]
+KINDS = np.array([2, 3, 4, 4, 4] + [6] * 256 + [1] * (len(PIECES) - 261))
+SCORES = np.random.default_rng(0).permutation(len(PIECES)).astype(np.float32)
+SENTENCEPIECE = {
+    "ggml__model": "llama",
+    "ggml__pre": "default",
+    "ggml__tokens": PIECES,
+    "ggml__token_type": KINDS,
+    "ggml__scores": SCORES,
+    "ggml__add_space_prefix": False,
+    "ggml__bos_token_id": 1,
+    "ggml__eos_token_id": 0,
+    "ggml__unknown_token_id": 0,
+}
+
+
+def join_pairs(text):
+    """SentencePiece's BPE, as published: of all pairs that make a token the best joins, the leftmost of equals."""
+    scores = {piece: SCORES[i] for i, piece in enumerate(PIECES) if KINDS[i] == 1}
+    parts = list(text.replace(" ", "▁"))
+    while pairs := [(-scores[a + b], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in scores]:
+        i = min(pairs)[1]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    known = [[part] if part in scores else [f"<0x{byte:02X}>" for byte in part.encode()] for part in parts]
+    return [PIECES.index(piece) for pieces in known for piece in pieces]
+
+
+def test_sentencepiece():
+    tokenizer = read(**SENTENCEPIECE)
+    rng = random.Random(0)
+    texts = [
+        "".join(rng.choices(["a", "b", "c", " ", "é", "\n", "<b>", "<s>"], k=rng.randint(0, 24))) for _ in range(300)
+    ]
+    for text in texts:
+        whole = re.split(r"(  |\n\n|<b>|<s>)", text)  # tokens that no pair reaches into
+        expected = [PIECES.index(part) if i % 2 else join_pairs(part) for i, part in enumerate(whole)]
+        ids = tokenizer.encode(text)
+        assert ids.tolist() == np.hstack([[], *expected]).tolist(), text
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.encode("ab", start=True).tolist() == [1, PIECES.index("ab")]
+
+
+def test_a_space_prefix_needs_a_file(goldens, tmp_path):
+    with pytest.raises(KvjaxError, match=r"\(llama, default\) is not supported; put its HF form at"):
+        read(**SENTENCEPIECE | {"ggml__add_space_prefix": True})

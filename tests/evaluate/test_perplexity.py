@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import subprocess
 import sys
@@ -25,10 +26,12 @@ from kvjax.evaluate.perplexity import (
     mean_and_interval,
     standard_error,
 )
-from kvjax.evaluate.text import load_text
+from kvjax.evaluate.text import load_text, read_windows
 from kvjax.evaluate.vocabulary import TokenScores
 from kvjax.models.decoder import Decoder
 from kvjax.models.model import Model
+from kvjax.models.tokenizer import Tokenizer
+from kvjax.models.tokenizer_files import start_with
 
 PLANS = [
     "dense",
@@ -61,6 +64,18 @@ def test_windows() -> None:
     ):
         with pytest.raises(KvjaxError, match=said):
             cut_windows(ids, *bad)
+
+
+def test_a_window_of_a_text_begins_as_a_sequence_does(tiny: Model) -> None:
+    backend = copy.deepcopy(tiny.tokenizer.backend)
+    start_with(backend, 1)
+    model = dataclasses.replace(tiny, tokenizer=Tokenizer(backend, 1))
+    ids = tiny.tokenizer.encode("a text of letters").tolist()
+    assert read_windows("a text of letters", tiny, 5, 2, 1).tolist() == [ids[1:6], ids[6:11]]
+    assert read_windows("a text of letters", model, 5, 2, 1).tolist() == [[1, *ids[1:5]], [1, *ids[5:9]]]
+    assert read_windows(ids, model, 5, 2, 1).tolist() == [ids[1:6], ids[6:11]]  # taken as they are
+    with pytest.raises(KvjaxError, match="context=2; expected at least 3, 1 of them for a start"):
+        read_windows("a text of letters", model, 2, 2, 0)
 
 
 def test_dense_scores_are_those_of_the_logits(tiny: Model, dense_logits) -> None:

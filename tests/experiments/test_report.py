@@ -74,6 +74,17 @@ def test_bits_stand_beside_one_another_where_rows_have_them() -> None:
     assert last.startswith("| `xcl2` | 2.70 | 3.76 |  | 0.1000 |")
 
 
+def test_models_stand_beside_one_another() -> None:
+    figures = {"bits_asymptotic": 4.25, "kld": 0.1, "top1": 0.9, "nll": 3.0}
+    caches = [("one", "dense"), ("one", "k4v4"), ("two", "dense"), ("two", "x4")]
+    rows = [row("a") | figures | {"model": model, "cache": cache} for model, cache in caches]
+    *_, header, _, dense, kv, x = report.beside(rows).splitlines()
+    assert header.count("|") == 10 and "| one: KL |" in header and "| two: nll |" in header
+    cells = " 4.25 | 0.1000 | 0.900 | 3.0000 |"
+    assert (dense, kv) == (f"| `dense` |{cells}{cells}", f"| `k4v4` |{cells}  |  |  |  |")
+    assert x == f"| `x4` |  |  |  |  |{cells}"
+
+
 def test_a_missing_result_file_is_named(root: Path) -> None:
     with pytest.raises(KvjaxError, match=r"no rows: v\.jsonl"):
         report.clean_rows("v.jsonl")

@@ -14,7 +14,7 @@ from kvjax.models.chat_template import check_messages, choose, follow_up, render
 
 FAMILIES = Pinned(
     name="chat-templates.jinja",
-    package="axolotl==0.19.0",
+    packages=("axolotl==0.19.0",),
     members="axolotl/utils/chat_templates/templates/*.jinja",
     size=148927,
     sha256="c8cd2b29825a5e80c37ddddb9ae7ec27e1f99fb3ec14acd250657672876a364e",

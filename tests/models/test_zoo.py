@@ -18,7 +18,7 @@ from kvjax.models import zoo
 from kvjax.models.config import ModelConfig
 
 TEXT = b"one\n\n\n\ntwo\n"
-PINNED = Pinned("text.txt", "kvjax-text==1.0", "texts/*.txt", len(TEXT), hashlib.sha256(TEXT).hexdigest())
+PINNED = Pinned("text.txt", ("kvjax-text==1.0",), "texts/*.txt", len(TEXT), hashlib.sha256(TEXT).hexdigest())
 
 
 @pytest.fixture
@@ -33,7 +33,12 @@ def pip(tmp_path, monkeypatch):
             wheel.writestr("texts/b.txt", "two\n")
             wheel.writestr("texts/a.txt", "one\n\n")
             wheel.writestr("other.txt", "three")
-        return folder / "text.whl"
+        with zipfile.ZipFile(folder / "part.whl", "w") as wheel:
+            wheel.writestr("parts/2", "-two")
+        with zipfile.ZipFile(folder / "another.whl", "w") as wheel:
+            wheel.writestr("parts/3", "-three")
+            wheel.writestr("parts/1", "one")
+        return [folder / "part.whl", folder / "another.whl", folder / "text.whl"]
 
     monkeypatch.setattr(downloads, "_download", download)
     return asked
@@ -47,6 +52,13 @@ def test_fetch_keeps_and_repairs(pip):
     target.write_bytes(TEXT.replace(b"o", b"x"))
     assert fetch(PINNED).read_bytes() == TEXT
     assert len(pip) == 2
+
+
+def test_parts_in_several_packages_are_joined(pip):
+    whole = b"one-two-three"
+    name, packages = "whole.bin", ("kvjax-part==1.0", "kvjax-another==1.0")
+    pinned = Pinned(name, packages, "parts/*", len(whole), hashlib.sha256(whole).hexdigest(), between=b"")
+    assert fetch(pinned).read_bytes() == whole
 
 
 def test_fetch_refuses_another_file(pip):
@@ -65,6 +77,9 @@ def test_fetch_without_network_says_what_to_put_where(tmp_path, monkeypatch):
         monkeypatch.setenv(setting, value)
     with pytest.raises(KvjaxError, match=r"take texts/\*\.txt from that package .* at .*text\.txt"):
         fetch(PINNED)
+    two = dataclasses.replace(PINNED, packages=("kvjax-text==1.0", "kvjax-more==1.0"), between=b"")
+    with pytest.raises(KvjaxError, match=r"from those packages .* put it, joined in name order, at"):
+        fetch(two)
 
 
 def test_cache_folder(monkeypatch, tmp_path):
