@@ -15,16 +15,14 @@ from typing import Any
 import jax
 from ml_collections import config_dict
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import kvjax
-from experiments import compilation, program
+from experiments import bars, program
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import read_config
 from kvjax.evaluate import suite
-from kvjax.evaluate.task import Task
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
@@ -35,18 +33,9 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     for name in names:
         CachePlan.parse(name, model_config)  # one that does not fit is refused before weights are loaded
     model = kvjax.load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
-    bars: dict[tuple[Task, CachePlan], TaskID] = {}
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")
-    compiling = compilation.Compiling()
-    shown = Progress(*columns, TimeElapsedColumn(), compiling, console=Console(stderr=True))
-    with compilation.told(compiling), shown:
-
-        def progress(task: Task, plan: CachePlan, done: int, total: int) -> None:
-            if (task, plan) not in bars:
-                bars[task, plan] = shown.add_task(f"{task}, {plan}")
-            shown.update(bars[task, plan], completed=done, total=total)
-
-        options = {"batch": config.batch, "chat": config.chat, "prefill_chunk": config.prefill_chunk or None}
+    options = {"batch": config.batch, "chat": config.chat, "prefill_chunk": config.prefill_chunk or None}
+    with bars.shown() as tell:
+        progress = lambda task, plan, done, total: tell(f"{task}, {plan}", done, total)  # noqa: E731
         rows = suite.evaluate(model, tasks, names, folder=workdir, progress=progress, **options)
     wide = Console()
     wide.width = max(wide.width, 150)  # a narrow terminal folds lines, not numbers
