@@ -42,10 +42,10 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         jax.config.update("jax_enable_x64", True)
     model_config = read_config(config.model)
     plans = [CachePlan.parse(name, model_config) for name in split_list(config.caches)]
-    parts = check_whole("parts", config.parts, 1, config.context - 1)
     model = kvjax.load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
     ids = read_ids(config.text, model.tokenizer, model.config.vocab_size)
     cut = cut_windows(ids, config.context, config.windows, config.offset)
+    parts = check_whole("parts", config.parts, 1, config.context - 1)
     identity = identity_of(model, name_of(config.text), cut, config.protocol, offset=config.offset)
     sweep = Sweep(model, cut, identity, workdir)
     for plan in plans:

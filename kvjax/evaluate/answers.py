@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.caches.base import CacheShape, CacheSpec
 from kvjax.caches.plan import CachePlan
 from kvjax.calibrate.bases import load_bases
-from kvjax.checks import check_path, check_progress, check_whole
+from kvjax.checks import check_flag, check_path, check_progress, check_whole
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import hidden_states
 from kvjax.evaluate.vocabulary import score_targets
@@ -37,6 +37,7 @@ from kvjax.models.model import Model, check_model
 from kvjax.models.tokenizer import Tokenizer
 
 LEAST = 32  # tokens of the smallest program
+MOST_BATCH = 1024
 Ids = Sequence[int]
 Pair = tuple[Ids, Ids]  # a context and its continuation
 T = TypeVar("T")
@@ -95,9 +96,12 @@ class Answers:
         """
         check_model(model)
         self.model, self.plan = model, CachePlan.cast(cache, model.config)
-        self.batch = check_whole("batch", batch, 1)
+        self.batch = check_whole("batch", batch, 1, MOST_BATCH)
         model.layout.check(batch=self.batch)
-        self.chat, self.prefill_chunk, self._progress = chat, prefill_chunk, check_progress(progress)
+        if prefill_chunk is not None:
+            prefill_chunk = check_whole("prefill_chunk", prefill_chunk, 1)
+        self.chat, self.prefill_chunk = check_flag("chat", chat), prefill_chunk
+        self._progress = check_progress(progress)
         made_by = [model.checksum, str(model.dtype), str(self.plan), prefill_chunk]
         self._kept = _Kept(None if folder is None else check_path("folder", folder) / "answers" / _digest(made_by))
         self._bases: Any = None

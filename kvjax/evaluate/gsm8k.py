@@ -48,7 +48,7 @@ class GSM8K(Task):
         """Raises KvjaxError for settings that ask nothing, and for data that cannot be read."""
         fields.check(self)
         for name in ("seeds", "tokens"):
-            check_whole(f"{self}: {name}", getattr(self, name), 1)
+            check_whole(f"{self}: {name}", getattr(self, name), 1, 100_000)
         for name, needed in (("train", self.shots), ("test", self.samples)):
             if len(_load(self.data, name)) < needed:
                 raise KvjaxError(

@@ -213,13 +213,13 @@ class Harness(Task):
     @property
     def identity(self) -> dict[str, Any]:
         found = {"lm_eval": importlib.metadata.version("lm_eval")}
-        if Path(self.name).is_file():
+        if _is_file(self.name):
             found["data_sha256"] = hashlib.sha256(Path(self.name).read_bytes()).hexdigest()
         return found
 
     def __str__(self) -> str:
         """The name, without the folder of a file, which says nothing to others."""
-        name = Path(self.name).name if Path(self.name).is_file() else self.name
+        name = Path(self.name).name if _is_file(self.name) else self.name
         return name + fields.to_text(self).removeprefix(self.form)
 
     def figures(self, answers: Answers) -> list[Figure]:
@@ -240,7 +240,9 @@ class Harness(Task):
                 raise
             except (OSError, ValueError, KeyError, ImportError) as error:  # of data sets, mostly
                 raise KvjaxError(f"{self}: the harness cannot run it ({brief(error)})") from None
-        return figures_of(found)
+        if not (figures := figures_of(found)):
+            raise KvjaxError(f"{self}: the harness gives no figures; expected a task with metrics")
+        return figures
 
 
 def figures_of(results: Mapping[str, Any]) -> list[Figure]:
@@ -265,9 +267,15 @@ def parse(name: str, settings: Mapping[str, str]) -> Harness:
     Raises:
       KvjaxError: the harness knows no such task, or tasks have no such setting.
     """
-    if not Path(name).is_file() and not _manager().match_tasks([name]):
+    if not _is_file(name) and not _manager().match_tasks([name]):
         raise KvjaxError(f"no task {name!r}; expected one of kvjax's or of the harness's, or the path of a YAML file")
     return dataclasses.replace(fields.parse(Harness, Harness.form, None, settings), name=name)
+
+
+def _is_file(name: str) -> bool:
+    with contextlib.suppress(OSError):  # a long text is no name that a file system allows
+        return Path(name).is_file()
+    return False
 
 
 @functools.cache

@@ -36,6 +36,7 @@ cottage curtain desert dragon engine feather fiddle forest fountain garden glaci
 kettle ladder lantern meadow mirror mountain needle orchard paddle pebble pencil pillow planet pocket quarry rabbit
 ribbon river saddle shadow spider statue temple thunder tunnel turtle valley village walnut whistle window
 """
+MOST = 1000  # of samples, chains and variables
 KEYS = [f"{adjective}-{noun}" for adjective in ADJECTIVES.split() for noun in NOUNS.split()]
 
 
@@ -78,7 +79,7 @@ class Needle(Task):
         """Raises KvjaxError for settings that make no sample."""
         fields.check(self)
         check_whole(f"{self}: keys", self.keys, 1, len(KEYS))
-        check_whole(f"{self}: samples", self.samples, 1)
+        check_whole(f"{self}: samples", self.samples, 1, MOST)
 
     def make(self, draw: random.Random, sentences: int) -> Sample:
         """A sample whose haystack has so many sentences; more draw the same needles."""
@@ -126,8 +127,8 @@ class Tracking(Task):
         """Raises KvjaxError for settings that make no sample."""
         fields.check(self)
         for name in ("chains", "samples"):
-            check_whole(f"{self}: {name}", getattr(self, name), 1)
-        check_whole(f"{self}: chains times hops + 1", self.chains * (self.hops + 1), 1, 1000)
+            check_whole(f"{self}: {name}", getattr(self, name), 1, MOST)
+        check_whole(f"{self}: chains times hops + 1", self.chains * (self.hops + 1), 1, MOST)
 
     def make(self, draw: random.Random, sentences: int) -> Sample:
         """A sample whose haystack has so many sentences, behind a short one that is solved."""

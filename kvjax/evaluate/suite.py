@@ -18,7 +18,7 @@ from kvjax.caches import fields
 from kvjax.caches.base import CacheSpec
 from kvjax.caches.grammar import parse_fields, split_list
 from kvjax.caches.plan import CachePlan
-from kvjax.checks import check_flag, check_progress
+from kvjax.checks import check_progress
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.answers import Answers
 from kvjax.evaluate.gsm8k import GSM8K
@@ -94,7 +94,7 @@ def evaluate(
       KvjaxError: one line that says what was expected; names are checked before anything is computed.
     """
     check_model(model)
-    chat, hears = check_flag("chat", chat), check_progress(progress)
+    hears = check_progress(progress)
     asked = parse_tasks(tasks)
     names = split_list(caches) if isinstance(caches, str) else caches
     plans = list(dict.fromkeys(CachePlan.cast(name, model.config) for name in names))

@@ -84,7 +84,7 @@ def test_names_hold_no_path(data: Path) -> None:
     [
         ("shots=7", "train.jsonl has 6 problems; expected 7"),
         ("samples=9", "test.jsonl has 4 problems; expected 9"),
-        ("seeds=0", "seeds=0; expected at least 1"),
+        ("seeds=0", "seeds=0; expected 1 to 100000"),
         ("shots=-1", "shots=-1; expected at least 0"),
     ],
 )
