@@ -3,8 +3,8 @@
     python -m experiments.agreement --config=configs/agreement.py --workdir=runs/agreement
     python -m experiments.agreement --config=configs/agreement.py:long --workdir=runs/agreement
 
-The first takes about five minutes on two CPU cores. The second writes 2000 tokens to each of four prompts: a cache that
-holds for a sentence may not hold for pages.
+The first takes about five minutes on two CPU cores. The second writes 2000 tokens to each of four prompts: a cache
+that holds for a sentence may not hold for pages.
 """
 
 from ml_collections import config_dict

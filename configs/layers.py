@@ -13,4 +13,5 @@ from configs import perplexity
 def get_config() -> config_dict.ConfigDict:
     config = perplexity.get_config()
     config.update(caches="k4v4@kivi,k2v2@kivi", context=512, windows=2)
+    del config.over
     return config

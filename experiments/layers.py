@@ -20,6 +20,7 @@ from ml_collections import config_dict
 import kvjax
 from experiments import bars, program
 from experiments.pareto import save_figure
+from kvjax import hosts
 from kvjax.caches.grammar import join_layers, split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import read_config
@@ -37,7 +38,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         CachePlan.parse(name, model_config)  # one that does not fit is refused before weights are loaded
     model = kvjax.load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
     names = [each for name, texts in plans.items() for each in (name, *texts)]
-    sizes = {key: config[key] for key in ("protocol", "context", "windows", "offset", "over")}
+    sizes = {key: config[key] for key in ("protocol", "context", "windows", "offset")}
     with bars.shown("windows") as tell:
         progress = lambda plan, done, total: tell(str(plan), done, total)  # noqa: E731
         rows = kvjax.sweep(model, config.text, names, **sizes, folder=workdir, progress=progress)
@@ -45,7 +46,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     row_of = lambda name: found[str(kvjax.plan(model, name))]  # noqa: E731
     each = {name: [row_of(text) for text in texts] for name, texts in plans.items()}
     print(table(each, {name: row_of(name) for name in plans}))
-    draw(each, workdir / "layers.png")
+    hosts.on_first(lambda: draw(each, workdir / "layers.png"))
     print(f"rows: {workdir / 'results.jsonl'}\nplot: {workdir / 'layers.png'}")
 
 

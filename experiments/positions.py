@@ -23,7 +23,7 @@ from ml_collections import config_dict
 import kvjax
 from experiments import bars, program
 from experiments.pareto import save_figure
-from kvjax import records
+from kvjax import hosts, records
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import read_config
@@ -56,13 +56,13 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
             point = {"experiment": "positions", **identity, "parts": parts, "cache": str(plan)}
             rows += _found_or_scored(sweep, plan, point, workdir / "positions.jsonl", tell)
     print(table(rows))
-    draw(rows, workdir / "positions.png")
+    hosts.on_first(lambda: draw(rows, workdir / "positions.png"))
     print(f"rows: {workdir / 'positions.jsonl'}\nplot: {workdir / 'positions.png'}")
 
 
 def _found_or_scored(sweep: Sweep, plan: CachePlan, point: Row, file: Path, tell: bars.Tell) -> list[Row]:
     """The rows of a plan, from the file where they are there, else appended to it, all together."""
-    if found := [row for row in records.read_rows(file) if point.items() <= row.items()]:
+    if found := hosts.on_first(lambda: [row for row in records.read_rows(file) if point.items() <= row.items()]):
         return found
     total = len(sweep.windows)
 
@@ -72,7 +72,7 @@ def _found_or_scored(sweep: Sweep, plan: CachePlan, point: Row, file: Path, tell
     rows = [
         point | part | records.provenance() for part in by_part(scored(sweep.dense), scored(plan), point["parts"])
     ]
-    records.append_rows(file, rows)
+    hosts.on_first(lambda: records.append_rows(file, rows))
     return rows
 
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax import hosts
 from kvjax.caches.base import CacheShape, CacheSpec
 from kvjax.caches.plan import CachePlan
 from kvjax.calibrate.bases import load_bases
@@ -302,11 +303,15 @@ class _Kept:
     """Answers by the digest of what was asked; on disk a file per batch, written whole or not at all."""
 
     def __init__(self, folder: Path | None):
-        self.folder, self.found = folder, dict[str, Any]()
-        for file in sorted(folder.glob("*.json")) if folder is not None else ():
-            self.found |= read_json(file)
+        self.folder = folder
+        self.found: dict[str, Any] = hosts.on_first(self._read)
+
+    def _read(self) -> dict[str, Any]:
+        files = sorted(self.folder.glob("*.json")) if self.folder is not None else ()
+        return {key: answer for file in files for key, answer in read_json(file).items()}
 
     def add(self, answers: Mapping[str, Any]) -> None:
         self.found |= answers
         if self.folder is not None:
-            write_json(self.folder / f"{_digest(sorted(answers))}.json", dict(answers))
+            file = self.folder / f"{_digest(sorted(answers))}.json"
+            hosts.on_first(lambda: write_json(file, dict(answers)))

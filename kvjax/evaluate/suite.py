@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kvjax import records
+from kvjax import hosts, records
 from kvjax.caches import fields
 from kvjax.caches.base import CacheSpec
 from kvjax.caches.grammar import parse_fields, split_list
@@ -128,7 +128,7 @@ def _point(model: Model, task: Task, plan: CachePlan, chat: bool, prefill_chunk:
 
 def _found_or_asked(file: Path, point: Row, task: Task, answers: Answers) -> list[Row]:
     """The rows of a point, from the file where they are there, else appended to it, all together."""
-    if found := [row for row in records.read_rows(file) if point.items() <= row.items()]:
+    if found := hosts.on_first(lambda: [row for row in records.read_rows(file) if point.items() <= row.items()]):
         return found
     plan = answers.plan
     told = {
@@ -142,5 +142,5 @@ def _found_or_asked(file: Path, point: Row, task: Task, answers: Answers) -> lis
         values: Row = dataclasses.asdict(figure) | {"by_seed": list(figure.by_seed)}
         values["part"] = values.pop("task")
         rows.append(point | told | values | records.provenance())
-    records.append_rows(file, rows)
+    hosts.on_first(lambda: records.append_rows(file, rows))
     return rows
