@@ -48,7 +48,9 @@ def test_dense_loglikelihoods_are_those_of_the_logits(model: Model) -> None:
         ([7], [9]),
         (encode(model, "ab" * 200), encode(model, "abc")),
     ]
-    found = Answers(model, batch=2).loglikelihoods(pairs)
+    told: list[tuple[int, int]] = []
+    found = Answers(model, batch=2, progress=lambda *each: told.append(each)).loglikelihoods(pairs)
+    assert told[-1] == (4, 4)  # three of the first four are read together
     expected = [reference(model, *pair) for pair in pairs]
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], rel=1e-5)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]

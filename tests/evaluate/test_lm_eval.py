@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ harness: Any = pytest.importorskip("lm_eval")
 from kvjax.evaluate import lm_eval, suite  # noqa: E402
 from kvjax.evaluate.answers import Writing  # noqa: E402
 from kvjax.evaluate.lm_eval import KvjaxLM, writing_of  # noqa: E402
+from kvjax.evaluate.task import Figure  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).parents[2]
@@ -133,6 +135,20 @@ def test_generation_arguments(arguments: dict[str, Any], expected: Writing) -> N
 def test_unknown_generation_arguments_are_named() -> None:
     with pytest.raises(kvjax.KvjaxError, match=r"generation_kwargs num_beams; expected until, max_gen_toks"):
         writing_of({"num_beams": 4})
+
+
+def test_figures_of_tasks_and_groups() -> None:
+    results = {
+        "results": {
+            "part": {"alias": "part", "sample_len": 7, "acc,none": 0.5, "acc_stderr,none": 0.1, "f1,strict": 1},
+            "whole": {"alias": "whole", "acc,none": 0.25, "acc_stderr,none": "N/A"},
+        },
+        "n-samples": {"part": {"original": 9, "effective": 7}},
+    }
+    acc, f1, whole = lm_eval.figures_of(results)
+    assert acc == Figure("part", "acc", 0.5, 0.1, 7)
+    assert (f1.metric, f1.value, f1.samples) == ("f1,strict", 1.0, 7) and math.isnan(f1.stderr)
+    assert (whole.task, whole.value, whole.samples) == ("whole", 0.25, 0) and math.isnan(whole.stderr)
 
 
 def test_tasks_of_the_harness_are_tasks_of_ours(model: Model, tmp_path: Path, golden: dict[str, Any]) -> None:
