@@ -311,7 +311,9 @@ class _Kept:
         return {key: answer for file in files for key, answer in read_json(file).items()}
 
     def add(self, answers: Mapping[str, Any]) -> None:
-        self.found |= answers
+        """Keeps those that are not kept yet: an answer stays as it was first given."""
+        new = {key: answer for key, answer in answers.items() if key not in self.found}
+        self.found |= new
         if self.folder is not None:
-            file = self.folder / f"{_digest(sorted(answers))}.json"
-            hosts.on_first(lambda: write_json(file, dict(answers)))
+            file = self.folder / f"{_digest(sorted(new))}.json"
+            hosts.on_first(lambda: write_json(file, new))

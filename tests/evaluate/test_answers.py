@@ -115,6 +115,9 @@ def test_answers_are_kept_apart_for_each_plan(model: Model, tmp_path: Path, monk
     again = Answers(model, "k2v2@token", **cut, progress=lambda *each: told.append(each)).loglikelihoods(pairs)
     assert again == whole and asked == [1] and told == [(0, 5), (2, 5), (4, 5), (5, 5)]
     asked.clear()
+    more = [*pairs, ([7], [9])]  # in other batches: what is kept is not given anew
+    assert Answers(model, "k2v2@token", **cut | {"batch": 4}).loglikelihoods(more)[:5] == whole and asked == [2]
+    asked.clear()
     assert Answers(model, "dense", **cut | {"batch": 5}).loglikelihoods(pairs) != whole and asked == [5]
 
 
