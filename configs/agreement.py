@@ -1,8 +1,10 @@
 """How long greedy text with a small cache is the text with a dense one.
 
     python -m experiments.agreement --config=configs/agreement.py --workdir=runs/agreement
+    python -m experiments.agreement --config=configs/agreement.py:long --workdir=runs/agreement
 
-takes about five minutes on two CPU cores.
+The first takes about five minutes on two CPU cores. The second writes 2000 tokens to each of four prompts: a cache
+that holds for a sentence may not hold for pages.
 """
 
 from ml_collections import config_dict
@@ -31,15 +33,23 @@ TEXTS = (
     "The three laws of thermodynamics are",
     "Q: What is the largest ocean?\nA:",
 )
+LONG = (
+    "Tell me a long story about a lighthouse keeper, in many chapters.",
+    "Explain step by step how a four-stroke engine works, then how it is taken apart and put together again.",
+    "Write the rules of a card game that you invent, with ten examples of play.",
+    "Describe the history of bread from its beginnings to today, in as much detail as you can.",
+)
+PROMPTS = {"short": (CHATS, TEXTS, 64), "long": (LONG, (), 2000)}
 
 
-def get_config() -> config_dict.ConfigDict:
+def get_config(variant: str = "short") -> config_dict.ConfigDict:
+    chats, texts, tokens = PROMPTS[variant]
     return config_dict.create(
         model="smollm2-135m",
         dtype="float32",
         caches="k8v8@kivi,k4v4@kivi,k4v2@kivi,k2v2@kivi",
         plugins="",  # modules or Python files that register more caches, separated by commas
-        chats=CHATS,  # put into the model's chat template
-        texts=TEXTS,  # gone on from as they are
-        max_new_tokens=64,
+        chats=chats,  # put into the model's chat template
+        texts=texts,  # gone on from as they are
+        max_new_tokens=tokens,
     )

@@ -15,11 +15,10 @@ from typing import Any
 import jax
 from ml_collections import config_dict
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import kvjax
-from experiments import compilation, pareto, program
+from experiments import bars, pareto, program
 from kvjax import hosts
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
@@ -38,17 +37,8 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     with hosts.alone() if config.over == "plans" else contextlib.nullcontext():
         model = kvjax.load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
     sizes = {key: config[key] for key in ("protocol", "context", "windows", "offset", "over")}
-    tasks: dict[CachePlan, TaskID] = {}
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} windows")
-    compiling = compilation.Compiling()
-    shown = Progress(*columns, TimeElapsedColumn(), compiling, console=Console(stderr=True))
-    with compilation.told(compiling), shown as bars:
-
-        def progress(plan: CachePlan, done: int, total: int) -> None:
-            if plan not in tasks:
-                tasks[plan] = bars.add_task(str(plan), total=total)
-            bars.update(tasks[plan], completed=done)
-
+    with bars.shown("windows") as tell:
+        progress = lambda plan, done, total: tell(str(plan), done, total)  # noqa: E731
         rows = kvjax.sweep(model, config.text, names, **sizes, folder=workdir, progress=progress)
     wide = Console()
     wide.width = max(wide.width, 150)  # a narrow terminal folds lines, not numbers

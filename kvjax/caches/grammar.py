@@ -34,16 +34,16 @@ def parse_fields(text: str | None) -> dict[str, str]:
     for item in (text or "").split(",") if text else []:
         key, equals, value = (part.strip() for part in item.partition("="))
         if not (key and equals and value) or key in fields:
-            raise KvjaxError(f"cache field {item.strip()!r}; expected field=value, each field once")
+            raise KvjaxError(f"field {item.strip()!r}; expected field=value, each field once")
         fields[key] = value
     return fields
 
 
-def split_list(text: str) -> list[str]:
-    """Splits a list of plans at the commas outside parentheses."""
+def split_list(text: str, of: str = "caches") -> list[str]:
+    """Splits a list at the commas outside parentheses; `of` says what it lists, for the message."""
     parts = [part.strip() for part in re.split(r",(?![^()]*\))", text)]
     if not all(parts):
-        raise KvjaxError(f"list of caches {text!r}: expected names separated by single commas")
+        raise KvjaxError(f"list of {of} {text!r}: expected names separated by single commas")
     return parts
 
 

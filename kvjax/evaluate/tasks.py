@@ -1,6 +1,7 @@
 """What a small cache does to generated text: agreement with the dense text, and answers to GSM8K's problems.
 
-GSM8K is scored as by lm-eval's `gsm8k` with flexible-extract. The shots are those given, where lm-eval draws its own.
+GSM8K is scored as by lm-eval's `gsm8k`, whose flexible-extract is `extract` and whose strict-match `extract_stated`.
+The shots are those given, where lm-eval draws its own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from kvjax.models.model import Model
 # lm-eval's. IGNORED is taken out of numbers and gold answers, one after the other.
 NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 IGNORED = (",", r"\$", r"(?s).*#### ", r"\.$")
+STATED = re.compile(r"#### (-?[0-9.,]+)")
 STOPS = re.compile(r"Question:|</s>|<\|im_end\|>")
 
 
@@ -111,6 +113,12 @@ def extract(text: str) -> str | None:
     """The last number in a text before the first stop string, without `,`, `$` and a `.` at its end."""
     numbers = [match[0] for match in NUMBER.finditer(STOPS.split(text, maxsplit=1)[0])]
     return _plain(numbers[-1]) if numbers else None
+
+
+def extract_stated(text: str) -> str | None:
+    """The first number behind `#### `, in the form of `extract`."""
+    match = STATED.search(STOPS.split(text, maxsplit=1)[0])
+    return _plain(match[1]) if match else None
 
 
 def _plain(text: str) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 ROWS = 1024  # tokens per pass
 TILE = 1024  # vocabulary rows at a time: the logits of a tile stay in cache
@@ -94,6 +94,18 @@ def compare(
         return TokenScores(_nll(state, state["target"]), kld, (state["top"] >= state["max"]).astype(wide))
 
     return _by_rows(rows, hidden, targets, dense)
+
+
+def score_targets(
+    hidden: Float[Array, "N D"], head: Float[Array, "V D"], targets: Int[Array, "N"]
+) -> tuple[Float[Array, "N"], Bool[Array, "N"]]:
+    """The negative log-likelihood of each target in nats, and whether no other word has a larger logit."""
+
+    def rows(h, y):
+        state = _pass(h, head, y, y, keep=False)
+        return _nll(state, state["target"]), state["target"] >= state["max"]
+
+    return _by_rows(rows, hidden, targets)
 
 
 def _nll(state: dict[str, Array], logit: Float[Array, "N"]) -> Float[Array, "N"]:

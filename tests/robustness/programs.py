@@ -45,6 +45,9 @@ DEFAULTS = {  # of every program that takes a model of one's own, or none: quick
     "agreement": ("model=tiny", "caches=k4v4@token", "max_new_tokens=2"),
     "algebra": ("models=tiny", "text=text.txt", "caches=k4v4@token", "tokens=16", "chunk=8"),
     "closed_loop": ("model=tiny", "text=text.txt", "tokens=16"),
+    "evaluate": ("model=tiny", "tasks=gsm8k(data=problems,shots=1,tokens=4)", "caches=k4v4@token"),
+    "layers": ("model=tiny", "text=text.txt", "caches=k4v4@token", "context=16"),
+    "positions": ("model=tiny", "text=text.txt", "caches=k4v4@token", "context=16", "parts=2"),
     "decode": ("model=tiny", "text=text.txt", "caches=k4v4@token", "depth=16", "max_len=32", "steps=2"),
     "protocols": ("model=tiny", "text=text.txt", "caches=k4v4@token", "lengths=16,9"),
     "plans": ("model=tiny", "text=text.txt", "judged_on=other.txt", "context=16"),
@@ -86,7 +89,7 @@ class Program:
 
     Attributes:
       name: in result rows.
-      folder: where programs run; it holds the model `tiny`, `text.txt` and `other.txt`.
+      folder: where programs run; it holds the model `tiny`, `text.txt`, `other.txt` and `problems`.
       draw: draws a program's name and its arguments beside DEFAULTS.
       processes: one line in so many is given to a process of its own, as bytes.
     """
@@ -116,7 +119,7 @@ class Program:
         finally:
             jax.config.update("jax_enable_x64", False)  # as programs leave it
             for left in set(self.folder.iterdir()) - {
-                self.folder / kept for kept in ("tiny", "text.txt", "other.txt")
+                self.folder / kept for kept in ("tiny", "text.txt", "other.txt", "problems")
             }:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
 
@@ -127,6 +130,9 @@ def make_kinds(folder: Path, models: Path) -> list[Program]:
     shutil.copytree(models / "llama-linear", inner / "tiny")
     (inner / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
     (inner / "other.txt").write_text("pack my box with five dozen liquor jugs, said he; " * 20)
+    (inner / "problems").mkdir()
+    for name in ("train", "test"):
+        (inner / f"problems/{name}.jsonl").write_text('{"question": "2 + 3?", "answer": "#### 5"}\n')
     return [
         Program("config values", inner, _draw_values),
         Program("command lines", inner, _draw_lines, processes=40),

@@ -1,0 +1,87 @@
+"""One layer at a time: KL divergence with a single layer under a cache and all others dense.
+
+    python -m experiments.layers --config=configs/layers.py --config.caches=k4v4,k2v2 --workdir=DIR
+
+One layer alone can ruin a model that looks fine on average. Appends the row of each plan, all layers together among
+them, to DIR/results.jsonl as `experiments.perplexity` does, goes on where it was, prints a table and draws
+DIR/layers.png.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib.pyplot as plt
+from ml_collections import config_dict
+
+import kvjax
+from experiments import bars, program
+from experiments.pareto import save_figure
+from kvjax import hosts
+from kvjax.caches.grammar import join_layers, split_list
+from kvjax.caches.plan import CachePlan
+from kvjax.checkpoints.load import read_config
+from kvjax.tables import align_columns, format_with_error
+
+Row = dict[str, Any]
+
+
+def main(config: config_dict.ConfigDict, workdir: Path) -> None:
+    if config.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    model_config = read_config(config.model)
+    plans = {name: alone(name, model_config.layers) for name in split_list(config.caches)}
+    for name in (each for texts in plans.values() for each in texts):
+        CachePlan.parse(name, model_config)  # one that does not fit is refused before weights are loaded
+    model = kvjax.load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
+    names = [each for name, texts in plans.items() for each in (name, *texts)]
+    sizes = {key: config[key] for key in ("protocol", "context", "windows", "offset")}
+    with bars.shown("windows") as tell:
+        progress = lambda plan, done, total: tell(str(plan), done, total)  # noqa: E731
+        rows = kvjax.sweep(model, config.text, names, **sizes, folder=workdir, progress=progress)
+    found = {row["cache"]: row for row in rows}
+    row_of = lambda name: found[str(kvjax.plan(model, name))]  # noqa: E731
+    each = {name: [row_of(text) for text in texts] for name, texts in plans.items()}
+    print(table(each, {name: row_of(name) for name in plans}))
+    hosts.on_first(lambda: draw(each, workdir / "layers.png"))
+    print(f"rows: {workdir / 'results.jsonl'}\nplot: {workdir / 'layers.png'}")
+
+
+def alone(name: str, layers: int) -> list[str]:
+    """The plans in which one layer has the cache and the others are dense, by layer."""
+    others = lambda layer: [i for i in range(layers) if i != layer]  # noqa: E731
+    return [join_layers({name: [i], "dense": others(i)} if layers > 1 else {name: [i]}) for i in range(layers)]
+
+
+def table(each: Mapping[str, Sequence[Row]], whole: Mapping[str, Row]) -> str:
+    """A line per layer, a column per cache, KL in nats a token; below them their sum, and all layers at once."""
+    lines = [["layer alone", *each]]
+    lines += [
+        [str(layer), *(format_with_error(row, "kld", ".5f") for row in rows)]
+        for layer, rows in enumerate(zip(*each.values(), strict=True))
+    ]
+    lines.append(["their sum", *(f"{sum(row['kld'] for row in rows):.5f}" for rows in each.values())])
+    lines.append(["all at once", *(format_with_error(whole[name], "kld", ".5f") for name in each)])
+    return align_columns(lines, left=1)
+
+
+def draw(each: Mapping[str, Sequence[Row]], file: Path) -> None:
+    """KL divergence by layer, one line a cache."""
+    figure, axis = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    for name, rows in each.items():
+        kld, errors = ([row[key] for row in rows] for key in ("kld", "kld_se"))
+        axis.errorbar(range(len(rows)), kld, errors, fmt="o-", ms=3, lw=1, capsize=2, label=name)
+    first = next(iter(each.values()))[0]
+    title = "{model}, {text}, {windows} windows of {context} tokens, {protocol}; bars: one standard error"
+    axis.set(xlabel="the layer that has the cache", ylabel="KL divergence (nats per token)", yscale="log")
+    axis.set_title(title.format(**first), fontsize=9)
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    save_figure(figure, file)
+
+
+if __name__ == "__main__":
+    program.run(main, "configs/layers.py")
