@@ -17,6 +17,7 @@ from ml_collections import config_dict
 from configs import tune
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
+DELTAS = (1, 2, 3, 4, 6)  # each is measured on each
 
 
 def pairs(mode: str, widths: tuple[int, ...]) -> str:
@@ -29,14 +30,14 @@ SEARCHES = {
     "families": {
         "K and V": ",".join(f"kr{k}v{v}(residual=64)" for k in (2, 3, 4, 8) for v in (2, 3, 4, 8)),
         "X latents": ",".join(f"x{b}@latent(residual=64,sink=4,rotate=1)" for b in WIDTHS),
-        "XQuant-CL": ",".join(f"xclr{b}(residual=64,base={base})" for base in (0, 2) for b in (1, *WIDTHS)),
+        "XQuant-CL": ",".join(f"xclr{b}(residual=64,base={base})" for base in (0, 2) for b in DELTAS),
     },
     "forms": {
         "XQuant-CL, groups and bases": ",".join(
             f"xclr{b}(group={group},base=0,base_bits={base_bits})"
             for group in (64, 128)
             for base_bits in (3, 4)
-            for b in (1, *WIDTHS)
+            for b in DELTAS
         ),
     },
 }

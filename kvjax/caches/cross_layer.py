@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -80,6 +81,7 @@ class Place(NamedTuple):
     below: CacheSpec | None = None
 
     @classmethod
+    @functools.lru_cache(maxsize=2**12)
     def of(cls, spec: CacheSpec, below: CacheSpec | None) -> Place:
         """The place of a spec that is stacked on the one below (None: the first layer)."""
         relative = isinstance(spec, CrossLayerSpec) and spec.delta and below is not None

@@ -9,7 +9,8 @@ plans are kept that no other beats in both bits and error, so that the front is 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,15 +66,17 @@ class Front:
         return tuple(found[::-1])
 
 
-def stacked(below: CacheSpec | None, choice: Sequence[CacheSpec]) -> Iterator[tuple[Any, CacheSpec]]:
+@functools.lru_cache(maxsize=2**12)  # most layers have the same choice
+def stacked(below: CacheSpec | None, choice: tuple[CacheSpec, ...]) -> list[tuple[Any, CacheSpec]]:
     """The specs that may stand on one below, in their place, with the states that they lead to; each place once."""
-    seen = set()
+    found, seen = [], set()
     for spec in choice:
         placed = cross_layer.stack(spec, below)
         state = cross_layer.run_key(placed)
         if (below is None or cross_layer.fits_under(below, placed)) and (state is None or state not in seen):
             seen.add(state)
-            yield state, placed
+            found.append((state, placed))
+    return found
 
 
 def reachable(candidates: Sequence[Sequence[CacheSpec]]) -> list[list[tuple[CacheSpec, CacheSpec | None]]]:
@@ -81,7 +84,7 @@ def reachable(candidates: Sequence[Sequence[CacheSpec]]) -> list[list[tuple[Cach
     states: dict[Any, CacheSpec | None] = {None: None}
     found = []
     for choice in candidates:
-        moves = [(below, *move) for below in states.values() for move in stacked(below, choice)]
+        moves = [(below, *move) for below in states.values() for move in stacked(below, tuple(choice))]
         found.append([(spec, below) for below, _, spec in moves])
         states = {state: spec for _, state, spec in reversed(moves)}
     return found
@@ -109,7 +112,7 @@ def knapsack(
     for layer, choice in enumerate(candidates):
         grown: dict[Any, tuple[list[tuple[Front, CacheSpec]], list[tuple[float, float]]]] = {}
         for below in states.values():
-            for state, spec in stacked(below.spec, choice):
+            for state, spec in stacked(below.spec, tuple(choice)):
                 moves, costs = grown.setdefault(state, ([], []))
                 moves.append((below, spec))
                 costs.append((bits(spec), error(layer, spec, below.spec)))
