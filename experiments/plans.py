@@ -57,7 +57,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     found = _search(config, model, windows, budgets, workdir, chooser)
     rows = []
     for text, judge in judges.items():
-        plans = list(dict.fromkeys(plan for _, _, plan, uniform in found for plan in [plan, *uniform]))
+        plans = list(dict.fromkeys(plan for _, _, plan, uniform, _ in found for plan in [plan, *uniform]))
         with Bars() as bars:
             for count, plan in enumerate(plans, 1):
                 judge(plan)
@@ -83,8 +83,8 @@ def _search(
     budgets: list[float],
     workdir: Path,
     chooser: Chooser | None,
-) -> list[tuple[str, float, CachePlan, list[CachePlan]]]:
-    """Name, budget, plan and the uniform plans that fit the budget, of every search."""
+) -> list[tuple[str, float, CachePlan, list[CachePlan], Row]]:
+    """Of every search: name, budget, plan, the uniform plans that fit the budget, and the plan's own figures."""
     shared, found = None, []
     for name, candidates in config.searches.items():
         for budget in budgets:
@@ -102,7 +102,8 @@ def _search(
                 plan = search.choose([*search.plans(), *search.uniform])
             file = workdir / "plans" / f"{name.replace(', ', '-').replace(' ', '-')}-{budget:g}.yaml"
             hosts.on_first(functools.partial(write_atomically, file, f"plan: {plan}\n".encode()))
-            found.append((name, budget, plan, [*filter(search.bits.fits, search.uniform)]))
+            own_figures = {"predicted": search.predicted(plan), "kld_calibrated": search.evaluations(plan)["kld"]}
+            found.append((name, budget, plan, [*filter(search.bits.fits, search.uniform)], own_figures))
     if not found:
         raise KvjaxError(f"no search of budgets={config.budgets} can be made; expected one at least")
     return found
@@ -116,8 +117,12 @@ def _rows(
     budget: float,
     plan: CachePlan,
     uniform: list[CachePlan],
+    calibrated: Row,
 ) -> list[Row]:
-    """The plan's row, and one for every uniform plan that fits its budget, with what the plan is better by."""
+    """The plan's row, with its figures on the calibrated windows, and one for every uniform plan within its budget.
+
+    These have what the plan is better by.
+    """
     dense = judge(CachePlan.parse("dense", model.config))
     common = {"experiment": "plans", **judge.identity, "calibrated_on": strip_paths(config.text)}
     common |= {"search": name, "budget": budget, "budget_of": config.budget_of, "method": config.method}
@@ -133,7 +138,7 @@ def _rows(
         better = np.subtract(figures["window_kld"], judge(plan)["window_kld"])
         row["better_by"], row["ci95"] = mean_and_interval(better[:, None])
         rows.append(row)
-    return rows
+    return [rows[0] | calibrated, *rows[1:]]
 
 
 def draw(rows: list[Row], file: Path) -> None:

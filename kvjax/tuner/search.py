@@ -241,7 +241,8 @@ class Search:
     def _linearise(self, plan: CachePlan, choices: list[list[CacheSpec]]) -> Error:
         """The predicted errors of layers around a plan."""
         rows = self._errors_around(plan, choices)
-        self.simulator.forget(plan)
+        if self._simulator:
+            self._simulator.forget(plan)
         return lambda layer, spec, below: rows[layer, Place.of(spec, below).label]["predicted"]
 
     def _nsga2(self) -> list[CachePlan]:

@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import jax
@@ -276,7 +275,6 @@ def nothing_around(monkeypatch: pytest.MonkeyPatch) -> None:
     """No run that errors are measured around: they are invented."""
     monkeypatch.setattr(LayerErrors, "_gradients", lambda self: [0])
     monkeypatch.setattr(LayerErrors, "_carries", lambda self, plan, places: [{}] * len(places))
-    monkeypatch.setattr(searches, "Simulator", lambda *_: SimpleNamespace(forget=lambda plan: None))
 
 
 @pytest.fixture
