@@ -17,9 +17,10 @@ def get_config() -> config_dict.ConfigDict:
         mode="kivi",  # of the default candidates: kivi or token
         candidates="",  # caches, see kvjax.caches.plan; {2, 4, 8} bits of K and V where empty
         plugins="",  # modules or Python files that register more caches, separated by commas
-        budget=3.25,  # nominal bits
-        budget_asymptotic=0.0,  # bits with scales; counts instead where it is not 0
-        method="knapsack",  # or nsga2, refine (a knapsack's plan, made better)
+        budget=3.25,  # bits
+        budget_of="nominal",  # or asymptotic (with scales), real (all that is allocated)
+        budget_context=4096,  # tokens that real bits are of
+        method="knapsack",  # or nsga2, refine (the knapsack's plans of each method and of all, made better)
         error="predicted",  # of single layers, for the knapsack: or kld (measured, slower), e_o
         prune="kl",  # candidates of a layer, for nsga2: the front of bits and KL; paper (of bits and e_o), none
         cluster="group",  # for nsga2: noise as one group, or singletons; none
@@ -30,6 +31,7 @@ def get_config() -> config_dict.ConfigDict:
         context=1024,  # tokens a window
         windows=2,  # of each text
         offset=0,  # tokens skipped first
+        validation=1,  # more windows of each text, which choose among the best plans
         dtype="float32",  # or bfloat16, float64
         mesh="",  # devices that share the model: data=2,tensor=4, see kvjax.mesh; one device where empty
         replicate="",  # logical axes that each device keeps whole, such as kv_heads

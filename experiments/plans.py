@@ -2,8 +2,7 @@
 
     python -m experiments.plans --config=configs/plans.py --workdir=DIR
 
-Every search shares DIR with the others: what one measured, none measures again. Where the knapsack finds nothing
-better than a uniform plan on the text it is calibrated on, its plan is refined. The plans go to DIR/plans, rows to
+Every search shares DIR with the others: what one measured, none measures again. The plans go to DIR/plans, rows to
 DIR/plans.jsonl, a picture to DIR/plans.png. Differences between two caches are paired: of the same windows,
 whose means give the 95 % interval by Student's t.
 """
@@ -23,7 +22,7 @@ from rich.table import Table
 
 from experiments import program
 from experiments.pareto import save_figure
-from experiments.tune import Bars, calibration, make_search, settings_of
+from experiments.tune import Bars, Chooser, calibration, make_search, seen_by, settings_of, validation
 from experiments.tune_pictures import short_names
 from kvjax import hosts, records
 from kvjax.caches.grammar import split_list
@@ -37,7 +36,6 @@ from kvjax.files import write_atomically
 from kvjax.models.model import Model
 from kvjax.tuner.evaluations import Evaluations
 from kvjax.tuner.judge import make_judge
-from kvjax.tuner.search import Search
 from kvjax.tuner.space import pareto
 
 Row = dict[str, Any]
@@ -50,14 +48,16 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     model = load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
     windows = calibration(config, model)
     sizes = config.context, config.judged_windows
+    chooser = validation(config, model, workdir)
+    seen = seen_by(windows, chooser)
     judges = {
-        text: make_judge(model, config.text, windows, text, *sizes, workdir / "judged")
+        text: make_judge(model, config.text, seen, text, *sizes, workdir / "judged")
         for text in split_list(config.judged_on)
     }
-    found = _search(config, model, windows, budgets, workdir)
+    found = _search(config, model, windows, budgets, workdir, chooser)
     rows = []
     for text, judge in judges.items():
-        plans = list(dict.fromkeys(plan for _, _, plan, uniform in found for plan in [plan, *uniform]))
+        plans = list(dict.fromkeys(plan for _, _, plan, uniform, _ in found for plan in [plan, *uniform]))
         with Bars() as bars:
             for count, plan in enumerate(plans, 1):
                 judge(plan)
@@ -70,8 +70,6 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
 
 
 def _budgets(config: config_dict.ConfigDict) -> list[float]:
-    if config.budget_of not in ("nominal", "asymptotic"):
-        raise KvjaxError(f"budget_of={config.budget_of!r}; expected nominal or asymptotic")
     try:
         return [float(budget) for budget in config.budgets.split(",")]
     except ValueError:
@@ -79,42 +77,36 @@ def _budgets(config: config_dict.ConfigDict) -> list[float]:
 
 
 def _search(
-    config: config_dict.ConfigDict, model: Model, windows: np.ndarray, budgets: list[float], workdir: Path
-) -> list[tuple[str, float, CachePlan, list[CachePlan]]]:
-    """Name, budget, plan and the uniform plans that fit the budget, of every search."""
+    config: config_dict.ConfigDict,
+    model: Model,
+    windows: np.ndarray,
+    budgets: list[float],
+    workdir: Path,
+    chooser: Chooser | None,
+) -> list[tuple[str, float, CachePlan, list[CachePlan], Row]]:
+    """Of every search: name, budget, plan, the uniform plans that fit the budget, and the plan's own figures."""
     shared, found = None, []
     for name, candidates in config.searches.items():
         for budget in budgets:
             own = config_dict.ConfigDict(config.to_dict())
-            asymptotic = budget if config.budget_of == "asymptotic" else 0.0
-            own.update(candidates=candidates, budget=budget, budget_asymptotic=asymptotic)
+            own.update(candidates=candidates, budget=budget)
             try:
-                search = make_search(own, model, windows, workdir)
+                search = make_search(own, model, windows, workdir, chooser)
             except KvjaxError as error:
                 print(f"{name}: {error}")
                 continue
             if shared:
                 search.share(shared)
             shared = search
-            uniform = [plan for plan in search.uniform if search.bits.fits(plan)]
-            plan = _best(search, uniform)
-            if plan in uniform:
-                own.method = "refine"
-                refined = make_search(own, model, windows, workdir)
-                refined.share(search)
-                plan = _best(refined, uniform)
+            with Bars() as search.progress:
+                plan = search.choose([*search.plans(), *search.uniform])
             file = workdir / "plans" / f"{name.replace(', ', '-').replace(' ', '-')}-{budget:g}.yaml"
             hosts.on_first(functools.partial(write_atomically, file, f"plan: {plan}\n".encode()))
-            found.append((name, budget, plan, uniform))
+            own_figures = {"predicted": search.predicted(plan), "kld_calibrated": search.evaluations(plan)["kld"]}
+            found.append((name, budget, plan, [*filter(search.bits.fits, search.uniform)], own_figures))
     if not found:
         raise KvjaxError(f"no search of budgets={config.budgets} can be made; expected one at least")
     return found
-
-
-def _best(search: Search, uniform: list[CachePlan]) -> CachePlan:
-    with Bars() as search.progress:
-        plans = search.plans()
-    return min([*filter(search.bits.fits, plans), *uniform], key=search.loss)
 
 
 def _rows(
@@ -125,11 +117,15 @@ def _rows(
     budget: float,
     plan: CachePlan,
     uniform: list[CachePlan],
+    calibrated: Row,
 ) -> list[Row]:
-    """The plan's row, and one for every uniform plan that fits its budget, with what the plan is better by."""
+    """The plan's row, with its figures on the calibrated windows, and one for every uniform plan within its budget.
+
+    These have what the plan is better by.
+    """
     dense = judge(CachePlan.parse("dense", model.config))
     common = {"experiment": "plans", **judge.identity, "calibrated_on": strip_paths(config.text)}
-    common |= {"search": name, "budget": budget, "budget_of": config.budget_of}
+    common |= {"search": name, "budget": budget, "budget_of": config.budget_of, "method": config.method}
     rows: list[Row] = []
     for other in [plan, *uniform]:
         figures = judge(other)
@@ -142,7 +138,7 @@ def _rows(
         better = np.subtract(figures["window_kld"], judge(plan)["window_kld"])
         row["better_by"], row["ci95"] = mean_and_interval(better[:, None])
         rows.append(row)
-    return rows
+    return [rows[0] | calibrated, *rows[1:]]
 
 
 def draw(rows: list[Row], file: Path) -> None:

@@ -77,9 +77,9 @@ def _budgets(config: config_dict.ConfigDict) -> list[float]:
         budgets = [float(budget) for budget in split_list(config.judged_budgets)]
     except ValueError:
         raise KvjaxError(f"judged_budgets={config.judged_budgets!r}; expected numbers of bits") from None
-    most = config.budget_asymptotic or config.budget
-    if not all(0 < budget <= most for budget in budgets):
-        raise KvjaxError(f"judged_budgets={config.judged_budgets}; expected bits of at most the budget, {most:g}")
+    if not all(0 < budget <= config.budget for budget in budgets):
+        most = f"{config.budget:g}"
+        raise KvjaxError(f"judged_budgets={config.judged_budgets}; expected bits of at most the budget, {most}")
     if config.seeds < 1:
         raise KvjaxError(f"seeds={config.seeds}; expected at least 1")
     return budgets

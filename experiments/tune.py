@@ -30,12 +30,14 @@ from kvjax.evaluate.sweep import identity_of
 from kvjax.files import write_atomically
 from kvjax.models.model import Model
 from kvjax.tuner import search as tuner
-from kvjax.tuner.judge import make_judge
+from kvjax.tuner.evaluations import Evaluations
+from kvjax.tuner.judge import make_judge, make_validation
 from kvjax.tuner.search import Search
 from kvjax.tuner.settings import SearchSettings
 from kvjax.tuner.tune import Tuning
 
 Row = dict[str, Any]
+Chooser = tuple[np.ndarray, Evaluations]
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
@@ -44,10 +46,11 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         jax.config.update("jax_enable_x64", True)
     model = load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
     windows = calibration(config, model)
-    search, judge = make_search(config, model, windows, workdir), None
+    chooser = validation(config, model, workdir)
+    search, judge = make_search(config, model, windows, workdir, chooser), None
     if config.judged_on:
-        sizes = config.context, config.windows
-        judge = make_judge(model, config.text, windows, config.judged_on, *sizes, workdir / "judgements")
+        seen, sizes = seen_by(windows, chooser), (config.context, config.windows)
+        judge = make_judge(model, config.text, seen, config.judged_on, *sizes, workdir / "judgements")
     with Bars() as search.progress:
         tuning = Tuning.of(search, judge)
     hosts.on_first(lambda: _leave(search, tuning, workdir))
@@ -75,10 +78,27 @@ def calibration(config: config_dict.ConfigDict, model: Model) -> np.ndarray:
     return tuner.calibration(model, config.text, config.context, config.windows, config.offset)
 
 
-def make_search(config: config_dict.ConfigDict, model: Model, windows: np.ndarray, workdir: Path) -> Search:
-    """The search of a config, whose windows are `calibration`'s."""
+def validation(config: config_dict.ConfigDict, model: Model, workdir: Path) -> Chooser | None:
+    """The windows after those of `calibration`, and what evaluates plans on them; None where the config has 0."""
+    sizes = config.context, config.windows, config.offset, config.validation
+    return make_validation(model, config.text, *sizes, workdir / "validation")
+
+
+def seen_by(windows: np.ndarray, chooser: Chooser | None) -> np.ndarray:
+    """The windows that plans are found and chosen on."""
+    return np.concatenate([windows, chooser[0]]) if chooser else windows
+
+
+def make_search(
+    config: config_dict.ConfigDict,
+    model: Model,
+    windows: np.ndarray,
+    workdir: Path,
+    chooser: Chooser | None = None,
+) -> Search:
+    """The search of a config, whose windows are `calibration`'s; `validation`'s choose."""
     identity = identity_of(model, config.text, windows, "streaming", config.windows, config.offset)
-    return Search(settings_of(config), model, windows, identity, workdir)
+    return Search(settings_of(config), model, windows, identity, workdir, validation=chooser and chooser[1])
 
 
 class Bars:

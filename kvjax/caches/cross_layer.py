@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from kvjax.caches.base import CacheShape, CacheSpec
 from kvjax.errors import KvjaxError
@@ -30,6 +31,11 @@ class CrossLayerSpec(CacheSpec):
 
     @property
     @abc.abstractmethod
+    def delta(self) -> bool:
+        """Whether it stores a difference from what the layer below leaves: its error then depends on that layer's."""
+
+    @property
+    @abc.abstractmethod
     def label(self) -> str:
         """A name of `canonical` that tells apart what one plan name stores at different layers."""
 
@@ -37,11 +43,6 @@ class CrossLayerSpec(CacheSpec):
     @abc.abstractmethod
     def run_key(self) -> Any:
         """All of this spec that the layer above depends on, hashable."""
-
-    @property
-    @abc.abstractmethod
-    def exact(self) -> CrossLayerSpec:
-        """The same method unquantised."""
 
     @abc.abstractmethod
     def init_carry(self, shape: CacheShape) -> Any:
@@ -68,13 +69,35 @@ def fits_under(spec: CacheSpec, above: CacheSpec | None) -> bool:
     return True
 
 
-def canonical(spec: CacheSpec) -> CacheSpec:
-    """What the spec stores, wherever it stands."""
+class Place(NamedTuple):
+    """What the error of a layer depends on, beside the layer.
+
+    Attributes:
+      spec: what the layer stores, wherever it stands.
+      below: likewise the layer below where this one stores a difference from that, else None.
+    """
+
+    spec: CacheSpec
+    below: CacheSpec | None = None
+
+    @classmethod
+    @functools.lru_cache(maxsize=2**12)
+    def of(cls, spec: CacheSpec, below: CacheSpec | None) -> Place:
+        """The place of a spec that is stacked on the one below (None: the first layer)."""
+        relative = isinstance(spec, CrossLayerSpec) and spec.delta and below is not None
+        return cls(_canonical(spec), _canonical(below) if relative and below else None)
+
+    @property
+    def label(self) -> str:
+        """A name that no other place has."""
+        return _label(self.spec) + (f", on {_label(self.below)}" if self.below else "")
+
+
+def _canonical(spec: CacheSpec) -> CacheSpec:
     return spec.canonical if isinstance(spec, CrossLayerSpec) else spec
 
 
-def label(spec: CacheSpec) -> str:
-    """A name of what the spec stores, wherever it stands."""
+def _label(spec: CacheSpec) -> str:
     return spec.label if isinstance(spec, CrossLayerSpec) else str(spec)
 
 

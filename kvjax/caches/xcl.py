@@ -21,7 +21,7 @@ from kvjax.caches.base import CacheShape, CacheSpec, Chunk, KVWeights, LayerShap
 from kvjax.caches.cross_layer import CrossLayerSpec
 from kvjax.caches.fields import derived
 from kvjax.caches.latents import LatentCache, LatentSpec, remat_of
-from kvjax.caches.stored import BlockStore, Tensors, TensorSpec, Width, read_dtype
+from kvjax.caches.stored import BlockStore, StoredSpec, Tensors, TensorSpec, Width, read_dtype
 from kvjax.errors import KvjaxError
 from kvjax.ops import attention, store
 from kvjax.ops.reconstruct import reconstruct
@@ -98,8 +98,8 @@ class XCL(LatentSpec, CrossLayerSpec):
     @property
     def canonical(self) -> XCL:
         if self.delta:
-            return dataclasses.replace(self, index=self.base + 1)
-        return dataclasses.replace(self, index=0, bits=self.base_bits)
+            return dataclasses.replace(self, base=0, base_bits=XCL.base_bits, index=1)
+        return dataclasses.replace(self, base=0, bits=self.base_bits, index=0)
 
     @property
     def label(self) -> str:
@@ -107,11 +107,11 @@ class XCL(LatentSpec, CrossLayerSpec):
 
     @property
     def run_key(self) -> XCL:
-        return dataclasses.replace(self, bits=16)
+        return self if self.delta else dataclasses.replace(self, bits=16)
 
     @property
-    def exact(self) -> XCL:
-        return self.with_widths(lambda bits: store.EXACT)  # type: ignore[return-value]
+    def program_form(self) -> StoredSpec:
+        return super(XCL, self.canonical).program_form  # layers of runs with other bases share a program
 
     @property
     def delta(self) -> bool:

@@ -13,7 +13,8 @@ from kvjax.errors import KvjaxError
 from kvjax.files import write_atomically
 from kvjax.tuner.evaluations import Evaluations
 from kvjax.tuner.judge import FIGURES
-from kvjax.tuner.search import Row, Search
+from kvjax.tuner.layer_errors import Row
+from kvjax.tuner.search import Search
 from kvjax.tuner.space import pareto
 
 EXPECTED = ("kld", "nll", "top1", "bits_nominal", "bits_asymptotic", "bits_real")
@@ -46,19 +47,21 @@ def make_card(search: Search, rows: list[Row], seconds: float, judge: Evaluation
             **{key: getattr(settings, key) for key in ("method", "objective", "error", "seed")},
             "candidates": [str(spec) for spec in search.candidates],
             "budget": search.bits.budget,
-            "budget_of": f"{search.bits.kind} bits",
+            "budget_of": str(search.bits),
             "seconds": round(seconds, 1),
         },
         "expected": {key: chosen[key] for key in EXPECTED},
-        **({"judged": _judged(judge, plan)} if judge else {}),
+        **({"validation": _figures(search.validation, plan)} if search.validation else {}),
+        **({"judged": _figures(judge, plan)} if judge else {}),
         "front": [[row["bits_asymptotic"], row["kld"]] for row in front],
         "made_with": {key: chosen[key] for key in ("device", "versions", "git")},
     }
 
 
-def _judged(judge: Evaluations, plan: CachePlan) -> dict[str, Any]:
-    figures = judge(plan)
-    return {key: judge.identity[key] for key in CALIBRATION} | {key: figures[key] for key in FIGURES}
+def _figures(evaluations: Evaluations, plan: CachePlan) -> dict[str, Any]:
+    """The plan's on other windows, and which these are."""
+    figures = evaluations(plan)
+    return {key: evaluations.identity[key] for key in CALIBRATION} | {key: figures[key] for key in FIGURES}
 
 
 def write_plan(file: Path, plan: CachePlan, card: dict[str, Any]) -> None:

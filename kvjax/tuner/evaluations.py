@@ -36,17 +36,16 @@ class Evaluations:
         evaluate: Callable[[CachePlan], Figures],
         names: Sequence[str] = (),
     ):
-        """Opens the folder, which is created where needed.
+        """Reads and writes nothing yet.
 
         Args:
-          folder: where results are kept.
+          folder: where results are kept, created when there is one.
           identity: everything besides the plan that the figures depend on (model, text and so on).
           evaluate: computes the figures of a plan.
           names: names of figures that must be numbers; results on disk that lack one are refused.
         """
         self.folder, self.identity, self.evaluate, self.names = folder, identity, evaluate, names
         self.made = 0
-        hosts.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
 
     def __call__(self, plan: CachePlan) -> Figures:
         """Returns the figures of a plan, from disk where they are known.
@@ -61,6 +60,7 @@ class Evaluations:
         """
         file = self._file(plan)
         if not hosts.on_first(file.exists):
+            hosts.on_first(lambda: self.folder.mkdir(parents=True, exist_ok=True))
             with locked(file.with_suffix(".lock")):
                 if not hosts.on_first(file.exists):
                     row = {"identity": self.identity, "cache": str(plan), "figures": self.evaluate(plan)}

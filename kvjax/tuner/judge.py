@@ -1,4 +1,4 @@
-"""Searched plans on a text that neither calibration nor choosing saw."""
+"""Searched plans on windows that calibration did not see: those that choose, and those that judge."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from kvjax.caches.plan import CachePlan
+from kvjax.checks import check_whole
 from kvjax.evaluate.perplexity import Score
 from kvjax.evaluate.sweep import identity_of
 from kvjax.evaluate.text import Text, check_disjoint, check_unseen
@@ -36,7 +37,7 @@ def make_judge(
     Args:
       model: the model whose caches are judged.
       calibrated: what the plans were searched on.
-      seen: its windows, token ids.
+      seen: its windows that plans were found and chosen on, token ids.
       judged: what they are judged on, as for `kvjax.tuner.search.calibration`.
       context: tokens a window.
       windows: windows of each judged text.
@@ -48,6 +49,36 @@ def make_judge(
     check_unseen(judged, calibrated)
     cut = calibration(model, judged, context, windows, 0)
     check_disjoint(cut, seen)
+    return _evaluations(model, judged, cut, windows, 0, folder)
+
+
+def make_validation(
+    model: Model, calibrated: Text, context: int, windows: int, offset: int, count: int, folder: Path
+) -> tuple[Int[np.ndarray, "v d"], Evaluations] | None:
+    """Makes what evaluates plans on the windows that follow those calibrated on, and gives these; None where none do.
+
+    Args:
+      model: whose caches are evaluated.
+      calibrated: what plans are searched on, as for `kvjax.tuner.search.calibration`.
+      context: tokens a window.
+      windows: of each text that are calibrated on.
+      offset: tokens of each text that are skipped before those.
+      count: windows of each text that validate.
+      folder: keeps the figures.
+
+    Raises:
+      KvjaxError: a text is too short, or the count is no whole number.
+    """
+    if not check_whole("validation", count, 0):
+        return None
+    offset += windows * context
+    cut = calibration(model, calibrated, context, count, offset)
+    return cut, _evaluations(model, calibrated, cut, count, offset, folder)
+
+
+def _evaluations(
+    model: Model, text: Text, cut: Int[np.ndarray, "w n"], windows: int, offset: int, folder: Path
+) -> Evaluations:
     made: list[Simulator] = []
 
     def evaluate(plan: CachePlan) -> dict[str, Any]:
@@ -56,4 +87,5 @@ def make_judge(
         figures = {figure: getattr(score, figure) for figure in (*FIGURES, "kld_se")}
         return figures | {"window_kld": score.per_token.kld.mean(1).tolist()}
 
-    return Evaluations(folder, identity_of(model, names_of(judged), cut, "streaming", windows), evaluate, FIGURES)
+    identity = identity_of(model, names_of(text), cut, "streaming", windows, offset)
+    return Evaluations(folder, identity, evaluate, FIGURES)

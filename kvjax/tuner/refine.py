@@ -1,6 +1,7 @@
 """Local search around a plan.
 
-Each round measures the neighbouring candidates of every layer, then combines the best changes by a knapsack.
+Each round measures the errors of layers around the best plan, for every layer's next widths, and combines the best
+changes by a knapsack. What a round finds counts only where its measured loss is less.
 """
 
 from __future__ import annotations
@@ -9,30 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 
 from kvjax.caches.base import CacheSpec, ModelShapes
 from kvjax.caches.plan import CachePlan
-from kvjax.tuner.knapsack import knapsack
+from kvjax.tuner.knapsack import Error, knapsack
 from kvjax.tuner.space import Bits, try_plan
 
-
-def replace_layer(plan: CachePlan, layer: int, spec: CacheSpec, model: ModelShapes) -> CachePlan | None:
-    """Replaces the spec of one layer.
-
-    Args:
-      plan: the plan.
-      layer: the layer.
-      spec: the new spec of the layer.
-      model: sizes of the model.
-
-    Returns:
-      The new plan; None where its layers do not fit together.
-    """
-    return try_plan([*plan.specs[:layer], spec, *plan.specs[layer + 1 :]], model)
+SHARES = (2, 4)  # of the changes: losses of several do not add up exactly, half of them may be better than all
 
 
 def refine(
     start: CachePlan,
-    candidates: Sequence[Sequence[CacheSpec]],
+    neighbours: Callable[[CacheSpec], list[CacheSpec]],
     bits: Bits,
     loss: Callable[[CachePlan], float],
+    linearise: Callable[[CachePlan, list[list[CacheSpec]]], Error],
     rounds: int,
     model: ModelShapes,
 ) -> Iterator[tuple[CachePlan, float]]:
@@ -40,9 +29,10 @@ def refine(
 
     Args:
       start: the plan to start from.
-      candidates: the specs to choose from, per layer, in order of bits; the next ones up and down are tried.
+      neighbours: what may take the place of a spec in one round, itself among it; see `near`.
       bits: how bits are counted, and the budget.
       loss: evaluates a plan; smaller is better.
+      linearise: the errors of layers around a plan, for each layer's choices.
       rounds: rounds at most; the search ends earlier where a round finds nothing better.
       model: sizes of the model.
 
@@ -52,13 +42,11 @@ def refine(
     best, least = start, loss(start)
     yield best, least
     for _ in range(rounds):
-        choices, change, measured = _measure(best, least, candidates, loss, model)
-        front = knapsack(choices, bits.of, lambda layer, spec, change=change: change[layer, str(spec)], model)  # type: ignore[misc]
-        plan = min((each for each in front if bits.fits(each[0])), key=lambda each: each[1], default=(best, 0.0))[0]
-        # Losses of several changes do not add up exactly: half of the changes may be better than all of them.
-        tried = [plan, *(_part(best, plan, change, model, share) for share in (2, 4))]
-        found = [(p, loss(p)) for p in tried if p is not None and bits.fits(p)]
-        found += [each for each in measured if bits.fits(each[0])]  # or a single change may be better than several
+        choices = [neighbours(spec) for spec in best.specs]
+        error = linearise(best, choices)
+        plan = next((plan for plan, _ in knapsack(choices, bits.of, error, model) if bits.fits(plan)), best)
+        tried = [plan, *(_part(best, plan, error, model, share) for share in SHARES)]
+        found = [(each, loss(each)) for each in dict.fromkeys(tried) if each and each != best and bits.fits(each)]
         plan, better = min(found, key=lambda each: each[1], default=(best, least))
         if better >= least:
             return
@@ -66,44 +54,39 @@ def refine(
         yield best, least
 
 
-def _measure(
-    best: CachePlan,
-    least: float,
-    candidates: Sequence[Sequence[CacheSpec]],
-    loss: Callable[[CachePlan], float],
-    model: ModelShapes,
-) -> tuple[list[list[CacheSpec]], dict[tuple[int, str], float], list[tuple[CachePlan, float]]]:
-    """Measures the neighbouring candidates of every layer.
+def near(spec: CacheSpec, candidates: Sequence[CacheSpec], size: Callable[[CacheSpec], float]) -> list[CacheSpec]:
+    """The candidates that differ from a layer's spec in widths alone, and by one step of their bits at most.
 
-    Returns the choices per layer, how much each alone changes the loss, and the plans with one change.
+    Args:
+      spec: of the layer; one of the candidates in its place.
+      candidates: the specs to choose from.
+      size: the bits of a candidate.
     """
-    choices, change, measured = [], {}, []
-    for layer, (here, choice) in enumerate(zip(best.specs, candidates, strict=True)):
-        names = [str(spec) for spec in choice]
-        at = names.index(str(here))
-        near = [here]
-        change[layer, str(here)] = 0.0
-        for i in (at - 1, at + 1):
-            if 0 <= i < len(choice) and (plan := replace_layer(best, layer, choice[i], model)):
-                near.append(choice[i])
-                measured.append((plan, loss(plan)))
-                change[layer, names[i]] = measured[-1][1] - least
-        choices.append(near)
-    return choices, change, measured
+    own = next(each for each in candidates if str(each) == str(spec))
+    alike = [each for each in candidates if each.program_form == own.program_form]
+    steps = sorted({round(size(each), 6) for each in alike})
+    at = {each: steps.index(round(size(each), 6)) for each in alike}
+    return [each for each in alike if abs(at[each] - at[own]) <= 1]
 
 
-def _part(
-    best: CachePlan, plan: CachePlan, change: dict[tuple[int, str], float], model: ModelShapes, share: int
-) -> CachePlan | None:
+def _part(best: CachePlan, plan: CachePlan, error: Error, model: ModelShapes, share: int) -> CachePlan | None:
     """Applies one part in `share` of the changes from `best` to `plan`.
 
-    Of the changes that lower the loss it applies the best; of those that raise it, the least harmful.
+    Of the changes that lower the error it applies the best; of those that raise it, the least harmful.
     """
-    pairs = enumerate(zip(best.specs, plan.specs, strict=True))
-    by = {i: change[i, str(b)] for i, (a, b) in pairs if str(a) != str(b)}
+    by = {
+        layer: _at(error, layer, plan) - _at(error, layer, best)
+        for layer, (a, b) in enumerate(zip(best.specs, plan.specs, strict=True))
+        if str(a) != str(b)
+    }
     good, bad = (sorted((i for i in by if (by[i] < 0) == rewards), key=by.__getitem__) for rewards in (True, False))
     kept = {*good[: len(good) // share], *bad[: -(-len(bad) // share)]}
     if not kept:
         return None
     specs = [b if i in kept else a for i, (a, b) in enumerate(zip(best.specs, plan.specs, strict=True))]
     return try_plan(specs, model)
+
+
+def _at(error: Error, layer: int, plan: CachePlan) -> float:
+    """The error of a plan's layer."""
+    return error(layer, plan.specs[layer], plan.specs[layer - 1] if layer else None)

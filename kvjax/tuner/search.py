@@ -7,19 +7,20 @@ in FOLDER/evaluations, NSGA-II's trials in FOLDER/journal.log, which more proces
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
-from kvjax import hosts, records
-from kvjax.caches import cross_layer
+from kvjax import records
 from kvjax.caches.base import REAL_DTYPE, CacheShape, CacheSpec
+from kvjax.caches.cross_layer import Place
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checks import check_progress
@@ -27,18 +28,17 @@ from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score
 from kvjax.evaluate.text import Text, name_of, read_windows, split_texts
 from kvjax.models.model import Model
-from kvjax.tuner import sensitivity
-from kvjax.tuner.evaluations import Evaluations, locked
+from kvjax.tuner.evaluations import Evaluations
 from kvjax.tuner.evolve import evolve
-from kvjax.tuner.knapsack import knapsack
+from kvjax.tuner.knapsack import Error, knapsack, reachable
+from kvjax.tuner.layer_errors import LayerErrors, Row, Rows
 from kvjax.tuner.objective import make_objective
-from kvjax.tuner.refine import refine
+from kvjax.tuner.refine import near, refine
 from kvjax.tuner.settings import ANSWERS, SearchSettings
 from kvjax.tuner.simulate import Simulator
 from kvjax.tuner.space import Bits, cluster, default_candidates, halving_order, pareto, resolved
 
-SAMPLES = 2  # draws of every token's prediction, for the prediction of KL
-Row = dict[str, Any]
+FINALISTS = 5  # plans that are compared on the validation windows
 Progress = Callable[[str, int, int], None]
 """progress(stage, done, total): a stage may have more to say after a comma, as in `refining, kld 0.01`."""
 
@@ -71,6 +71,7 @@ class Search:
       candidates: resolved for the model; uniform: a plan of each for all layers.
       bits: what plans are counted by, and the budget.
       evaluations: figures of plans, each made once.
+      layer_errors: of single layers, each measured once.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Search:
         identity: dict[str, Any],
         folder: Path,
         progress: Progress | None = None,
+        validation: Evaluations | None = None,
     ):
         """Checks all that can be checked before anything is computed.
 
@@ -91,17 +93,17 @@ class Search:
           identity: what two searches must share for their windows to be the same.
           folder: where measurements are kept.
           progress: hears how far each stage is.
+          validation: evaluates plans on windows that they were not found on; chooses among the best of them.
 
         Raises:
           KvjaxError: candidates that the model cannot hold, that a search cannot evaluate or that are all beyond the
             budget; problems that cannot be read; a progress that cannot be called.
         """
         self.settings, self.model, self.windows, self.identity = settings, model, windows, identity
-        self.folder, self.progress = folder, check_progress(progress)
+        self.folder, self.progress, self.validation = folder, check_progress(progress), validation
         self.context = windows.shape[1]
-        self.shape = CacheShape.of(model.config, 1, self.context, REAL_DTYPE)
-        kind = "asymptotic" if settings.budget_asymptotic else "nominal"
-        self.bits = Bits(kind, settings.budget_asymptotic or settings.budget, self.shape)
+        self.dense = CachePlan.parse("dense", model.config)
+        self.bits = Bits(settings.budget_of, settings.budget, self._shape(settings.budget_context))
         names = split_list(settings.candidates) if settings.candidates else default_candidates(settings.mode)
         self.candidates = resolved(names, model.config)
         self.uniform = [CachePlan.uniform(spec, model.config) for spec in self.candidates]
@@ -112,17 +114,21 @@ class Search:
             folder / "evaluations", identity | self.objective.identity, self._evaluate, figures
         )
         self._simulator: Simulator | None = None
-        self._errors: dict[tuple[int, str], Row] = {}
-        self._complete = False  # whether they are those of all candidates
+        self.layer_errors = LayerErrors(
+            *(folder, identity, settings.seed, self._shape(self.context)),
+            *(lambda: self.simulator, lambda *counts: self.progress("sensitivity", *counts)),
+        )
+        self._errors: Rows = {}
+
+    def _shape(self, tokens: int) -> CacheShape:
+        return CacheShape.of(self.model.config, 1, tokens, REAL_DTYPE)
 
     def _check_candidates(self) -> None:
         for plan in self.uniform:
             plan.require_whole_windows("a search")
         budget, least = self.bits.budget, min(self.bits.of_plan(plan) for plan in self.uniform)
         if least > budget + 1e-9:
-            raise KvjaxError(
-                f"budget={budget} {self.bits.kind} bits; expected at least {least:g}, the least of the candidates"
-            )
+            raise KvjaxError(f"budget={budget} {self.bits}; expected at least {least:g}, the least of the candidates")
 
     # ---- what is measured
 
@@ -145,76 +151,31 @@ class Search:
 
     def loss(self, plan: CachePlan) -> float:
         """What the search makes small."""
+        return self._loss(self.evaluations(plan))
+
+    def _loss(self, figures: Row) -> float:
         name = self.settings.objective
-        figure = self.evaluations(plan)[name]
+        figure = figures[name]
         return figure if name in ("kld", "nll") else 1 - figure
 
-    def errors(self) -> dict[tuple[int, str], Row]:
-        """A row for every layer and candidate, from disk where it is there; by the candidate's name in its place."""
-        if self._complete:
-            return self._errors
-        # Processes that share a folder measure one after the other: the first measures, the others read.
-        with locked(self.folder / "sensitivity.lock"):
-            self._errors, self._complete = self._measured(self.folder / "sensitivity.jsonl"), True
+    def errors(self) -> Rows:
+        """A row for every layer and each place that a plan may have there, from disk where it is there."""
+        self._errors = self._errors or self._errors_around(self.dense, self._everywhere(self.candidates))
         return self._errors
 
+    def _errors_around(self, plan: CachePlan, choices: Sequence[Sequence[CacheSpec]]) -> Rows:
+        places = [[Place.of(*pair) for pair in pairs] for pairs in reachable(choices)]
+        error = self.settings.error if plan == self.dense else "predicted"
+        return self.layer_errors.around(plan, places, error)
+
     def measured_errors(self) -> list[Row]:
-        """The rows of `errors`, layer by layer; none where the search needed none."""
+        """A row for every layer and candidate, as it is where all layers have it; none where none was needed."""
         layers = range(self.model.config.layers if self._errors else 0)
-        return [self._errors[layer, cross_layer.label(spec)] for layer in layers for spec in self._places()]
+        return [self._row(layer, spec) | {"cache": str(spec)} for layer in layers for spec in self.candidates]
 
-    def _measured(self, file: Path) -> dict[tuple[int, str], Row]:
-        """The rows of a file and, appended to it, those that it lacked."""
-        layers, specs = self.model.config.layers, self._places()
-        common = {"experiment": "sensitivity", **self.identity, "samples": SAMPLES, "seed": self.settings.seed}
-        common["relative_errors"] = sensitivity.RELATIVE
-        needed = {"layer", "cache", "bits_asymptotic", "e_o", "predicted", self.settings.error}
-        rows = hosts.on_first(lambda: records.read_rows(file))
-        rows = [row for row in rows if common.items() <= row.items() and needed <= row.keys()]
-        found = {(row["layer"], row["cache"]): row for row in rows}
-        names = {spec: cross_layer.label(spec) for spec in specs}
-        missing = [[spec for spec in specs if (layer, names[spec]) not in found] for layer in range(layers)]
-        left = [layer for layer, some in enumerate(missing) if some]
-        self.progress("sensitivity", layers - len(left), layers)
-        gradients = self._gradients() if left else []
-        for ended, layer in enumerate(left, layers - len(left) + 1):
-            rows = self._measure_and_keep(layer, missing[layer], gradients, file, common)
-            found |= {(layer, row["cache"]): row for row in rows}
-            self.progress("sensitivity", ended, layers)
-        return found
-
-    def _measure_and_keep(
-        self, layer: int, specs: Sequence[CacheSpec], gradients: Sequence[np.ndarray], file: Path, common: Row
-    ) -> list[Row]:
-        """The rows of a layer, appended to a file."""
-        rows = self._measure(layer, specs, gradients)
-        rows = [common | row | records.provenance() for row in rows]
-        hosts.on_first(lambda: records.append_rows(file, rows))
-        return hosts.on_first(lambda: rows)
-
-    def _gradients(self) -> list[Float[np.ndarray, "L S N H d"]]:
-        """Of every window."""
-        count, seed = len(self.windows), self.settings.seed
-        return [sensitivity.gradients(self.simulator, window, SAMPLES, seed) for window in range(count)]
-
-    def _measure(self, layer: int, specs: Sequence[CacheSpec], gradients: Sequence[np.ndarray]) -> list[Row]:
-        local = sensitivity.local_errors(self.simulator, layer, specs, gradients)
-        rows = []
-        for spec, figures in zip(specs, local, strict=True):
-            bits = {"bits_nominal": spec.bits_nominal, "bits_asymptotic": spec.bits_asymptotic(self.shape)}
-            row = {"layer": layer, "cache": cross_layer.label(spec), **bits, **figures}
-            if self.settings.error == "kld":
-                row["kld"] = sensitivity.measured(self.simulator, layer, spec)
-            rows.append(row)
-        return rows
-
-    def _places(self) -> list[CacheSpec]:
-        """What the candidates store in all their places."""
-        return list(dict.fromkeys(cross_layer.canonical(spec) for plan in self.uniform for spec in plan.specs))
-
-    def error(self, layer: int, spec: CacheSpec) -> float:
-        """The error of one layer with the spec in its place."""
-        return self.errors()[layer, cross_layer.label(spec)][self.settings.error]
+    def error(self, layer: int, spec: CacheSpec, below: CacheSpec | None) -> float:
+        """The error of one layer with the spec in its place, stacked on the one below."""
+        return self.errors()[layer, Place.of(spec, below).label][self.settings.error]
 
     # ---- the methods
 
@@ -228,50 +189,65 @@ class Search:
             self.progress("evaluating", count, len(compared))
         return plans
 
-    def knapsack_front(self) -> list[CachePlan]:
-        """The front under additive errors, most bits first."""
-        choices = [self.candidates] * self.model.config.layers
+    def knapsack_front(self, candidates: Sequence[CacheSpec]) -> list[CachePlan]:
+        """The front of some candidates under additive errors, most bits first."""
+        choices = self._everywhere(candidates)
         return [plan for plan, _ in knapsack(choices, self.bits.of, self.error, self.model.config)]
+
+    def _everywhere(self, candidates: Sequence[CacheSpec]) -> list[Sequence[CacheSpec]]:
+        return [candidates] * self.model.config.layers
 
     def _knapsack(self) -> list[CachePlan]:
         """The budget's plan, and some of the front below it, evenly spread over the bits."""
-        front = self.knapsack_front()
+        front = self.knapsack_front(self.candidates)
         ends = self.bits.of_plan(front[-1]), min(self.bits.of_plan(front[0]), self.bits.budget)
         targets = np.linspace(*ends, self.settings.points)
         targets = targets[halving_order(len(targets))]  # few evaluations cover the front, too
         spread = [min(front, key=lambda plan, t=t: abs(self.bits.of_plan(plan) - t)) for t in targets]  # type: ignore[misc]
-        return list(dict.fromkeys([self._for_budget(front), *spread]))
+        return list(dict.fromkeys([*filter(None, [self._within(front)]), *spread]))
 
-    def _for_budget(self, front: list[CachePlan]) -> CachePlan:
-        return next(plan for plan in front if self.bits.fits(plan))
+    def _within(self, front: list[CachePlan]) -> CachePlan | None:
+        """The plan of a front that makes most of the budget; None where all are beyond it."""
+        return next(filter(self.bits.fits, front), None)
 
     def _refine(self) -> list[CachePlan]:
-        known = filter(self.bits.fits, self.uniform)
-        start = min([self._for_budget(self.knapsack_front()), *known], key=self.loss)
-        choices, total = self._choices_around(start), self.settings.rounds + 1
-        self.progress("refining", 0, total)
-        plans: list[CachePlan] = []
-        for plan, loss in refine(start, choices, self.bits, self.loss, self.settings.rounds, self.model.config):
-            if plans:
-                self.simulator.forget(plans[-1])
-            self.simulator.keep(plan)
-            plans.append(plan)
-            self.progress(f"refining, {self.settings.objective} {loss:.5f}", len(plans), total)
-        return plans
+        """Every family alone, then all candidates from the best plan so far: together they cannot lose to one."""
+        found: list[CachePlan] = []
+        families = self._families()
+        for count, family in enumerate(families):
+            mine = [plan for plan, spec in zip(self.uniform, self.candidates, strict=True) if spec in family]
+            known = [*filter(self.bits.fits, mine), *(found if len(family) == len(self.candidates) else [])]
+            starts = [*filter(None, [self._within(self.knapsack_front(family))]), *known]
+            for plan, loss in self._rounds(min(starts, key=self.loss), family) if starts else []:
+                found.append(plan)
+                self.progress(f"refining, {self.settings.objective} {loss:.5f}", count, len(families))
+        self.progress("refining", len(families), len(families))
+        return list(dict.fromkeys(found))
 
-    def _choices_around(self, start: CachePlan) -> list[list[CacheSpec]]:
-        """Every layer's candidates, most bits first: pruned or not, the plan's own is one."""
-        choices = []
-        for layer, spec in enumerate(start.specs):
-            names = {str(spec), *map(str, self._pruned(layer, self.bits, self._nats))}
-            some = [each for each in self.candidates if str(each) in names]
-            choices.append(sorted(some, key=lambda each: self.bits.of(self._top(each)), reverse=True))
-        return choices
+    def _families(self) -> list[list[CacheSpec]]:
+        """The candidates of each method and mode, and last all of them where there are several."""
+        families: dict[Any, list[CacheSpec]] = {}
+        for spec in self.candidates:
+            families.setdefault((type(spec), getattr(spec, "mode", None)), []).append(spec)
+        return [*families.values(), *([[*self.candidates]] if len(families) > 1 else [])]
+
+    def _rounds(self, start: CachePlan, family: Sequence[CacheSpec]) -> Iterator[tuple[CachePlan, float]]:
+        """The start, and ever better plans, with their losses."""
+        neighbours = functools.partial(near, candidates=family, size=lambda spec: self.bits.of(self._top(spec)))
+        settings = self.settings.rounds, self.model.config
+        return refine(start, neighbours, self.bits, self.loss, self._linearise, *settings)
+
+    def _linearise(self, plan: CachePlan, choices: list[list[CacheSpec]]) -> Error:
+        """The predicted errors of layers around a plan."""
+        rows = self._errors_around(plan, choices)
+        if self._simulator:
+            self._simulator.forget(plan)
+        return lambda layer, spec, below: rows[layer, Place.of(spec, below).label]["predicted"]
 
     def _nsga2(self) -> list[CachePlan]:
         groups, choices = self.groups()
         settings, names = self.settings, [[str(spec) for spec in choice] for choice in choices]
-        identity = [self.evaluations.identity, names, groups, settings.objective, self.bits.kind, self.bits.budget]
+        identity = [self.evaluations.identity, names, groups, settings.objective, str(self.bits), self.bits.budget]
         name = hashlib.sha256(json.dumps([*identity, settings.seed]).encode())
         return evolve(
             *(self.folder / "journal.log", name.hexdigest()[:16], groups, choices, self.bits, self.loss),
@@ -289,9 +265,9 @@ class Search:
         return cluster(choices, errors, self.settings.cluster), choices
 
     def named_groups(self) -> list[dict[str, Any]]:
-        """The `layers` of every group, and its `candidates` by their names in `errors`."""
+        """The `layers` of every group, and its `candidates` by their names."""
         groups, choices = self.groups()
-        kept = [[cross_layer.label(self._top(spec)) for spec in choices[group[0]]] for group in groups]
+        kept = [[str(spec) for spec in choices[group[0]]] for group in groups]
         return [{"layers": group, "candidates": names} for group, names in zip(groups, kept, strict=True)]
 
     def _choice(self, layer: int) -> list[CacheSpec]:
@@ -318,14 +294,26 @@ class Search:
         return self.uniform[self.candidates.index(candidate)].specs[-1]
 
     def _row(self, layer: int, candidate: CacheSpec) -> Row:
-        return self.errors()[layer, cross_layer.label(self._top(candidate))]
+        """The candidate's errors at a layer where all layers have it."""
+        specs = self.uniform[self.candidates.index(candidate)].specs
+        return self.errors()[layer, Place.of(specs[layer], specs[layer - 1] if layer else None).label]
 
     # ---- what is handed over
 
+    def choose(self, plans: Iterable[CachePlan]) -> CachePlan:
+        """The best plan within the budget: of those that are best on the calibrated windows, by the validation's."""
+        finalists = sorted(filter(self.bits.fits, plans), key=self.loss)[:FINALISTS]
+        if self.validation is None or self.settings.objective in ANSWERS:
+            return finalists[0]
+        for count, plan in enumerate(finalists, 1):
+            self.validation(plan)
+            self.progress("validating", count, len(finalists))
+        return min(finalists, key=lambda plan: self._loss(self.validation(plan)))  # type: ignore[misc]
+
     def front(self, plans: Sequence[CachePlan]) -> list[Row]:
-        """A row per evaluated plan, uniform ones among them; last the best one that fits the budget: the chosen."""
+        """A row per evaluated plan, uniform ones among them; last the chosen one."""
         kinds = dict.fromkeys(plans, "search") | dict.fromkeys(self.uniform, "uniform")
-        best = min(filter(self.bits.fits, kinds), key=self.loss)
+        best = self.choose(kinds)
         asked = {key: getattr(self.settings, key) for key in ("method", "objective", "error", "seed")}
         common = {"experiment": "tune", **self.identity, **asked} | records.provenance()
         rows = [common | {"kind": kind} | self._describe(plan) for plan, kind in kinds.items()]
@@ -345,4 +333,5 @@ class Search:
         """The sum of the layers' errors, where they are in nats and were measured."""
         if not self._errors or self.settings.error == "e_o":
             return None
-        return sum(self.error(layer, spec) for layer, spec in enumerate(plan.specs))
+        pairs = zip(plan.specs, (None, *plan.specs), strict=False)
+        return sum(self.error(layer, *pair) for layer, pair in enumerate(pairs))

@@ -1,6 +1,8 @@
 """The cost of quantising one layer alone, per candidate: KVTuner's errors, and measures that predict quality better.
 
-Everything is measured on a full-precision run, so that no error accumulates (KVTuner, section 4 and appendix B).
+Everything is measured on a full-precision run, so that no error accumulates (KVTuner, section 4 and appendix B); or
+around a plan, on the layer inputs that it leads to. A delta of XQuant-CL is taken from what the layer below left,
+which is not exact: its error is measured for every spec that may be below it (`carries`).
 
     e_k = mean ‖k - k̂‖ / ‖k‖    e_v likewise    e_a = mean |a - â|    e_o = mean ‖o - ô‖ / ‖o‖
 
@@ -21,9 +23,10 @@ is then slightly too low, but has far less noise.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -33,25 +36,27 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.caches.base import CacheShape, CacheSpec, Chunk, ModelSizes, visible
-from kvjax.caches.cross_layer import CrossLayerSpec
+from kvjax.caches.cross_layer import CrossLayerSpec, Place
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
 from kvjax.mesh import fetch
 from kvjax.models.decoder import final_states
 from kvjax.ops import attention
 from kvjax.ops.rotate import rotate_heads
-from kvjax.tuner.simulate import Simulator, Streamed, levels_of, run_layer
+from kvjax.tuner.simulate import Simulator, Streamed, Trace, levels_of, run_layer
 
 TINY = 1e-8  # added to norms that are divided by
+AT_ONCE = 16  # candidates of one form that one call compares
 ROWS = 128  # tokens whose logits are held at a time
 RELATIVE = "norms per token and head"  # what rows say of e_k, e_v and e_o
 ERRORS = ("e_k", "e_v", "e_a", "e_o", "predicted")
 
+Carries = dict[CacheSpec | None, list[Any]]
+"""Of every window, the carry that a spec at the layer below leaves."""
+
 
 def quantise_one(simulator: Simulator, layer: int, spec: CacheSpec) -> CachePlan:
-    """Builds the plan with one layer quantised and the others exact.
-
-    The exact layers are dense; for a cross-layer method they are the method's exact form.
+    """Builds the plan with one layer quantised and the others dense.
 
     Args:
       simulator: the simulator, for its model.
@@ -61,56 +66,91 @@ def quantise_one(simulator: Simulator, layer: int, spec: CacheSpec) -> CachePlan
     Returns:
       The plan.
     """
-    specs = list(_exact(simulator, spec).specs)
+    specs = list(simulator.dense_plan.specs)
     specs[layer] = spec
     return CachePlan(tuple(specs), ModelSizes.of(simulator.model.config))
 
 
-def _exact(simulator: Simulator, spec: CacheSpec) -> CachePlan:
-    """The full-precision plan that the spec is compared with."""
-    if not isinstance(spec, CrossLayerSpec):
-        return simulator.dense_plan
-    return CachePlan.uniform(spec.exact, simulator.model.config)
+def carries(simulator: Simulator, plan: CachePlan, belows: Sequence[Iterable[CacheSpec]]) -> Iterator[Carries]:
+    """Computes what specs leave for the layer above them while layer inputs stay those of a plan.
+
+    Around the dense plan, such a spec stands on a run of its own that begins at the first layer, so that its carry is
+    typical of it. Around another plan, it stands on that plan's layers.
+
+    Args:
+      simulator: gives the plan's trace.
+      plan: what errors are measured around.
+      belows: per layer, the specs that may be below it.
+
+    Yields:
+      The carries that enter every layer, one layer after the other.
+    """
+    traces, found = simulator.keep(plan), Carries()
+    alone = plan == simulator.dense_plan
+    everywhere = list(dict.fromkeys(itertools.chain(*belows)))
+    for layer, some in enumerate(belows):
+        before = found if alone else {}
+        found = {}
+        for below in (everywhere if alone else some) if layer else ():
+            entering = before.get(below) or [trace.carry[layer - 1] for trace in traces]
+            pairs = zip(traces, entering, strict=True)
+            found[below] = [
+                simulator.handed_on(layer - 1, below, trace.h[layer - 1], carry) for trace, carry in pairs
+            ]
+        yield found
 
 
-def measured(simulator: Simulator, layer: int, spec: CacheSpec) -> float:
+def measured(simulator: Simulator, layer: int, place: Place, entering: Carries) -> float:
     """Measures the KL divergence from the dense run with one layer quantised.
 
     Args:
       simulator: evaluates the plan.
       layer: the layer to quantise.
-      spec: its cache.
+      place: its cache.
+      entering: the layer's, of `carries` around the dense plan.
 
     Returns:
       Mean KL divergence in nats per token.
     """
-    simulator.keep(_exact(simulator, spec))
-    return float(simulator.score(quantise_one(simulator, layer, spec)).kld.mean())
+    start = None
+    if place.below and layer:
+        start = [
+            dataclasses.replace(trace, carry=[*trace.carry[:layer], carry])
+            for trace, carry in zip(simulator.keep(simulator.dense_plan), entering[place.below], strict=True)
+        ]
+    return float(simulator.score(quantise_one(simulator, layer, place.spec), start).kld.mean())
 
 
 def local_errors(
-    simulator: Simulator, layer: int, specs: Sequence[CacheSpec], gradients: Sequence[Float[np.ndarray, "L S N H d"]]
+    simulator: Simulator,
+    layer: int,
+    places: Sequence[Place],
+    traces: Sequence[Trace],
+    entering: Carries,
+    gradients: Sequence[Float[np.ndarray, "L S N H d"]],
 ) -> list[dict[str, float]]:
-    """Computes the `ERRORS` of specs at one layer.
+    """Computes the `ERRORS` of what may be at one layer.
 
     Args:
-      simulator: gives the windows and the full-precision runs.
+      simulator: for its model.
       layer: the layer.
-      specs: the caches to compare.
+      places: the caches to compare.
+      traces: of every window, the run that errors are measured around.
+      entering: the layer's, of `carries` around the same run.
       gradients: gradients of every window, see the function `gradients`.
 
     Returns:
-      Per spec, the errors by name, averaged over the windows.
+      Per place, the errors by name, averaged over the windows.
 
     Raises:
       KvjaxError: the model has learned sinks.
     """
-    found = _errors(simulator, layer, specs, gradients)
+    found = _errors(simulator, layer, places, traces, entering, gradients)
     return [{name: float(errors[name].mean()) for name in ERRORS} for errors in found]
 
 
 def head_errors(simulator: Simulator, layer: int, specs: Sequence[CacheSpec]) -> list[dict[str, np.ndarray]]:
-    """Computes the errors of specs at one layer, head by head.
+    """Computes the errors of specs at one layer of the full-precision run, head by head.
 
     Args:
       simulator: gives the windows and the full-precision runs.
@@ -122,44 +162,59 @@ def head_errors(simulator: Simulator, layer: int, specs: Sequence[CacheSpec]) ->
       `largest_weight`, the largest attention weight of a query without quantisation, averaged over queries.
 
     Raises:
-      KvjaxError: the model has learned sinks.
+      KvjaxError: the model has learned sinks, or a spec stores a difference from the layer below.
     """
+    if deltas := [spec for spec in specs if isinstance(spec, CrossLayerSpec) and spec.delta]:
+        raise KvjaxError(f"{deltas[0]} stores a difference from the layer below; expected caches of a layer's own")
     config, (windows, tokens) = simulator.model.config, simulator.windows.shape
     nothing = np.zeros((config.layers, 0, tokens, config.heads, config.head_dim), simulator.model.dtype)
-    found = _errors(simulator, layer, specs, [nothing] * windows)
+    traces, places = simulator.keep(simulator.dense_plan), [Place.of(spec, None) for spec in specs]
+    found = _errors(simulator, layer, places, traces, {}, [nothing] * windows)
     return [{name: each for name, each in errors.items() if name != "predicted"} for errors in found]
 
 
 def _errors(
-    simulator: Simulator, layer: int, specs: Sequence[CacheSpec], gradients: Sequence[Float[np.ndarray, "L S N H d"]]
+    simulator: Simulator,
+    layer: int,
+    places: Sequence[Place],
+    traces: Sequence[Trace],
+    entering: Carries,
+    gradients: Sequence[Float[np.ndarray, "L S N H d"]],
 ) -> list[dict[str, np.ndarray]]:
-    """Per spec, what `_Probe` finds, averaged over the windows."""
+    """Per place, what `_Probe` finds, averaged over the windows."""
     _check_sinks(simulator)
-    config, params = simulator.model.config, simulator.model.params[f"layer_{layer}"]
-    found: dict[CacheSpec, dict[str, np.ndarray]] = {}
-    for form, group in itertools.groupby(
-        sorted(specs, key=lambda s: str(s.program_form)), key=lambda s: s.program_form
-    ):
-        same = list(group)
-        levels = jnp.stack([levels_of(spec, simulator.shape) for spec in same])
-        parts = [
-            _local_errors(
-                *(
-                    config,
-                    simulator.program(layer),
-                    form,
-                    simulator.shape,
-                    params,
-                    trace.h[layer],
-                    trace.carry[layer],
-                ),
-                *(levels, simulator.bases(form)[layer], g[layer]),
-            )
-            for trace, g in zip(simulator.keep(_exact(simulator, form)), gradients, strict=True)
-        ]
-        for i, spec in enumerate(same):
-            found[spec] = {name: np.mean([fetch(part[name])[i] for part in parts], 0) for name in parts[0]}
-    return [found[spec] for spec in specs]
+    found: dict[Place, dict[str, np.ndarray]] = {}
+    alike: dict[Any, list[Place]] = {}  # one call each: of a program, and on one carry
+    for place in places:
+        alike.setdefault((place.spec.program_form, place.below), []).append(place)
+    for (form, below), group in alike.items():
+        for some in (group[i : i + AT_ONCE] for i in range(0, len(group), AT_ONCE)):
+            own = entering.get(below) or [trace.carry[layer] for trace in traces]
+            windows = zip(traces, own, gradients, strict=True)
+            parts = [_errors_of(simulator, layer, form, some, trace.h[layer], *rest) for trace, *rest in windows]
+            for i, place in enumerate(some):
+                found[place] = {name: np.mean([part[name][i] for part in parts], 0) for name in parts[0]}
+    return [found[place] for place in places]
+
+
+def _errors_of(
+    simulator: Simulator,
+    layer: int,
+    form: CacheSpec,
+    places: Sequence[Place],
+    h: Float[Array, "1 N D"],
+    carry: Any,
+    g: Float[np.ndarray, "L S N H d"],
+) -> dict[str, np.ndarray]:
+    """Of at most `AT_ONCE` places of one form in one window."""
+    levels = np.stack([levels_of(place.spec, simulator.shape) for place in places])
+    levels = np.pad(levels, ((0, AT_ONCE - len(places)), (0, 0)))
+    found = _local_errors(
+        *(simulator.model.config, simulator.program(layer), form, simulator.shape),
+        *(simulator.model.params[f"layer_{layer}"], h, carry or simulator.empty_carry(form)),
+        *(levels, len(places), simulator.bases(form)[layer], g[layer]),
+    )
+    return jax.tree.map(fetch, found)
 
 
 def _check_sinks(simulator: Simulator) -> None:
@@ -170,8 +225,8 @@ def _check_sinks(simulator: Simulator) -> None:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layer", "form", "shape"))
-def _local_errors(config, layer, form, shape, params, h, carry, levels, bases, g):
-    return run_layer(config, layer, params, h, bases, _Probe(levels, g, form, shape), carry)[2]
+def _local_errors(config, layer, form, shape, params, h, carry, levels, count, bases, g):
+    return run_layer(config, layer, params, h, bases, _Probe(levels, count, g, form, shape), carry)[2]
 
 
 @struct.dataclass
@@ -179,6 +234,7 @@ class _Probe:
     """A cache that returns the errors of C candidates of one form, head by head, in place of the carry."""
 
     levels: Float[Array, "C s"]
+    count: Int[Array, ""]  # how many of the C there are
     g: Float[Array, "S N H d"]
     form: CacheSpec = struct.field(pytree_node=False)
     shape: CacheShape = struct.field(pytree_node=False)
@@ -208,7 +264,12 @@ class _Probe:
                 "predicted": 0.5 * (moved**2).sum(1).mean() / (moved.shape[1] - 1),
             }
 
-        return jnp.zeros_like(chunk.q), self, jax.lax.map(candidate, self.levels)
+        def add(i, found):
+            return jax.tree.map(lambda all, one: all.at[i].set(one), found, candidate(self.levels[i]))
+
+        one = jax.eval_shape(candidate, self.levels[0])
+        found = jax.tree.map(lambda a: jnp.zeros((len(self.levels), *a.shape), a.dtype), one)
+        return jnp.zeros_like(chunk.q), self, jax.lax.fori_loop(0, self.count, add, found)
 
 
 def _by_position(x: Float[Array, "n K d"], positions: Int[Array, "n"], tokens: int) -> Float[Array, "N K d"]:

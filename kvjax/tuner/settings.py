@@ -12,6 +12,7 @@ from kvjax.checks import check_real, check_whole, show
 from kvjax.errors import KvjaxError
 
 CHOICES = {
+    "budget_of": ("nominal", "asymptotic", "real"),
     "mode": ("kivi", "token"),
     "method": ("knapsack", "nsga2", "refine"),
     "error": ("predicted", "kld", "e_o"),
@@ -34,9 +35,10 @@ class SearchSettings:
     Attributes:
       mode: of the default candidates: kivi or token.
       candidates: caches of the plan grammar, separated by commas; {2, 4, 8} bits of K and V where empty.
-      budget: nominal bits per element.
-      budget_asymptotic: bits with scales; counts instead of `budget` where it is not 0.
-      method: knapsack, nsga2, or refine (a knapsack's plan, made better).
+      budget: bits per element.
+      budget_of: which bits: nominal, asymptotic (with scales), or real (all that is allocated).
+      budget_context: tokens that real bits are of.
+      method: knapsack, nsga2, or refine (the knapsack's plans of each method alone and of all, made better).
       error: of single layers, for the knapsack: predicted, kld (measured, slower) or e_o.
       prune: every layer's candidates, for nsga2: kl keeps the front of bits and KL; paper keeps that of nominal bits
         and e_o, as KVTuner does; or none.
@@ -54,7 +56,8 @@ class SearchSettings:
     mode: str = "kivi"
     candidates: str = ""
     budget: float = 3.25
-    budget_asymptotic: float = 0.0
+    budget_of: str = "nominal"
+    budget_context: int = 4096
     method: str = "knapsack"
     error: str = "predicted"
     prune: str = "kl"
@@ -87,15 +90,14 @@ class SearchSettings:
         for name, values in CHOICES.items():
             if getattr(self, name) not in values:
                 raise KvjaxError(f"{name}={getattr(self, name)!r}; expected one of {', '.join(values)}")
-        for name in ("points", "trials", "rounds", "count"):
+        for name in ("points", "trials", "rounds", "count", "budget_context"):
             if getattr(self, name) < 1:
                 raise KvjaxError(f"{name}={getattr(self, name)}; expected at least 1")
         if min(self.seed, self.worker, self.shots) < 0 or self.seed >= 2**32:
             seeds = f"seed={self.seed}, worker={self.worker}, shots={self.shots}"
             raise KvjaxError(f"{seeds}; expected at least 0, and a seed below 2**32")
-        if not 0 < self.budget < math.inf or not 0 <= self.budget_asymptotic < math.inf:
-            budgets = f"budget={self.budget}, budget_asymptotic={self.budget_asymptotic}"
-            raise KvjaxError(f"{budgets}; expected bits above 0, and budget_asymptotic=0 where budget counts")
+        if not 0 < self.budget < math.inf:
+            raise KvjaxError(f"budget={self.budget}; expected bits above 0")
         if self.objective in ANSWERS and not self.problems:
             raise KvjaxError(f"objective={self.objective} needs problems; expected GSM8K's jsonl file")
 

@@ -18,6 +18,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from kvjax.caches import cross_layer
 from kvjax.caches.base import Attends, CacheShape, CacheSpec, Chunk, LayerCache, ModelSizes
 from kvjax.caches.plan import CachePlan
 from kvjax.calibrate.bases import load_bases
@@ -132,6 +133,11 @@ def _step(config, layer, form, shape, params, h, carry, levels, bases):
     return h, carry
 
 
+@functools.partial(jax.jit, static_argnames=("config", "layer", "form", "shape"))
+def _hand_on(config, layer, form, shape, params, h, carry, levels, bases):
+    return run_layer(config, layer, params, h, bases, Streamed(levels, form, shape), carry)[2]
+
+
 _final_states = jax.jit(final_states, static_argnums=0)
 _compare = jax.jit(vocabulary.compare)
 _dense_run = jax.jit(vocabulary.dense_run)
@@ -203,11 +209,21 @@ class Simulator:
         if plan != self.dense_plan:
             self._kept.pop(plan, None)
 
-    def score(self, plan: CachePlan) -> vocabulary.TokenScores:
+    def handed_on(self, layer: int, spec: CacheSpec, h: Float[Array, "1 N D"], carry: Any) -> Any:
+        """The carry that a layer with this spec leaves for the next, of its input and the carry that enters it."""
+        with self.model.layout.entered():
+            return _hand_on(*self._arguments(layer, spec, h, carry or self.empty_carry(spec)))
+
+    def empty_carry(self, spec: CacheSpec) -> Any:
+        """What enters the first layer of a spec's own."""
+        return next(iter(cross_layer.init_carries([spec], self.shape)), ())
+
+    def score(self, plan: CachePlan, start: list[Trace] | None = None) -> vocabulary.TokenScores:
         """Scores a plan against the dense run.
 
         Args:
           plan: the plan.
+          start: a trace per window, from which the plan goes on where it differs; None: the best of those kept.
 
         Returns:
           Scores of shape [w, n - 1] per field.
@@ -217,7 +233,7 @@ class Simulator:
         """
         plan.require_whole_windows("a search")
         with self.model.layout.entered():
-            parts = [self._score(plan, w) for w in range(len(self.windows))]
+            parts = [self._score(plan, w, start[w] if start else None) for w in range(len(self.windows))]
         scores = jax.tree.map(lambda *a: np.stack([fetch(x).astype(np.float64) for x in a]), *parts)
         if not np.isfinite([scores.nll, scores.kld]).all():
             raise KvjaxError(f"{plan}: the logits are not finite")
@@ -237,40 +253,52 @@ class Simulator:
             self._bases[spec.bases_key] = load_bases(self.model, plan)
         return self._bases[spec.bases_key]
 
-    def _score(self, plan: CachePlan, window: int) -> vocabulary.TokenScores:
-        return _compare(*self._scored(plan, window), self.dense(window))
+    def _score(self, plan: CachePlan, window: int, start: Trace | None) -> vocabulary.TokenScores:
+        return _compare(*self._scored(plan, window, start), self.dense(window))
 
-    def _scored(self, plan: CachePlan, window: int) -> tuple[Array, Array, Array]:
+    def _scored(self, plan: CachePlan, window: int, start: Trace | None = None) -> tuple[Array, Array, Array]:
         """Returns final hidden states, the head and the targets of a window."""
         params, config = self.model.params, self.model.config
-        hidden = _final_states(config, params["norm"], self._trace(plan, window, False).h[-1])
+        hidden = _final_states(config, params["norm"], self._trace(plan, window, False, start).h[-1])
         return hidden[0, :-1], self.model.head, jnp.asarray(self.windows[window, 1:], jnp.int32)
 
-    def _trace(self, plan: CachePlan, window: int, whole: bool) -> Trace:
-        """Runs a window, starting at the first layer in which it differs from a kept plan.
+    def _trace(self, plan: CachePlan, window: int, whole: bool, start: Trace | None = None) -> Trace:
+        """Runs a window, starting at the first layer in which the plan differs from a trace.
 
         With `whole` the trace has the inputs of all layers, otherwise only the output of the last.
         """
         config, params = self.model.config, self.model.params
-        kept = (traces[window] for plan_kept, traces in self._kept.items() if self._carries_alike(plan_kept, plan))
-        best = max(kept, key=lambda trace: trace.shared(plan), default=None)
-        start = best.shared(plan) if best else 0
-        if best and start:
-            hs, carries = best.h[: start + 1], best.carry[: start + 1]
+        best = start or self._best_kept(plan, window)
+        first = best.shared(plan) if best else 0
+        if best and first:
+            hs, carries = best.h[: first + 1], best.carry[: first + 1]
         else:
             hs = [embed(config, params["embed"], jnp.asarray(self.windows[window : window + 1], jnp.int32))]
             carries = [plan.init_carry(self.shape)]
         h, carry = hs[-1], carries[-1] or plan.init_carry(self.shape)
-        for i in range(start, config.layers):
-            spec = plan.specs[i]
-            h, carry = _step(
-                *(config, self.program(i), spec.program_form, self.shape),
-                *(params[f"layer_{i}"], h, carry, levels_of(spec, self.shape), self.bases(spec)[i]),
-            )
+        for i in range(first, config.layers):
+            h, carry = _step(*self._arguments(i, plan.specs[i], h, carry))
             self.layers_run += 1
             if whole:
                 hs, carries = [*hs, h], [*carries, carry]
         return Trace(plan, hs if whole else [h], carries)
+
+    def _best_kept(self, plan: CachePlan, window: int) -> Trace | None:
+        """Of the kept traces that the plan can go on from, the one that shares most layers with it."""
+        kept = (traces[window] for plan_kept, traces in self._kept.items() if self._carries_alike(plan_kept, plan))
+        return max(kept, key=lambda trace: trace.shared(plan), default=None)
+
+    def _arguments(self, layer: int, spec: CacheSpec, h: Float[Array, "1 N D"], carry: Any) -> tuple[Any, ...]:
+        """Of `_step`."""
+        statics = self.model.config, self.program(layer), spec.program_form, self.shape
+        return (
+            *statics,
+            self.model.params[f"layer_{layer}"],
+            h,
+            carry,
+            levels_of(spec, self.shape),
+            self.bases(spec)[layer],
+        )
 
     def _carries_alike(self, a: CachePlan, b: CachePlan) -> bool:
         """Whether plan b can continue from the carry of plan a."""

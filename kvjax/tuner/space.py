@@ -9,6 +9,7 @@ errors (section 5.2, appendix D.1.2).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
@@ -78,12 +79,12 @@ def try_plan(specs: Sequence[CacheSpec], model: ModelShapes) -> CachePlan | None
 
 @dataclasses.dataclass(frozen=True)
 class Bits:
-    """How the bits of a plan are counted, and the budget.
+    """How the bits of a plan are counted, and what it may have.
 
     Attributes:
-      kind: "nominal" (the mean of K and V code bits) or "asymptotic" (scales included).
-      budget: the most bits per element that a plan may have.
-      shape: sizes of a cache, for asymptotic bits.
+      kind: nominal, asymptotic (with scales) or real (all that is allocated for `shape.max_len` tokens).
+      budget: the most bits that a plan may have.
+      shape: sizes of a cache.
     """
 
     kind: str
@@ -91,13 +92,27 @@ class Bits:
     shape: CacheShape
 
     def of(self, spec: CacheSpec) -> float:
+        if self.kind == "real":
+            return _bits_real(spec, self.shape)
         return spec.bits_nominal if self.kind == "nominal" else spec.bits_asymptotic(self.shape)
 
     def of_plan(self, plan: CachePlan) -> float:
+        if self.kind == "real":
+            return plan.bits_real(self.shape.max_len)
         return plan.bits_nominal if self.kind == "nominal" else plan.bits_asymptotic
 
     def fits(self, plan: CachePlan) -> bool:
         return self.of_plan(plan) <= self.budget + 1e-9
+
+    def __str__(self) -> str:
+        of = f" of {self.shape.max_len} tokens" if self.kind == "real" else ""
+        return f"{self.kind} bits{of}"
+
+
+@functools.cache
+def _bits_real(spec: CacheSpec, shape: CacheShape) -> float:
+    """Bits per element of K and V that one layer's cache takes."""
+    return 8 * spec.counted_bytes(shape) / (shape.batch * shape.max_len * shape.elements_per_token)
 
 
 def pareto(items: Iterable[Item], cost: Callable[[Item], float], error: Callable[[Item], float]) -> list[Item]:

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kvjax.caches.plan import CachePlan
 from kvjax.checks import check_path
 from kvjax.evaluate.sweep import identity_of, kept_in
@@ -14,8 +16,9 @@ from kvjax.evaluate.text import Text
 from kvjax.models.model import Model, check_model
 from kvjax.tuner.card import make_card, write_plan
 from kvjax.tuner.evaluations import Evaluations
-from kvjax.tuner.judge import make_judge
-from kvjax.tuner.search import Progress, Row, Search, calibration, names_of
+from kvjax.tuner.judge import make_judge, make_validation
+from kvjax.tuner.layer_errors import Row
+from kvjax.tuner.search import Progress, Search, calibration, names_of
 from kvjax.tuner.settings import SearchSettings
 
 
@@ -64,6 +67,7 @@ def tune(
     context: int = 1024,
     windows: int = 2,
     offset: int = 0,
+    validation: int = 1,
     judged_on: Text | None = None,
     **settings: Any,
 ) -> Tuning:
@@ -72,13 +76,14 @@ def tune(
     Args:
       model: what `kvjax.load` gives.
       text: what to calibrate on, see `kvjax.evaluate.text.read_ids`; names of several are separated by commas.
-      budget: nominal bits per element of K and V.
+      budget: bits per element of K and V; nominal ones unless `budget_of` is asymptotic or real.
       folder: keeps what was measured: a search that is cut off goes on where it was, and other budgets and methods
         share it. None: nothing is kept.
       progress: called as progress(stage, done, total), see `kvjax.tuner.search.Progress`.
       context: tokens a window.
       windows: windows of each text.
       offset: tokens of each text that are skipped first.
+      validation: windows of each text, after those, that choose among the best plans; with 0 the first ones choose.
       judged_on: another text, whose first windows judge the plan; the card then says how good it is there.
       settings: more of `kvjax.tuner.settings.SearchSettings`.
 
@@ -90,7 +95,11 @@ def tune(
     cut = calibration(model, text, context, windows, offset)
     identity = identity_of(model, names_of(text), cut, "streaming", windows, offset)
     with kept_in(folder) as where:
+        sizes = context, windows, offset, validation
+        chooser = make_validation(model, text, *sizes, where / "validation")
         judge = None
         if judged_on is not None:
-            judge = make_judge(model, text, cut, judged_on, context, windows, where / "judgements")
-        return Tuning.of(Search(checked, model, cut, identity, where, progress), judge)
+            seen = np.concatenate([cut, chooser[0]]) if chooser else cut
+            judge = make_judge(model, text, seen, judged_on, context, windows, where / "judgements")
+        search = Search(checked, model, cut, identity, where, progress, chooser and chooser[1])
+        return Tuning.of(search, judge)

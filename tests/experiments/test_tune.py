@@ -29,15 +29,14 @@ from safetensors.numpy import load_file, save_file
 
 from configs.tune import get_config
 from experiments import program, tune, tune_pictures
-from kvjax.caches import cross_layer
-from kvjax.caches.base import CacheSpec
+from kvjax.caches.cross_layer import Place
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.tasks import Accuracy
 from kvjax.models.model import Model
 from kvjax.tuner import objective as objectives
-from kvjax.tuner import sensitivity
+from kvjax.tuner.layer_errors import LayerErrors
 from kvjax.tuner.search import Search
 
 SPAWN = multiprocessing.get_context("forkserver")  # forks before JAX has threads
@@ -100,6 +99,7 @@ def common(home: Path) -> Row:
         "text": str(home / "text.txt"),
         "context": CONTEXT,
         "windows": 1,
+        "validation": 0,
         "budget": 4.0,
         "points": 4,
         "trials": 12,
@@ -264,22 +264,24 @@ def invented(monkeypatch: pytest.MonkeyPatch) -> None:
         kld = sum(4.0**-spec.bits_nominal / (i + 1) for i, spec in enumerate(plan.specs))
         return {"kld": kld, "nll": 1 + kld, "top1": 1 / (1 + kld), "seconds": 0.1} | self.objective.measure(plan)
 
-    def measure(self: Search, layer: int, specs: list[CacheSpec], gradients: Any) -> list[Row]:
+    def measure(self: LayerErrors, layer: int, places: list[Place], *_: Any) -> list[Row]:
+        specs = [place.spec for place in places]
         bits = [{"bits_nominal": spec.bits_nominal, "bits_asymptotic": spec.bits_nominal} for spec in specs]
         errors = [4.0**-spec.bits_nominal / (layer + 1) for spec in specs]
         names = ("e_k", "e_v", "e_a", "e_o", "predicted")
         return [
-            {"layer": layer, "cache": cross_layer.label(spec), **of, **dict.fromkeys(names, error)}
-            for spec, of, error in zip(specs, bits, errors, strict=True)
+            {"layer": layer, "cache": place.label, **of, **dict.fromkeys(names, error)}
+            for place, of, error in zip(places, bits, errors, strict=True)
         ]
 
     monkeypatch.setattr(Search, "_evaluate", evaluate)
-    monkeypatch.setattr(Search, "_measure", measure)
-    monkeypatch.setattr(sensitivity, "gradients", lambda *_: None)
+    monkeypatch.setattr(LayerErrors, "_measure", measure)
+    monkeypatch.setattr(LayerErrors, "_gradients", lambda self: [0])
+    monkeypatch.setattr(LayerErrors, "_carries", lambda self, plan, places: [{}] * len(places))
 
 
 def test_a_budget_with_scales(common: Row, model: Model, tmp_path: Path) -> None:
-    search(tmp_path, common, budget_asymptotic=4.75, method="refine")
+    search(tmp_path, common, budget=4.75, budget_of="asymptotic", method="refine")
     card = yaml.safe_load((tmp_path / "plan.yaml").read_text())["card"]
     assert card["search"]["budget"] == 4.75 and card["search"]["budget_of"] == "asymptotic bits"
     assert 4.25 <= card["expected"]["bits_asymptotic"] <= 4.75
@@ -453,7 +455,7 @@ def test_deltas_are_pruned_by_their_own_bits(common: Row, home: Path, tmp_path: 
     "settings,said",
     [
         ({"budget": 1.0}, "budget=1.0 nominal bits; expected at least 2, the least of the candidates"),
-        ({"budget_asymptotic": 3.0}, "budget=3.0 asymptotic bits; expected at least 3.5"),
+        ({"budget": 3.0, "budget_of": "asymptotic"}, "budget=3.0 asymptotic bits; expected at least 3.5"),
         ({"candidates": "k4v4,xcl3(base=4)"}, "has no base layer 4"),
         ({"context": 257}, "expected at most the model's 256"),
         ({"text": "text.txt,"}, "expected names separated by single commas"),
@@ -516,7 +518,7 @@ def finish(process: BaseProcess) -> None:
 
 def test_expected_figures_are_those_of_packed_caches(common: Row, started: Started, tmp_path: Path) -> None:
     """One search over K and V pairs, latents of X and deltas, in float64."""
-    settings = {"candidates": "k4v4,k3v3,x3,xcl2(base=0)", "budget_asymptotic": 2.5, "points": 1}
+    settings = {"candidates": "k4v4,k3v3,x3,xcl2(base=0)", "budget": 2.5, "budget_of": "asymptotic", "points": 1}
     finish(started(tmp_path / "tune", settings | {"dtype": "float64"}))
     data = yaml.safe_load((tmp_path / "tune/plan.yaml").read_text())
     assert data["plan"] == "0:k3v3@kivi;1-2:xcl2@input(base=0);3:x3@input"  # layer 2 stores a delta

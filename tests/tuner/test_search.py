@@ -20,11 +20,13 @@ from configs.tune import get_config
 from experiments import tune as program
 from experiments import tune_pictures
 from kvjax.caches import registry
+from kvjax.caches.cross_layer import Place
 from kvjax.caches.kv import KV
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
 from kvjax.models.model import Model
 from kvjax.tuner import search as searches
+from kvjax.tuner.layer_errors import LayerErrors
 from kvjax.tuner.search import Search
 from kvjax.tuner.settings import SearchSettings
 from kvjax.tuner.tune import Tuning
@@ -117,8 +119,10 @@ def test_progress_hears_every_stage_to_its_end(tuned: tuple[Tuning, list[tuple[s
     tuning, heard, _ = tuned
     layers = len(tuning.plan.specs)
     assert heard[: layers + 1] == [("sensitivity", i, layers) for i in range(layers + 1)]
-    rest = heard[layers + 1 :]
+    rest = [call for call in heard[layers + 1 :] if call[0] != "validating"]
     assert rest == [("evaluating", i, len(rest) - 1) for i in range(len(rest))] and len(rest) > 3
+    last = heard[layers + 1 + len(rest) :]
+    assert last == [("validating", i, len(last)) for i in range(1, len(last) + 1)] and len(last) > 1
 
 
 def test_saved_plans_are_plans(tuned: tuple[Tuning, list, list], model: Model, tmp_path: Path) -> None:
@@ -236,7 +240,7 @@ def plugins(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"rounds": 0}, "rounds=0; expected at least 1"),
         ({"method": "random"}, "method='random'; expected one of knapsack, nsga2, refine"),
         ({"objective": "gsm8k"}, "needs problems; expected GSM8K's jsonl file"),
-        ({"metod": "refine"}, "unknown setting 'metod'; expected mode, candidates, budget, "),
+        ({"metod": "refine"}, "unknown setting 'metod'; expected mode, candidates, budget, budget_of, "),
         ({"progress": 3}, "progress is of type int; expected what can be called"),
         ({"windows": 100}, "expected at least 6400"),
     ],
@@ -267,17 +271,24 @@ def errors_of(layer: int, spec: KV) -> Row:
     return {name: scale * (k * 4.0**-spec.key_bits + v * 4.0**-spec.value_bits) for name, (k, v) in costs.items()}
 
 
+def nothing_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No run that errors are measured around: they are invented."""
+    monkeypatch.setattr(LayerErrors, "_gradients", lambda self: [0])
+    monkeypatch.setattr(LayerErrors, "_carries", lambda self, plan, places: [{}] * len(places))
+
+
 @pytest.fixture
 def searching(model: Model, text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Search]:
     """Searches over KVTuner's nine pairs whose layers have `errors_of`."""
 
-    def measure(self: Search, layer: int, specs: list[KV], gradients: Any) -> list[Row]:
+    def measure(self: LayerErrors, layer: int, places: list[Place], *_: Any) -> list[Row]:
+        specs = [place.spec for place in places]
         bits = [{"bits_nominal": spec.bits_nominal, "bits_asymptotic": spec.bits_nominal} for spec in specs]
         named = [{"layer": layer, "cache": str(spec)} | errors_of(layer, spec) for spec in specs]
         return [one | two for one, two in zip(bits, named, strict=True)]
 
-    monkeypatch.setattr(Search, "_gradients", lambda self: [])
-    monkeypatch.setattr(Search, "_measure", measure)
+    nothing_around(monkeypatch)
+    monkeypatch.setattr(LayerErrors, "_measure", measure)
     windows = searches.calibration(model, text, offset=0, **PLACE)
     return lambda **settings: Search(SearchSettings.of(settings), model, windows, {}, tmp_path)
 
@@ -308,16 +319,6 @@ def test_pruning_keeps_the_best_pair_of_every_budget(
     assert names(searching(prune="none", cluster="none").groups()[1][0]) == names(search.candidates)
 
 
-@pytest.mark.parametrize("settings", [{}, {"error": "e_o"}, {"prune": "paper"}])
-def test_our_own_search_is_pruned_by_kl(settings: Row, searching: Callable[..., Search]) -> None:
-    """Whatever NSGA-II is pruned by; and the plan that it starts from keeps its own candidates."""
-    search = searching(method="refine", **settings)
-    start = CachePlan.parse("0:k2v8;1:k4v4", search.model.config)
-    choices = search._choices_around(start)
-    assert names(choices[0]) == {"k8v8", "k8v4", "k4v4", "k4v2", "k2v2", "k2v8"}
-    assert names(choices[1]) == {"k8v8", "k8v4", "k4v4", "k4v2", "k2v2"}
-
-
 # ---- plugins
 
 
@@ -327,7 +328,8 @@ def test_the_card_names_the_plugins_of_its_plan(
 ) -> None:
     """Figures are invented: fewer bits are worse."""
 
-    def measure(self: Search, layer: int, specs: list, gradients: Any) -> list[Row]:
+    def measure(self: LayerErrors, layer: int, places: list[Place], *_: Any) -> list[Row]:
+        specs = [place.spec for place in places]
         errors = [{"e_o": 4.0**-spec.bits_nominal, "bits_asymptotic": spec.bits_nominal} for spec in specs]
         return [
             {"layer": layer, "cache": str(spec), "predicted": error["e_o"], **error}
@@ -337,11 +339,11 @@ def test_the_card_names_the_plugins_of_its_plan(
     def evaluate(self: Search, plan: CachePlan) -> Row:
         return {"kld": 4.0**-plan.bits_nominal, "nll": 1.0, "top1": 0.5, "seconds": 0.1}
 
-    monkeypatch.setattr(Search, "_gradients", lambda self: [])
-    monkeypatch.setattr(Search, "_measure", measure)
+    nothing_around(monkeypatch)
+    monkeypatch.setattr(LayerErrors, "_measure", measure)
     monkeypatch.setattr(Search, "_evaluate", evaluate)
     found = {}
     for budget in (4, 8):
-        tuning = kvjax.tune(model, text, budget, **PLACE, candidates="k8v8,other4v4", folder=tmp_path)
+        tuning = kvjax.tune(model, text, budget, **PLACE, candidates="k8v8,other4v4", folder=tmp_path, validation=0)
         found[str(tuning.plan)] = tuning.card.get("plugins")
     assert found == {"other4v4@kivi": [__name__], "k8v8@kivi": None}

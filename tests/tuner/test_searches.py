@@ -20,7 +20,8 @@ from experiments.searches import SEARCHES, course, draw, spread, summary
 from kvjax import records
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
-from kvjax.tuner import judge, search, sensitivity
+from kvjax.tuner import judge, search
+from kvjax.tuner.layer_errors import LayerErrors
 from kvjax.tuner.search import Search
 
 Row = dict[str, Any]
@@ -40,7 +41,8 @@ def invented(monkeypatch: pytest.MonkeyPatch) -> None:
     def evaluate(self: Search, plan: CachePlan) -> Row:
         return {"kld": cost(plan, 3), "nll": 1.0, "top1": 0.5, "seconds": 0.1}
 
-    def measure(self: Search, layer: int, specs: list, gradients: Any) -> list[Row]:
+    def measure(self: LayerErrors, layer: int, places: list, *_: Any) -> list[Row]:
+        specs = [place.spec for place in places]
         bits = [{"bits_nominal": spec.bits_nominal, "bits_asymptotic": spec.bits_nominal} for spec in specs]
         k, v = (np.array([4.0 ** -getattr(spec, f"{name}_bits") for spec in specs]) for name in ("key", "value"))
         errors = [{"e_o": x + 2 * y, "predicted": 3 * x + y} for x, y in zip(k, v, strict=True)]
@@ -63,8 +65,9 @@ def invented(monkeypatch: pytest.MonkeyPatch) -> None:
             )
 
     monkeypatch.setattr(Search, "_evaluate", evaluate)
-    monkeypatch.setattr(Search, "_measure", measure)
-    monkeypatch.setattr(sensitivity, "gradients", lambda *_: None)
+    monkeypatch.setattr(LayerErrors, "_measure", measure)
+    monkeypatch.setattr(LayerErrors, "_gradients", lambda self: [0])
+    monkeypatch.setattr(LayerErrors, "_carries", lambda self, plan, places: [{}] * len(places))
     monkeypatch.setattr(search, "Simulator", lambda *_: None)
     monkeypatch.setattr(judge, "Simulator", Unseen)
     monkeypatch.setattr(judge, "Score", Judged)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 from reference import CONFIG, Seen, attention, by_channel, by_token, forward, random_model, rotated
 
 from kvjax.caches.base import CacheSpec
+from kvjax.caches.cross_layer import Place
 from kvjax.caches.plan import CachePlan
 from kvjax.evaluate.perplexity import Scorer
 from kvjax.models.model import Model
 from kvjax.tuner import sensitivity
 from kvjax.tuner.sensitivity import (
     ERRORS,
+    carries,
     gradients,
     head_errors,
     local_errors,
@@ -64,26 +66,42 @@ def spec_of(text: str, layer: int) -> CacheSpec:
     return CachePlan.parse(text, CONFIG).specs[layer]
 
 
+def place_of(text: str, layer: int) -> Place:
+    return Place.of(spec_of(text, layer), spec_of(text, layer - 1) if layer else None)
+
+
+def entering(layer: int, places: Sequence[Place], plan: CachePlan | None = None) -> sensitivity.Carries:
+    """The carries of one layer, around the dense run or a plan."""
+    belows = [[place.below for place in places if place.below]] * CONFIG.layers
+    return list(carries(simulator(), plan or simulator().dense_plan, belows))[layer]
+
+
 # ---- what each candidate stores: [N, K, d] after RoPE
 
 
-def kivi(k_bits: int, v_bits: int, seen: Seen, _: Seen | None) -> tuple[np.ndarray, np.ndarray]:
+def kivi(k_bits: int, v_bits: int, seen: Seen, *_: Seen) -> tuple[np.ndarray, np.ndarray]:
     return by_channel(seen.k, k_bits, 32), by_token(seen.v, v_bits, 8)
 
 
-def token(k_bits: int, v_bits: int, sink: int, seen: Seen, _: Seen | None) -> tuple[np.ndarray, np.ndarray]:
+def token(k_bits: int, v_bits: int, sink: int, seen: Seen, *_: Seen) -> tuple[np.ndarray, np.ndarray]:
     return by_token(seen.k, k_bits, 8, sink), by_token(seen.v, v_bits, 8, sink)
 
 
-def before_rope(seen: Seen, _: Seen | None) -> tuple[np.ndarray, np.ndarray]:
+def before_rope(seen: Seen, *_: Seen) -> tuple[np.ndarray, np.ndarray]:
     return rotated(by_channel(seen.raw, 2, 8, 5)), seen.v
 
 
-def delta(seen: Seen, below: Seen | None) -> tuple[np.ndarray, np.ndarray]:
-    """X as the exact X of the layer below and a quantised difference."""
-    assert below
-    k, v = seen.kv(below.x + by_token((seen.x - below.x)[:, None], 3, 32)[:, 0])
+def delta(seen: Seen, *below: Seen) -> tuple[np.ndarray, np.ndarray]:
+    """X as what the layer below left and a quantised difference: above the base layer's 4 bits, else above deltas."""
+    left = np.zeros_like(seen.x)
+    for each in below[::-1]:
+        left = read_back(left, each.x, 4 if len(below) == 1 else 3)
+    k, v = seen.kv(read_back(left, seen.x, 3))
     return rotated(k), v
+
+
+def read_back(left: np.ndarray, x: np.ndarray, bits: int) -> np.ndarray:
+    return left + by_token((x - left)[:, None], bits, 32)[:, 0]
 
 
 STORED = {  # by candidate: its residual, and what it reads back
@@ -99,7 +117,7 @@ XCL = "xcl3@input(base=0)"
 
 
 def stored(text: str, layer: int, seen: list[Seen]) -> tuple[np.ndarray, np.ndarray]:
-    return STORED[text][1](seen[layer], seen[layer - 1] if layer else None)
+    return STORED[text][1](*seen[: layer + 1][::-1])
 
 
 def moved(text: str, layer: int, seen: list[Seen]) -> np.ndarray:
@@ -144,11 +162,13 @@ def definitions(text: str, layer: int, window: int, g: np.ndarray) -> dict[str, 
     }
 
 
-@pytest.mark.parametrize(("layer", "texts"), [(0, KV[:3:2]), (2, KV), (1, [XCL])])
+@pytest.mark.parametrize(("layer", "texts"), [(0, KV[:3:2]), (2, KV), (1, [XCL]), (2, [XCL, KV[1]])])
 def test_errors_are_those_of_the_definitions(layer: int, texts: list[str]) -> None:
     """In the order of the candidates, averaged over windows."""
     g = [g_of(window)[:, :8] for window in range(len(WINDOWS))]
-    found = local_errors(simulator(), layer, [spec_of(text, layer) for text in texts], g)
+    places = [place_of(text, layer) for text in texts]
+    traces = simulator().keep(simulator().dense_plan)
+    found = local_errors(simulator(), layer, places, traces, entering(layer, places), g)
     for text, errors in zip(texts, found, strict=True):
         each = [definitions(text, layer, window, g[window][layer]) for window in range(len(WINDOWS))]
         assert tuple(errors) == ERRORS
@@ -204,19 +224,32 @@ def test_relative_errors_have_a_mean() -> None:
     assert relative_errors(np.zeros((1, 1, 64)), np.zeros((1, 1, 64))) == 0
 
 
-@pytest.mark.parametrize(("text", "layer"), [(KV[0], 0), (KV[1], 2), (KV[2], 1), (XCL, 1)])
+@pytest.mark.parametrize(("text", "layer"), [(KV[0], 0), (KV[1], 2), (KV[2], 1), (XCL, 1), (XCL, 2)])
 def test_measured_is_the_divergence_with_this_layer_alone(text: str, layer: int) -> None:
-    np.testing.assert_allclose(measured(simulator(), layer, spec_of(text, layer)), kld_of(text, layer), rtol=1e-6)
+    place = place_of(text, layer)
+    found = measured(simulator(), layer, place, entering(layer, [place]))
+    np.testing.assert_allclose(found, kld_of(text, layer), rtol=1e-6)
 
 
 def test_measured_is_the_scorers() -> None:
-    """Of a run of XQuant-CL, exact but for one delta."""
-    plan = quantise_one(simulator(), 2, spec_of(XCL, 2))
-    assert [spec.bits for spec in plan.specs] == [16, 16, 3] and plan.specs[2].delta
-    scorer = Scorer(model(), TOKENS, len(WINDOWS))
+    scorer, text = Scorer(model(), TOKENS, len(WINDOWS)), "k4v2@kivi"
     _, dense_run, _ = scorer.run(simulator().dense_plan, WINDOWS, None)
-    wanted = scorer.run(plan, WINDOWS, dense_run)[0].kld.mean()
-    np.testing.assert_allclose(measured(simulator(), 2, spec_of(XCL, 2)), wanted, rtol=1e-9)
+    wanted = scorer.run(quantise_one(simulator(), 2, spec_of(text, 2)), WINDOWS, dense_run)[0].kld.mean()
+    np.testing.assert_allclose(measured(simulator(), 2, place_of(text, 2), {}), wanted, rtol=1e-9)
+
+
+def test_around_a_plan_carries_are_the_plans() -> None:
+    """What its own layers leave is what enters the layers above; another width leaves something else."""
+    plan = CachePlan.parse("0-1:xcl3@input(base=0);2:xcl5@input(base=0)", CONFIG)
+    traces = simulator().keep(plan)
+    for layer in (1, 2):
+        own, other = (Place.of(spec, None).spec for spec in (plan.specs[layer - 1], spec_of("xcl8@input(base=0)", 1)))
+        found = entering(layer, [Place(plan.specs[layer], own), Place(plan.specs[layer], other)], plan)
+        for window, trace in enumerate(traces):
+            wanted = np.asarray(trace.carry[layer]["acc"])
+            np.testing.assert_allclose(found[own][window]["acc"], wanted, rtol=0, atol=1e-12)
+            assert np.abs(np.asarray(found[other][window]["acc"]) - wanted).max() > 1e-3
+    simulator().forget(plan)
 
 
 def test_alone_leaves_the_others_dense() -> None:
@@ -308,6 +341,6 @@ def test_the_prediction_converges_to_the_divergence(layer: int) -> None:
         squares.append(0.5 * np.einsum("snhd,nhd->s", g_of(window)[layer], by) ** 2 / (TOKENS - 1))
     samples = np.mean(squares, 0)
     error = samples.std(ddof=1) / np.sqrt(SAMPLES)
-    kld = measured(simulator(), layer, spec_of("k8v8@token", layer))
+    kld = measured(simulator(), layer, place_of("k8v8@token", layer), {})
     assert kld < 1e-3 and error < 0.08 * kld  # small enough for the second order, and for the comparison
     assert abs(samples.mean() - kld) < 4 * error
