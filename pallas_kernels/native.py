@@ -16,7 +16,16 @@ from pathlib import Path
 
 import jax
 
-FLAGS: tuple[str, ...] = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
+FLAGS: tuple[str, ...] = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    "-Wno-psabi",
+    "-Wfatal-errors",
+)
 if platform.machine() == "x86_64":
     FLAGS += ("-mprefer-vector-width=512",)
 SECONDS = 600  # that a compiler may take

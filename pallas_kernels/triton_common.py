@@ -46,8 +46,8 @@ def weighed(
     if not several:
         return dot(x, p, 0, over_p)
     finite = jnp.abs(x) < jnp.inf  # false for NaN
-    ones = [jnp.where(a, 1.0, 0.0).astype(x.dtype) for a in (jnp.logical_not(finite), p != 0)]
-    lost = dot(*ones, 0, over_p) > 0
+    wrong, some = (jnp.where(a, 1.0, 0.0).astype(x.dtype) for a in (jnp.logical_not(finite), p != 0))
+    lost = dot(wrong, some, 0, over_p) > 0
     return jnp.where(lost, jnp.nan, dot(jnp.where(finite, x, 0.0).astype(x.dtype), p, 0, over_p))
 
 

@@ -516,8 +516,9 @@ def _finite(v: Tile) -> Bool[Array, "..."]:
 
 def _only(v: Tile, kept: Bool[Array, "..."]) -> Tile:
     """The tile with zeros for scales and zero points, or exact values, that are not kept."""
-    names = ("codes",) if v.scale is None else ("scale", "zero")
-    return dataclasses.replace(v, **{name: jnp.where(kept, getattr(v, name), 0) for name in names})
+    if v.scale is None:
+        return dataclasses.replace(v, codes=jnp.where(kept, v.codes, 0))
+    return dataclasses.replace(v, scale=jnp.where(kept, v.scale, 0), zero=jnp.where(kept, v.zero, 0))
 
 
 def _by_number(v: Tile, tokens: Bool[Array, "B n"]) -> Bool[Array, "..."]:

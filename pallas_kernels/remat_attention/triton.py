@@ -222,8 +222,8 @@ def _score_kernel(
 
     @pl.when(live)
     def _():
-        at = head, block
-        scores = _block_scores(at, q_ref, start, stop, keys, up_ref, cos_ref, sin_ref, tables, bias, norm, plan)
+        rotation = cos_ref, sin_ref
+        scores = _block_scores(head, block, q_ref, start, stop, keys, up_ref, rotation, tables, bias, norm, plan)
         for tile, each in enumerate(scores):
             at = plan.key_cut.positions(block, tile)
             to = scores_ref.at[row[None, :], at[:, None]]
@@ -240,21 +240,20 @@ def _score_kernel(
 
 
 def _block_scores(
-    at: tuple[Array, Array],
+    head: Array,
+    block: Array,
     q_ref,
     start: Array,
     stop: Array,
     keys: Packed,
     up_ref,
-    cos_ref,
-    sin_ref,
+    rotation,
     tables: Sequence[Any],
     bias: bool,
     norm: bool,
     plan: RematPlan,
 ) -> list[Float32[Array, "rows padded"]]:
     """Rebuilds the keys of a head and block; returns the masked scores of each sub-tile."""
-    head, block = at
     half = plan.head_dim // 2
     channel = jnp.arange(1 << (half - 1).bit_length())
     inside = channel < half
@@ -275,7 +274,7 @@ def _block_scores(
             lo, hi = (x * size * _row(tables[-1].at[c], inside) for x, c in ((lo, halves[0]), (hi, halves[1])))
         angle = (jnp.minimum(at, plan.keys.tokens - 1)[:, None], channel[None, :])
         known = jnp.broadcast_to(inside[None, :], lo.shape)
-        cos, sin = (plgpu.load(a.at[angle], mask=known, other=0.0).astype(jnp.float32) for a in (cos_ref, sin_ref))
+        cos, sin = (plgpu.load(a.at[angle], mask=known, other=0.0).astype(jnp.float32) for a in rotation)
         turned = (lo * cos - hi * sin).astype(plan.dtype), (hi * cos + lo * sin).astype(plan.dtype)
         raw = sum(dot(x, question, 1, 1) for x, question in zip(turned, q, strict=True)) * (plan.scale * LOG2_E)
         seen = (at[:, None] < jnp.minimum(query + 1, stop)[None, :]) & (at >= plan.first)[:, None]

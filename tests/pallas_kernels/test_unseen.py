@@ -1,4 +1,4 @@
-"""What no query sees never reaches an output, in any implementation: NaN and infinities, and tokens beyond the buffer."""
+"""What no query sees never reaches an output, in any implementation: NaN, infinities, tokens beyond the buffer."""
 
 from __future__ import annotations
 
@@ -58,14 +58,13 @@ def tensors(name: str, queries: int):
     return case, q, keys, own, start, stop
 
 
-@pytest.mark.parametrize("number", [np.nan, np.inf])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", NAMES)
-def test_one_query(name: str, case: str, number: float) -> None:
+def test_one_query(name: str, case: str) -> None:
     case, q, keys, own, start, stop = tensors(case, 1)
     bad = ~seen(case, start, stop, 0)
     wanted = run(name, case, (q, keys, own, start, stop))
-    found = run(name, case, (q, spoil(keys, bad, number), spoil(own, bad, -number), start, stop))
+    found = run(name, case, (q, spoil(keys, bad, np.nan), spoil(own, bad, np.inf), start, stop))
     for a, b in zip(found, wanted, strict=True):
         assert np.isfinite(b).all()
         np.testing.assert_array_equal(a, b)
