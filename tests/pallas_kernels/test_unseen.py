@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import INTERPRETED, QUICK, packed, values
-from test_packed_attention import Case, jitted, run
+from test_packed_attention import WITHOUT, Case, jitted, native_without, run
 from test_remat_attention import Case as RematCase
 
+from pallas_kernels import native
 from pallas_kernels.layout import MASKED, Packed
 from pallas_kernels.quantize_pack import quantize_pack
 from pallas_kernels.remat_attention import IMPLEMENTATIONS, reconstruct, remat_attention
@@ -49,8 +50,8 @@ def spoil(packed: Packed, bad: np.ndarray, number: float) -> Packed:
     return dataclasses.replace(packed, scale=scale, zero=zero)
 
 
-def tensors(name: str, queries: int):
-    """Arguments of a case, with q of the second sequence's last query NaN: padding of a ragged batch."""
+def tensors_of(name: str, queries: int):
+    """A case and its arguments."""
     case = CASES[name]._replace(queries=queries)
     q, keys, own, start, stop = case.tensors()
     if name == "values-per-channel":
@@ -61,7 +62,7 @@ def tensors(name: str, queries: int):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", NAMES)
 def test_one_query(name: str, case: str) -> None:
-    case, q, keys, own, start, stop = tensors(case, 1)
+    case, q, keys, own, start, stop = tensors_of(case, 1)
     bad = ~seen(case, start, stop, 0)
     wanted = run(name, case, (q, keys, own, start, stop))
     found = run(name, case, (q, spoil(keys, bad, np.nan), spoil(own, bad, np.inf), start, stop))
@@ -74,7 +75,7 @@ def test_one_query(name: str, case: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_several_queries(name: str, case: str) -> None:
     """A token that is not finite reaches the queries that see it, and no others; nor does a query."""
-    case, q, keys, own, start, stop = tensors(case, 3)
+    case, q, keys, own, start, stop = tensors_of(case, 3)
     first, last = (seen(case, start, stop, query) for query in (0, 2))
     late = last & ~first  # tokens that only late queries see: their groups too, where scales are per channel
     q = q.at[1, 2].set(jnp.nan)
@@ -90,6 +91,16 @@ def test_several_queries(name: str, case: str) -> None:
     output, _ = run(name, case, (q, keys, spoil(own, late, np.nan), start, stop))
     np.testing.assert_array_equal(output[:, 0], wanted[0][:, 0])
     assert late.any(1).all() and np.isnan(output[:, 2]).all((1, 2)).all()
+
+
+@pytest.mark.skipif("native" not in NAMES, reason="another device's")
+@pytest.mark.parametrize("flag", WITHOUT)
+@pytest.mark.parametrize("case", CASES)
+def test_native_on_lesser_cpus(case: str, flag: str, monkeypatch) -> None:
+    own = native_without(flag)
+    monkeypatch.setattr(native, "register", lambda source, symbol: own)
+    test_one_query("native", case)
+    test_several_queries("native", case)
 
 
 @pytest.mark.parametrize("name", NAMES)
