@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,18 @@ from pallas_kernels.layout import EXACT, PLANES, Packed
 LOG2_E = math.log2(math.e)
 LIFT = 1024.0  # float16 probabilities are multiplied by it, to stay away from subnormal numbers
 PROGRAMS = 2 * 132  # programs that fill a large GPU
+CAPABILITY = 8.0  # of a GPU at least
 SMALLEST = 16  # the smallest size of the summed axis on a tensor core
 BYTES = 0x01010101  # a mask of one byte, times this, masks the four bytes of a register
+
+
+def check_gpu() -> None:
+    """Raises NotImplementedError unless the GPU is one for which Triton compiles these kernels."""
+    found = getattr(jax.devices()[0], "compute_capability", "unknown")
+    if not re.fullmatch(r"\d+\.\d+", found) or float(found) < CAPABILITY:
+        raise NotImplementedError(
+            f"a GPU of capability {found}; kernels are for NVIDIA's, of {CAPABILITY} (Ampere) and above"
+        )
 
 
 def power_of_two(x: int) -> bool:

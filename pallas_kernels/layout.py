@@ -150,6 +150,19 @@ def check(name: str, packed: Packed) -> None:
             raise ValueError(f"{name}.{part}: {found}; expected float16{[batch, heads, *groups]}")
 
 
+def within(lengths: Int[Array, "B"], tokens: int) -> Int[Array, "B"]:
+    """Clips lengths to a buffer: under jit, `check_bound` does not see their values, and kernels would read on.
+
+    Args:
+      lengths: a length per sequence.
+      tokens: allocated tokens of the buffer.
+
+    Returns:
+      The lengths, in int32.
+    """
+    return jnp.clip(lengths.astype(jnp.int32), 0, tokens)
+
+
 def check_bound(name: str, lengths: Int[Array, "B"], tokens: int) -> None:
     """Checks that lengths lie within a buffer, where their values are known before the launch.
 

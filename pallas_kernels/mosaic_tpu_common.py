@@ -289,6 +289,22 @@ def dot(x: Float[Array, "M N"], y: Float[Array, "N D"], *, transposed: bool = Fa
     return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
+def weighed(p: Float32[Array, "M N"], x: Float[Array, "N D"], several: bool) -> Float32[Array, "M D"]:
+    """Computes p @ x, where a value adds nothing to a row that gives it no weight, even if it is NaN.
+
+    Args:
+      p: weights.
+      x: values; those that no row weighs are finite.
+      several: whether rows weigh different values.
+    """
+    if not several:
+        return dot(p.astype(x.dtype), x)
+    wide = x.astype(jnp.float32)
+    finite = jnp.abs(wide) < jnp.inf  # false for NaN
+    lost = dot(jnp.where(p != 0.0, 1.0, 0.0), jnp.where(finite, 0.0, 1.0))
+    return jnp.where(lost > 0.0, jnp.nan, dot(p.astype(x.dtype), jnp.where(finite, wide, 0.0).astype(x.dtype)))
+
+
 def reset(top_ref, sum_ref, acc_ref) -> None:
     """Sets the running maximum, sum and weighted values of a softmax to those over no keys."""
     top_ref[...] = jnp.full(top_ref.shape, MASKED, jnp.float32)

@@ -1,12 +1,14 @@
-"""Kernels in C++ for the CPU, compiled on first use by the system's compiler and kept in the user's cache folder."""
+"""Kernels in C++ for the CPU, compiled on first use by the system's compiler and kept in a cache folder."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -14,12 +16,33 @@ from pathlib import Path
 
 import jax
 
-FLAGS: tuple[str, ...] = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
+FLAGS: tuple[str, ...] = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    "-Wno-psabi",
+    "-Wfatal-errors",
+)
 if platform.machine() == "x86_64":
     FLAGS += ("-mprefer-vector-width=512",)
+SECONDS = 600  # that a compiler may take
 
 
 @functools.cache
+def _failure(source: Path, symbol: str) -> str | None:
+    """Builds, loads and registers a function; returns the reason where that fails, and logs it, once."""
+    try:
+        function = getattr(_load(source), symbol)
+        jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(function), platform="cpu")
+    except (RuntimeError, AttributeError) as error:  # NotImplementedError is one of the first
+        logging.getLogger(__name__).warning("no native kernels: %s", error)
+        return str(error)
+    return None
+
+
 def register(source: Path, symbol: str) -> str:
     """Compiles a source file where needed and registers its function with JAX.
 
@@ -31,36 +54,80 @@ def register(source: Path, symbol: str) -> str:
       The name of the FFI target.
 
     Raises:
-      NotImplementedError: there is no compiler, or the source does not compile.
+      NotImplementedError: the source cannot be built, kept or loaded here. The first call says so on the log as well.
     """
-    library = ctypes.CDLL(str(_build(source)))
-    jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
+    reason = _failure(source, symbol)
+    if reason is not None:
+        raise NotImplementedError(reason)
     return symbol
 
 
-def _build(source: Path) -> Path:
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
-    if compiler is None:
+def _load(source: Path) -> ctypes.CDLL:
+    """Loads the library of a source file, from the cache folder or built anew; raises NotImplementedError."""
+    compiler = _compiler()
+    command = [*compiler, *FLAGS, f"-I{jax.ffi.include_dir()}"]
+    library = _folder() / f"{source.stem}-{_key(source, command, _version(compiler))}.so"
+    try:
+        if not _whole(library):
+            _build(source, command, library)
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise NotImplementedError(f"{library.parent} cannot keep a library: {error}; set KVJAX_CACHE") from None
+
+
+def _compiler() -> list[str]:
+    named = shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, ("g++", "clang++", "c++")))[:1]
+    if not named:
         raise NotImplementedError("no C++ compiler: expected g++ or clang++ on the path, or $CXX")
-    command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}"]
-    # The name is a hash of everything that the library depends on: sources, command, version of JAX, CPU.
+    return named
+
+
+def _version(compiler: list[str]) -> str:
+    return _said([*compiler, "--version"], f"{compiler[0]} does not run")
+
+
+def _folder() -> Path:
+    """Where libraries are kept: in $KVJAX_CACHE where that is set, else in the user's cache folder."""
+    own = os.environ.get("KVJAX_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(own) / "pallas_kernels"
+
+
+def _key(source: Path, command: list[str], version: str) -> str:
+    """A hash of all that the library depends on: sources, command, compiler, C library, headers of JAX, CPU."""
     text = b"".join(file.read_bytes() for file in (source, *sorted(source.parent.glob("*.h"))))
-    parts = (text, repr(command).encode(), jax.__version__.encode(), _cpu().encode())
-    name = f"{source.stem}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pallas_kernels"
-    library = folder / name
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch) / name
-            try:
-                subprocess.run([*command, str(source), "-o", str(made)], check=True, capture_output=True, text=True)
-            except (OSError, subprocess.CalledProcessError) as error:
-                said = str(getattr(error, "stderr", "") or error).splitlines()
-                reason = next((line for line in said if "error" in line), said[0])
-                raise NotImplementedError(f"{compiler} cannot build {source.name}: {reason}") from None
-            made.replace(library)
-    return library
+    rest = command, version, platform.libc_ver(), jax.__version__, jax.lib.__version__, _cpu()
+    return hashlib.sha256(text + repr(rest).encode()).hexdigest()[:16]
+
+
+def _whole(library: Path) -> bool:
+    """Whether a library is there as it was built. A damaged one could end the process when it is loaded."""
+    checksum = library.with_suffix(".sha256")
+    return library.exists() and checksum.exists() and checksum.read_text() == _checksum(library)
+
+
+def _checksum(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()
+
+
+def _build(source: Path, command: list[str], library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        made = Path(scratch) / library.name
+        _said([*command, str(source), "-o", str(made)], f"{command[0]} cannot build {source.name}")
+        checksum = made.with_suffix(".sha256")
+        checksum.write_text(_checksum(made))
+        for file in (checksum, made):
+            file.replace(library.parent / file.name)
+
+
+def _said(command: list[str], what: str) -> str:
+    """What a command prints; raises NotImplementedError with `what` and its first error where it fails."""
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (str(getattr(error, "stderr", None) or "") or str(error)).splitlines()
+        reason = next((line for line in said if "error" in line), said[0])
+        raise NotImplementedError(f"{what}: {reason}") from None
 
 
 def _cpu() -> str:

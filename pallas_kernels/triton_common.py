@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Float16, Float32, Int32, UInt8
+from jaxtyping import Array, Bool, Float, Float16, Float32, Int32, UInt8
 
-from pallas_kernels.gpu_layout import SMALLEST, Cut, GpuTensor, power_of_two, quotient, remainder
+from pallas_kernels.gpu_layout import SMALLEST, Cut, GpuTensor, check_gpu, power_of_two, quotient, remainder
 from pallas_kernels.layout import Packed
 
 
@@ -29,6 +30,45 @@ def dot(a: Float[Array, "_ _"], b: Float[Array, "_ _"], over_a: int, over_b: int
     return jax.lax.dot_general(
         a, b, (((over_a,), (over_b,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
+
+
+def weighed(
+    x: Float[Array, "rows width"], p: Float[Array, "_ _"], over_p: int, several: bool
+) -> Float32[Array, "width columns"]:
+    """Sums of values times weights; a value adds nothing to a column that gives it no weight, even if it is NaN.
+
+    Args:
+      x: values of tokens; those that no column weighs are finite.
+      p: weights, in the dtype of x.
+      over_p: the axis of p that is tokens.
+      several: whether columns weigh different tokens.
+    """
+    if not several:
+        return dot(x, p, 0, over_p)
+    finite = jnp.abs(x) < jnp.inf  # false for NaN
+    wrong, some = (jnp.where(a, 1.0, 0.0).astype(x.dtype) for a in (jnp.logical_not(finite), p != 0))
+    lost = dot(wrong, some, 0, over_p) > 0
+    return jnp.where(lost, jnp.nan, dot(jnp.where(finite, x, 0.0).astype(x.dtype), p, 0, over_p))
+
+
+def check_launch(interpret: bool, *operands: Any) -> None:
+    """Checks that kernels compiled by Triton can run here, on these arrays.
+
+    Args:
+      interpret: whether the kernel is interpreted.
+      *operands: trees of the arrays that the kernel reads and writes.
+
+    Raises:
+      NotImplementedError: kernels are not for this GPU, or Pallas would get an array's offsets wrong.
+    """
+    if not interpret and jax.default_backend() == "gpu":  # elsewhere it is compiled ahead, for another machine
+        check_gpu()
+    for array in jax.tree.leaves(operands):
+        # Pallas counts elements in 32 bits, with a sign, up to 2**32 bytes; above, in 64 bits.
+        if array.size > 2**31 and array.size * array.dtype.itemsize <= 2**32:
+            raise NotImplementedError(
+                f"{array.size} bytes in an array; Pallas' offsets are wrong from 2**31 to 2**32"
+            )
 
 
 def span(start: Array, stop: Array, tokens: int, first: int, window: int | None) -> tuple[Array, Array]:
@@ -118,8 +158,18 @@ class SubTiles:
     Bytes and scales are loaded once, even where several sub-tiles use them.
     """
 
-    def __init__(self, refs: Packed, stored: GpuTensor, cut: Cut, block: Array, interpret: bool) -> None:
+    def __init__(
+        self,
+        refs: Packed,
+        stored: GpuTensor,
+        cut: Cut,
+        block: Array,
+        interpret: bool,
+        visible: tuple[Array, Array] | None = None,
+    ) -> None:
+        """The sub-tiles of a block; where `visible` is given, tokens outside its range are never NaN."""
         self.refs, self.stored, self.cut, self.block, self.interpret = refs, stored, cut, block, interpret
+        self.visible = visible
         self._loaded: dict = {}
 
     def values(self, tile: int, piece: Piece, dtype: jnp.dtype) -> Float[Array, "rows width"]:
@@ -171,7 +221,8 @@ class SubTiles:
     def _token_groups(self, part: str, tile: int, piece: Piece, groups: int) -> Float16[Array, "rows groups"]:
         at = self._within(self.cut.positions(self.block, tile), self.stored.tokens)
         group = piece.group + jnp.minimum(jnp.arange(groups), piece.groups - 1)
-        return getattr(self.refs, part)[group[None, :], at[:, None]]
+        inside = self._inside(self.cut.positions(self.block, tile))
+        return _load(getattr(self.refs, part), (group[None, :], at[:, None]), inside)
 
     def _spread(self, part: str, tile: int, piece: Piece) -> Float16[Array, "rows width"]:
         """Scales or zero points of every value."""
@@ -198,8 +249,9 @@ class SubTiles:
             row = spans * (span // group) + key
         else:
             key, row = tile, quotient(spans * span + tile * run + within, group)
+        inside = self._inside(row * group, group)
         row = self._within(row, self.stored.tokens // group)
-        load = lambda: getattr(self.refs, part)[row[:, None], piece.channels()[None, :]]  # noqa: E731
+        load = lambda: _load(getattr(self.refs, part), (row[:, None], piece.channels()[None, :]), inside)  # noqa: E731
         return self._once((part, key, piece), load)
 
     def _words(self, tile: int, piece: Piece) -> list[UInt8[Array, "rows width"]]:
@@ -224,8 +276,16 @@ class SubTiles:
             + remainder(jnp.arange(self.cut.rows), self.cut.run)
         )
         row = self._within(row, stored.tokens * width // 8)
-        load = lambda: self.refs.planes[plane][row[:, None], piece.channels()[None, :]]  # noqa: E731
+        inside = self._inside(self.cut.positions(self.block, tile)) if stored.exact else None  # codes are never NaN
+        load = lambda: _load(self.refs.planes[plane], (row[:, None], piece.channels()[None, :]), inside)  # noqa: E731
         return self._once((plane, first, piece), load)
+
+    def _inside(self, first: Int32[Array, "n"], count: int = 1) -> Bool[Array, "n"] | None:
+        """Which of the runs of `count` tokens from `first` on have a visible one; None where it does not matter."""
+        if self.visible is None:
+            return None
+        low, end = self.visible
+        return (first + count > low) & (first < end)
 
     def _within(self, index: Int32[Array, "n"], size: int) -> Int32[Array, "n"]:
         """Clips an index to `size` where the last block may reach past the buffer."""
@@ -235,6 +295,14 @@ class SubTiles:
         if key not in self._loaded:
             self._loaded[key] = load()
         return self._loaded[key]
+
+
+def _load(ref, at: tuple[Array, Array], inside: Bool[Array, "n"] | None) -> Array:
+    """Loads from a ref; zeros for the rows that are not `inside`."""
+    if inside is None:
+        return ref[at]
+    mask = jnp.broadcast_to(inside[:, None], jnp.broadcast_shapes(*(index.shape for index in at)))
+    return plgpu.load(ref.at[at], mask=mask, other=0.0)
 
 
 def heads_spec(array: Array) -> pl.BlockSpec:

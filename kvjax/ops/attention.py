@@ -7,14 +7,16 @@ B batch, T queries, H heads, K kv heads, Q = T*H/K query rows per kv head, N key
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from kvjax import mesh as meshes
 from kvjax.errors import KvjaxError
 from kvjax.mesh import RULES
 from kvjax.ops import store
@@ -32,6 +34,7 @@ BY_TOKEN = PartitionSpec("tokens")
 BY_HEAD = PartitionSpec("batch", None, "kv_heads")  # query heads lie where the kv head is that they read
 
 _DECODE_ROWS = 16  # query rows per kv head up to which folding scales costs less than applying them
+_LOWEST = -1e20  # the first maximum: far above MASKED, so that masked scores have exponentials of 0
 _TILE_ELEMENTS = 2**17  # elements of one tile of codes: 512 KiB of float32 stay in a core's cache
 
 
@@ -50,12 +53,14 @@ class Keys(NamedTuple):
       load: `load(i)` returns tile i as (keys, values, positions [B, n]); a position is -1 where there is no key.
       reach: `reach(first, last)` returns the tiles [lo, hi) that the chunk's queries with indices first to last see.
       width: channels of a value, where they differ from head_dim.
+      trusted: whether a value that is not finite may spoil the output of queries that do not see it.
     """
 
     tiles: int
     load: Callable[[Array | int], tuple[Tile, Tile, Array]]
     reach: Callable[[Array, Array], tuple[Array, Array]]
     width: int | None = None
+    trusted: bool = False
 
 
 class Span(NamedTuple):
@@ -241,18 +246,30 @@ def _attend_tiles(
     """`attend_packed` in XLA."""
     kv_heads, head_dim = keys.heads, q.shape[-1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
+
+    def attend(size: int, trusted: bool = False) -> Partial:
+        size = min(keys.tokens, store.capacity(size, keys.format, values.format))
+
+        def load(start):
+            k, v = (store.read_tile(a, start, size, dtype) for a in (keys, values))
+            if table is not None:
+                cos, sin = (jax.lax.dynamic_slice_in_dim(a, start, size) for a in table)
+                k = Tile(form.after_rope(k.dequantize(), (cos, sin)))
+            return k, v
+
+        tiles = span.tiles(keys.tokens, size, load)._replace(trusted=trusted)
+        return attend_keys(q, span.positions, kv_heads, tiles, span.window)
+
+    def in_tiles() -> Partial:
+        return attend(tile_size(keys.tokens, kv_heads * head_dim, q.shape[1]))
+
     exact = keys.format.bits == values.format.bits == store.EXACT
-    size = keys.tokens if exact and q.shape[1] == 1 else tile_size(keys.tokens, kv_heads * head_dim, q.shape[1])
-    size = min(keys.tokens, store.capacity(size, keys.format, values.format))
-
-    def load(start):
-        k, v = (store.read_tile(a, start, size, dtype) for a in (keys, values))
-        if table is not None:
-            cos, sin = (jax.lax.dynamic_slice_in_dim(a, start, size) for a in table)
-            k = Tile(form.after_rope(k.dequantize(), (cos, sin)))
-        return k, v
-
-    return attend_keys(q, span.positions, kv_heads, span.tiles(keys.tokens, size, load), span.window)
+    if not exact or q.shape[1] > 1 or meshes.current() is not None:
+        return in_tiles()
+    # One query over exact keys needs no tiles: its scores are small, and slices would be copies, as would values
+    # without those that are not seen. So these are left out only where the output shows that they must be.
+    found = attend(keys.tokens, trusted=True)
+    return jax.lax.cond(jnp.isfinite(found.output).all(), lambda: found, in_tiles)
 
 
 def attend_exact(
@@ -352,8 +369,6 @@ def attend_streamed(
 def tile_size(tokens: int, channels: int, queries: int) -> int:
     """Returns the number of keys per tile.
 
-    One query over exact keys needs no tiles: its scores are small, and slicing would copy.
-
     Args:
       tokens: keys in all, the upper bound.
       channels: elements of one key over all kv heads.
@@ -413,7 +428,7 @@ def attend_keys(
         rows = q_tile.reshape(batch, tile, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
         rows = rows.reshape(batch, kv_heads, -1, head_dim)
         row_positions, row_edges = (jnp.tile(a, (1, heads // kv_heads)) for a in ends)
-        out, lse = _online_softmax(rows, row_positions, row_edges, keys, lo, hi, window)
+        out, lse = _online_softmax(rows, row_positions, row_edges, keys, lo, hi, window, tokens == 1)
         out = out.reshape(batch, heads, tile, -1).transpose(0, 2, 1, 3)
         return out, lse.reshape(batch, heads, tile).transpose(0, 2, 1)
 
@@ -437,7 +452,14 @@ def _online_softmax(
     lo,
     hi,
     window: int | None,
+    alone: bool,
 ) -> tuple[Float[Array, "B K Q D"], Float[Array, "B K Q"]]:
+    """Attention of rows of queries; `alone` where all rows of a sequence are one token's, and see the same.
+
+    0 times NaN is NaN. So values that no row may see are replaced by zeros; where rows see different tokens, values
+    that are not finite are, and the scores of those that see them are NaN.
+    """
+
     def step(i, state):
         m, l, acc = state
         k, v, positions = keys.load(i)
@@ -445,7 +467,13 @@ def _online_softmax(
         visible = (positions >= 0) & (positions < edges[:, :, None])
         if window is not None:
             visible &= positions > q_positions[:, :, None] - window
-        scores = jnp.where(visible[:, None], _scores(q, k), MASKED)
+        scores = _scores(q, k)
+        if not keys.trusted and alone:
+            v = _only(v, _by_number(v, visible[:, 0]))
+        elif not keys.trusted:
+            finite = _finite(v)
+            v, scores = _only(v, finite), jnp.where(_by_token(v, finite)[:, :, None], scores, jnp.nan)
+        scores = jnp.where(visible[:, None], scores, MASKED)
         new_m = jnp.maximum(m, scores.max(-1))
         p, shrink = jnp.exp(scores - new_m[..., None]), jnp.exp(m - new_m)
         acc = acc * shrink[..., None] + _weighted(p, v)
@@ -453,12 +481,12 @@ def _online_softmax(
 
     shape = q.shape[:3]
     acc = jnp.zeros((*shape, keys.width or q.shape[3]), q.dtype)
-    start = (jnp.full(shape, MASKED, q.dtype), jnp.zeros(shape, q.dtype), acc)
+    start = (jnp.full(shape, _LOWEST, q.dtype), jnp.zeros(shape, q.dtype), acc)
     # One tile needs no loop, and XLA would copy the whole history into a loop.
     m, l, acc = step(0, start) if keys.tiles == 1 else jax.lax.fori_loop(lo, hi, step, start)
-    # A row that saw no key has m = MASKED: its weight in a merge with any other part is zero.
-    l = jnp.maximum(l, jnp.finfo(q.dtype).tiny)
-    return acc / l[..., None], m + jnp.log(l)
+    # A row that saw no key has no weight in a merge with any other part.
+    nothing, l = l == 0, jnp.maximum(l, jnp.finfo(q.dtype).tiny)
+    return acc / l[..., None], jnp.where(nothing, MASKED, m + jnp.log(l))
 
 
 def _scores(q: Float[Array, "B K Q D"], k: Tile) -> Float[Array, "B K Q n"]:
@@ -479,6 +507,34 @@ def _few_scores(q: Float[Array, "B K Q D"], k: Float[Array, "B K n D"]) -> Float
     rows = q.shape[2]
     q = jnp.pad(q, ((0, 0), (0, 0), (0, -rows % 4), (0, 0)))
     return jnp.einsum("bknd,bkqd->bknq", k, q).swapaxes(2, 3)[:, :, :rows]
+
+
+def _finite(v: Tile) -> Bool[Array, "..."]:
+    """Which scales and zero points, or exact values, are finite."""
+    return jnp.isfinite(v.codes) if v.scale is None else jnp.isfinite(v.scale) & jnp.isfinite(v.zero)
+
+
+def _only(v: Tile, kept: Bool[Array, "..."]) -> Tile:
+    """The tile with zeros for scales and zero points, or exact values, that are not kept."""
+    if v.scale is None:
+        return dataclasses.replace(v, codes=jnp.where(kept, v.codes, 0))
+    return dataclasses.replace(v, scale=jnp.where(kept, v.scale, 0), zero=jnp.where(kept, v.zero, 0))
+
+
+def _by_number(v: Tile, tokens: Bool[Array, "B n"]) -> Bool[Array, "..."]:
+    """What is true of tokens, for every scale or exact value of a tile: of a group where it is true of a token."""
+    if v.scale is None:
+        return tokens[:, None, :, None]
+    if v.axis == -1:
+        return tokens[:, None, None]
+    return tokens.reshape(len(tokens), 1, -1, v.group).any(-1, keepdims=True)
+
+
+def _by_token(v: Tile, numbers: Bool[Array, "..."]) -> Bool[Array, "B K n"]:
+    """Whether it is true of all scales or exact values of a token."""
+    if v.scale is None:
+        return numbers.all(-1)
+    return numbers.all(2) if v.axis == -1 else jnp.repeat(numbers.all(-1), v.group, 2)
 
 
 def _weighted(p: Float[Array, "B K Q n"], v: Tile) -> Float[Array, "B K Q D"]:

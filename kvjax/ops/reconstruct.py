@@ -73,7 +73,8 @@ def _rebuild_tiles(acc, stored, basis, delta, stop):
         z = store.read_tile(stored, start, size, acc.dtype).dequantize()[:, 0]
         below = jax.lax.dynamic_slice_in_dim(acc, start, size, 1)
         here = (z if basis is None else z @ basis.T.astype(z.dtype)) + (below if delta else 0)
-        new = (start + jnp.arange(size) >= i * size)[:, None]
-        return jax.lax.dynamic_update_slice_in_dim(acc, jnp.where(new, here, below), start, 1)
+        index = start + jnp.arange(size)
+        new = (index >= i * size) & (index < stop[:, None])
+        return jax.lax.dynamic_update_slice_in_dim(acc, jnp.where(new[..., None], here, below), start, 1)
 
     return jax.lax.fori_loop(0, -(-stop.max() // size), step, acc)

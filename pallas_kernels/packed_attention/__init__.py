@@ -41,7 +41,8 @@ def packed_attention(
       keys: packed keys [B, K, S, D], after RoPE; may be exact (16 bits).
       values: packed values [B, K, S, V], of any width V; may be exact.
       start: position of the first query, per sequence.
-      stop: the position after the last stored one that is read, per sequence; at most S.
+      stop: the position after the last stored one that is read, per sequence; at most S. Under jit, where values are
+        not known before the launch, more counts as S.
       first: the first stored position that is read (after the sinks, for example).
       window: sliding window in tokens; None where there is none.
       scale: factor of the scores; D**-0.5 where None.
@@ -50,7 +51,9 @@ def packed_attention(
 
     Returns:
       The output and the log of the sum of exponentials of the scores. The latter serves to merge the output exactly
-      with attention over other keys. A query that sees no key has output 0 and log-sum-exp `layout.MASKED`.
+      with attention over other keys. A query that sees no key has output 0 and log-sum-exp `layout.MASKED`. What a
+      query does not see never reaches its output, NaN included. The same call gives the same bits every time; with
+      "mosaic_tpu", those of a sequence do not depend on the others either.
 
     Raises:
       ValueError: an argument whose shape, type or setting does not fit.
@@ -59,6 +62,7 @@ def packed_attention(
     check(q, keys, values, start, stop, first, window)
     kernel = layout.implementation_of(__name__, implementation, IMPLEMENTATIONS)
     kernel = functools.partial(kernel, first=first, window=window, interpret=interpret)
+    stop = layout.within(stop, keys.shape[2])
     return kernel(q, keys, values, start, stop, scale=q.shape[3] ** -0.5 if scale is None else scale)
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels.gpu_layout import SMALLEST, GpuTensor, power_of_two
+from pallas_kernels.gpu_layout import SMALLEST, GpuTensor, check_gpu, power_of_two
 from pallas_kernels.layout import Packed, by_kv_head
 from pallas_kernels.packed_attention import gpu
 
@@ -44,6 +44,8 @@ def packed_attention(
     if interpret:
         raise NotImplementedError("Pallas' interpreter does not run Triton's language")
     jax_triton, kernel = _modules()
+    if compute_capability is None:
+        check_gpu()
     settings = {"block": block, "splits": splits, "num_warps": num_warps, "num_stages": num_stages}
     chosen = defaults(q, keys, values) | {name: value for name, value in settings.items() if value is not None}
     plan, launch = gpu.plan_of(gpu.AttentionPlan, q, keys, values, first, window, scale, interpret, chosen)

@@ -75,6 +75,15 @@ def shared_tokens(stored, cut):
 
 
 @triton.jit
+def load_values(plane, stored: tl.constexpr, cut: tl.constexpr, first: tl.constexpr, head, block, low, end):
+    """Loads exact values [rows, D]; zeros for tokens outside [low, end)."""
+    x = load_bytes(plane, 0, stored, cut, first, head, block)
+    token = tl.arange(0, cut.rows)
+    at = (block * cut.repeats + token // cut.run) * cut.span + first + token % cut.run
+    return tl.where(((at >= low) & (at < end))[:, None], x, 0.0)
+
+
+@triton.jit
 def load_bytes(plane, index: tl.constexpr, stored: tl.constexpr, cut: tl.constexpr, first: tl.constexpr, head, block):
     """Loads [rows, D] of a plane: bytes, or the values themselves where they are exact."""
     token = tl.arange(0, cut.rows)
@@ -90,19 +99,21 @@ def load_bytes(plane, index: tl.constexpr, stored: tl.constexpr, cut: tl.constex
 
 
 @triton.jit
-def spread(scale, stored: tl.constexpr, cut: tl.constexpr, first: tl.constexpr, head, block):
-    """Loads the scale or zero point of every value, [rows, D]."""
+def spread(scale, stored: tl.constexpr, cut: tl.constexpr, first: tl.constexpr, head, block, low, end):
+    """Loads the scale or zero point of every value, [rows, D]; zeros for tokens outside [low, end)."""
     width: tl.constexpr = power_above(stored.channels)
     if stored.per == "token":
         token = tl.arange(0, cut.rows)
         at = (block * cut.repeats + token // cut.run) * cut.span + first + token % cut.run
         base = scale + head * (stored.groups * stored.tokens) + tl.minimum(at, stored.tokens - 1)
+        inside = (at >= low) & (at < end)
         if stored.groups == 1:
-            x = tl.broadcast_to(tl.load(base)[:, None], (cut.rows, width))
+            x = tl.broadcast_to(tl.load(base, mask=inside, other=0.0)[:, None], (cut.rows, width))
         else:
             groups: tl.constexpr = width // stored.group
             group = tl.minimum(tl.arange(0, groups), stored.groups - 1)
-            x = tl.load(base[:, None] + group[None, :] * stored.tokens)
+            mask = tl.broadcast_to(inside[:, None], (cut.rows, groups))
+            x = tl.load(base[:, None] + group[None, :] * stored.tokens, mask=mask, other=0.0)
             x = tl.broadcast_to(x[:, :, None], (cut.rows, groups, stored.group)).reshape(cut.rows, width)
     else:
         cell: tl.constexpr = shared_tokens(stored, cut)
@@ -111,9 +122,10 @@ def spread(scale, stored: tl.constexpr, cut: tl.constexpr, first: tl.constexpr, 
         at = (block * cut.repeats + token // cut.run) * cut.span + first + token % cut.run
         height: tl.constexpr = stored.tokens // stored.group
         row = tl.minimum(at // stored.group, height - 1)
+        inside = (row * stored.group + stored.group > low) & (row * stored.group < end)
         channel = tl.arange(0, width)
         at = scale + head * (height * stored.channels) + row[:, None] * stored.channels + channel[None, :]
-        x = tl.load(at, mask=(channel < stored.channels)[None, :], other=0.0)
+        x = tl.load(at, mask=inside[:, None] & (channel < stored.channels)[None, :], other=0.0)
         x = tl.broadcast_to(x[:, None, :], (cells, cell, width)).reshape(cut.rows, width)
     return x
 
@@ -149,11 +161,22 @@ def codes(p0, p1, stored: tl.constexpr, cut: tl.constexpr, first: tl.constexpr, 
 
 @triton.jit
 def dequantized(
-    p0, p1, scale, zero, stored: tl.constexpr, cut: tl.constexpr, first: tl.constexpr, head, block, P: tl.constexpr
+    p0,
+    p1,
+    scale,
+    zero,
+    stored: tl.constexpr,
+    cut: tl.constexpr,
+    first: tl.constexpr,
+    head,
+    block,
+    low,
+    end,
+    P: tl.constexpr,
 ):
-    """Computes codes * scale + zero in float16, or in float32 where queries are float32."""
-    s = spread(scale, stored, cut, first, head, block)
-    z = spread(zero, stored, cut, first, head, block)
+    """Computes codes * scale + zero in float16, or in float32 where queries are float32; 0 outside [low, end)."""
+    s = spread(scale, stored, cut, first, head, block, low, end)
+    z = spread(zero, stored, cut, first, head, block, low, end)
     if P.light and not P.interpret:
         asm: tl.constexpr = assembly(stored, first, True)
         names: tl.constexpr = operands(stored, True)
@@ -175,6 +198,21 @@ def product(a, b, P: tl.constexpr):
     if P.interpret:  # Triton's interpreter has no products of bfloat16
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def weighed(x, weights, p, P: tl.constexpr):
+    """Sums of values x [rows, D] times weights; a value of probability p 0 adds nothing to a column, NaN neither."""
+    if P.tokens > 1:  # columns see different tokens
+        wide = x.to(tl.float32)
+        finite = tl.abs(wide) < float("inf")  # false for NaN
+        ones = tl.where(finite, 0.0, 1.0).to(x.dtype)
+        lost = product(tl.trans(ones), tl.where(p != 0, 1.0, 0.0).to(x.dtype), P)
+        sums = product(tl.trans(tl.where(finite, wide, 0.0).to(x.dtype)), weights, P)
+        sums = tl.where(lost > 0, float("nan"), sums)
+    else:
+        sums = product(tl.trans(x), weights, P)
+    return sums
 
 
 @triton.jit
@@ -222,8 +260,9 @@ def attend_kernel(
     low = tl.full((), P.first, tl.int32)
     if P.window is not None:
         low = tl.maximum(low, first_query + 1 - P.window)
+    high = tl.minimum(edge, first_query + P.tokens)
     begin = low // cut.block
-    end = tl.cdiv(tl.minimum(edge, first_query + P.tokens), cut.block)
+    end = tl.cdiv(high, cut.block)
     each = tl.cdiv(tl.maximum(end - begin, 0), P.splits)
     begin += split * each
     highest = tl.full((P.columns,), LOWEST, tl.float32)
@@ -240,7 +279,7 @@ def attend_kernel(
             elif folds(keys):
                 x = codes(k0, k1, keys, cut, tile * cut.run, head, block, P)
             else:
-                x = dequantized(k0, k1, k_scale, k_zero, keys, cut, tile * cut.run, head, block, P)
+                x = dequantized(k0, k1, k_scale, k_zero, keys, cut, tile * cut.run, head, block, low, high, P)
             scores = product(x.to(question.dtype), question, P) * factor[None, :]
             if folds(keys):
                 scale = tl.load(k_scale + head * keys.tokens + inside).to(tl.float32)
@@ -262,17 +301,20 @@ def attend_kernel(
             if folds(values):
                 scale = tl.load(v_scale + head * values.tokens + inside).to(tl.float32)
                 zero = tl.load(v_zero + head * values.tokens + inside).to(tl.float32)
-                weights = (p * scale[:, None]).to(tl.bfloat16 if P.light else tl.float32)
-                zeros = zeros * fade[None, :] + p * zero[:, None]
+                some = p != 0  # 0 times NaN is NaN
+                scale, zero = tl.where(some, scale[:, None], 0.0), tl.where(some, zero[:, None], 0.0)
+                weights = (p * scale).to(tl.bfloat16 if P.light else tl.float32)
+                zeros = zeros * fade[None, :] + p * zero
                 zeros -= offset_of(values, P.light) * weights.to(tl.float32)
                 x = codes(v0, v1, values, cut, tile * cut.run, head, block, P)
+                answer += product(tl.trans(x), weights, P)
             elif values.exact:
-                x = load_bytes(v0, 0, values, cut, tile * cut.run, head, block)
-                weights = p.to(x.dtype)
+                x = load_values(v0, values, cut, tile * cut.run, head, block, low, high)
+                answer += weighed(x, p.to(x.dtype), p, P)
             else:
-                x = dequantized(v0, v1, v_scale, v_zero, values, cut, tile * cut.run, head, block, P)
+                x = dequantized(v0, v1, v_scale, v_zero, values, cut, tile * cut.run, head, block, low, high, P)
                 weights = (p * (LIFT if P.light else 1.0)).to(x.dtype)
-            answer += product(tl.trans(x), weights, P)
+                answer += weighed(x, weights, p, P)
     answer += tl.sum(zeros, 0)[None, :]
     whole = tl.sum(total, 0)
     lift: tl.constexpr = LIFT if P.light and not values.exact and not folds(values) else 1.0

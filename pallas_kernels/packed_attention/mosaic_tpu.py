@@ -62,7 +62,16 @@ def packed_attention(
         return pl.BlockSpec((None, hold, padded, columns), lambda b, k, i, bounds: (b, k, 0, 0))
 
     kernel = functools.partial(
-        _kernel, keys, values, ratio=ratio, first=first, window=window, scale=scale, block=block, chunk=chunk
+        _kernel,
+        keys,
+        values,
+        queries=queries,
+        ratio=ratio,
+        first=first,
+        window=window,
+        scale=scale,
+        block=block,
+        chunk=chunk,
     )
     output, lse = pl.pallas_call(
         kernel,
@@ -105,6 +114,7 @@ def _kernel(
     k_scales,
     v_scales,
     *,
+    queries: int,
     ratio: int,
     first: int,
     window: int | None,
@@ -137,7 +147,8 @@ def _kernel(
                 seen = common.seen(edges, base + at, chunk)
                 scores = jnp.where(seen, score(at, chunk) * scale, MASKED)
                 top, p, faded = common.soften(scores, seen, state[0])
-                added = weigh(values, p, seen, planes, scales, at, (low - base, high - base), q.dtype)
+                used = low - base, high - base
+                added = weigh(values, p, seen, planes, scales, at, used, q.dtype, several=queries > 1)
                 return top, state[1] * faded + p.sum(1, keepdims=True), state[2] * faded + added
 
             state = jax.lax.fori_loop(*chunks, body, (top_ref[h], sum_ref[h], acc_ref[h]))
@@ -213,6 +224,7 @@ def weigh(
     at: Int32[Array, ""],
     edges: tuple[Int32[Array, ""], Int32[Array, ""]],
     dtype,
+    several: bool,
 ) -> Float32[Array, "M D"]:
     """Computes p @ values for tokens of a block.
 
@@ -225,6 +237,7 @@ def weigh(
       at: the first token within the block.
       edges: the range of tokens that are used; those outside may be NaN.
       dtype: dtype of the product.
+      several: whether rows see different tokens.
 
     Returns:
       The weighted sums.
@@ -233,9 +246,9 @@ def weigh(
     tiles = common.read(values, planes, at, count, dtype)
     if values.bits == EXACT:
         token = at + jax.lax.broadcasted_iota(jnp.int32, tiles.shape, 0)
-        return common.dot(p.astype(dtype), jnp.where((token >= edges[0]) & (token < edges[1]), tiles, 0))
+        return common.weighed(p, jnp.where((token >= edges[0]) & (token < edges[1]), tiles, 0), several)
     if values.per == "channel":
-        return _weigh_channels(values, p, tiles, scales, at, edges)
+        return _weigh_channels(values, p, tiles, scales, at)
     scale, zero = (ref[:, pl.ds(at, count)] for ref in scales)
     groups = range(scale.shape[0])
     rows = jnp.concatenate([jnp.where(seen, p * scale[g : g + 1], 0.0) for g in groups]).astype(dtype)
@@ -245,7 +258,7 @@ def weigh(
     return functools.reduce(lambda a, g: jnp.where(own[g], raw[g] + shift[g], a), groups[1:], raw[0] + shift[0])
 
 
-def _weigh_channels(values: Packed, p, codes, scales, at, edges) -> Float32[Array, "M D"]:
+def _weigh_channels(values: Packed, p, codes, scales, at) -> Float32[Array, "M D"]:
     """Sum over groups of scale * (p . codes) + zero * sum(p); all groups within 128 tokens share one product."""
     shared, lane = _token_groups(values, p.shape[0])
     total = jnp.zeros((p.shape[0], codes.shape[1]), jnp.float32)
@@ -256,7 +269,7 @@ def _weigh_channels(values: Packed, p, codes, scales, at, edges) -> Float32[Arra
         raw = raw.reshape(shared, *p.shape[:1], -1)
         for u, part in enumerate(parts):
             group = common.quotient(at + tile, values.group) + u
-            used = (group * values.group < edges[1]) & ((group + 1) * values.group > edges[0])
-            scale, zero = (jnp.where(used, ref[pl.ds(group, 1), :], 0.0) for ref in scales)
-            total += raw[u] * scale + part.sum(1, keepdims=True) * zero
+            scale, zero = (ref[pl.ds(group, 1), :] for ref in scales)
+            whole = part.sum(1, keepdims=True)  # 0 for rows that see nothing of the group, which may be NaN
+            total += jnp.where(whole != 0.0, raw[u] * scale + whole * zero, 0.0)
     return total

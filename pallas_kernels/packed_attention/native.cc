@@ -2,8 +2,7 @@
 //
 // Tiles of tokens are unpacked into the cache of the core, used by all query rows of their kv head under an online
 // softmax, and forgotten: dequantised, or as codes where the CPU has a matrix unit for them (native_amx.h). Work is
-// split over (sequence, kv head, part of the tokens) and taken by whichever thread is free. Vectors are the compiler's
-// own, so that any CPU is served.
+// split over (sequence, kv head, part of the tokens) and taken by whichever thread is free.
 
 #include <algorithm>
 #include <atomic>
@@ -53,15 +52,7 @@ struct Codes {
   int mask;
 };
 
-inline Vec masked(const Codes& c, int64_t d) {
-  IntVec bits;
-#ifdef __AVX512F__  // what compilers make of the loop is three times slower
-  bits = (IntVec)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(c.bytes + d)));
-#else
-  for (int j = 0; j < kLanes; ++j) bits[j] = c.bytes[d + j];
-#endif
-  return __builtin_convertvector(bits & c.mask, Vec);
-}
+inline Vec masked(const Codes& c, int64_t d) { return __builtin_convertvector(bytes_at(c.bytes + d) & c.mask, Vec); }
 
 // to[d] = sum over planes of masked bytes * scale[plane] + zero, channels [from, until). Codes are never shifted:
 // scales make up for where they stand, exactly, since they differ by powers of two. kStep is 1 for scales and zero
@@ -167,7 +158,7 @@ void read_tile(const Tensor& t, int64_t head, int64_t start, int from, int until
   }
 }
 
-// Scores of kRows query rows with n keys, n a multiple of 16 / kRows; out has `stride` floats a row.
+// Scores of kRows query rows with n keys, n a multiple of kLanes / kRows; out has `stride` floats a row.
 template <int kRows>
 void scores(const float* q, const float* k, int n, int64_t padded, float* out, int stride) {
   constexpr int kKeys = kLanes / kRows;
@@ -206,15 +197,18 @@ void weigh(const float* p, int stride, const float* v, int from, int until, int6
 
 template <int kRows>
 void weigh_all(const float* p, int stride, const float* v, int from, int until, int64_t padded, float* out) {
+  constexpr int kVecs = kLanes / 4;  // of sums in registers: AVX2 has half as many registers
   int64_t d = 0;
-  for (; d + 4 * kLanes <= padded; d += 4 * kLanes) weigh<kRows, 4>(p, stride, v + d, from, until, padded, out + d);
+  for (; d + kVecs * kLanes <= padded; d += kVecs * kLanes)
+    weigh<kRows, kVecs>(p, stride, v + d, from, until, padded, out + d);
   for (; d < padded; d += kLanes) weigh<kRows, 1>(p, stride, v + d, from, until, padded, out + d);
 }
 
 // Scores [from, until) of a row become exponentials over the new maximum, 0 outside [lo, hi); `top` and `total` go on,
 // and what weighted sums so far shrink by is returned.
 float softmax(float* p, int from, int until, int lo, int hi, float& top, float& total) {
-  const IntVec lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  IntVec lanes;
+  for (int j = 0; j < kLanes; ++j) lanes[j] = j;
   Vec tops = splat(top), sum = {};
   for (int i = from / kLanes * kLanes; i < until; i += kLanes) {
     const Vec x = load(p + i);
@@ -247,6 +241,11 @@ struct Problem {
     const int64_t per = heads / kv_heads;
     return (b * queries + row / per) * heads + h * per + row % per;
   }
+};
+
+// Tokens of a tile that a query row sees.
+struct Seen {
+  int from, until;
 };
 
 // What one part of the tokens gives a head: unnormalised outputs, maxima and sums.
@@ -289,8 +288,8 @@ class Reader {
       ::scores<kRows>(q_ + r * dk_, tensor_.data(), tile_, dk_, s + r * tile_, tile_);
   }
 
-  // out += p v, of rows of dv.
-  void add(int64_t head, int64_t start, int from, int until, float* p, float* out) {
+  // out += p v, of rows of dv; row r sees the tokens [seen[r].from, seen[r].until) of [from, until).
+  void add(int64_t head, int64_t start, int from, int until, const Seen* seen, float* p, float* out) {
 #ifdef PALLAS_KERNELS_AMX
     if (values_) {
       values_->interleave(amx::Codes(v_, head, start, from, until, codes_), from, until);
@@ -301,11 +300,25 @@ class Reader {
 #endif
     float* const values = tensor_.data() + values_at_;
     read_tile(v_, head, start, from, until, tile_, dv_, values, scratch_.data());
-    for (int64_t r = 0; r < rows_; r += kRows)
-      weigh_all<kRows>(p + r * tile_, tile_, values, from, until, dv_, out + r * dv_);
+    for (int64_t r = 0; r < rows_; r += kRows) add_rows(seen + r, p + r * tile_, values, out + r * dv_);
   }
 
  private:
+  // A row never meets a value that it does not see, which may be NaN: tokens that all rows see are taken together, the
+  // others row by row.
+  void add_rows(const Seen* seen, const float* p, const float* values, float* out) {
+    Seen all = seen[0];
+    for (int r = 1; r < kRows; ++r)
+      all = {std::max(all.from, seen[r].from), std::min(all.until, seen[r].until)};
+    all.until = std::max(all.from, all.until);
+    weigh_all<kRows>(p, tile_, values, all.from, all.until, dv_, out);
+    for (int r = 0; r < kRows; ++r) {
+      const float* const own = p + r * tile_;
+      weigh_all<1>(own, tile_, values, seen[r].from, std::min(seen[r].until, all.from), dv_, out + r * dv_);
+      weigh_all<1>(own, tile_, values, std::max(seen[r].from, all.until), seen[r].until, dv_, out + r * dv_);
+    }
+  }
+
   const Tensor &k_, &v_;
   const float* q_;
   const int64_t rows_;
@@ -332,6 +345,7 @@ void attend(const Problem& pr, int64_t b, int64_t h, int64_t begin, int64_t end,
   const int64_t last = std::min<int64_t>(end, pr.stop[b]);
   if (begin >= last) return;
   std::vector<float> q(padded_rows * dk), s(padded_rows * tile);
+  std::vector<Seen> seen(padded_rows);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t d = 0; d < pr.keys.channels; ++d)
       q[r * dk + d] = pr.q[pr.at(b, h, r) * pr.keys.channels + d] * pr.scale;
@@ -348,14 +362,16 @@ void attend(const Problem& pr, int64_t b, int64_t h, int64_t begin, int64_t end,
     if (from >= until) continue;
     reader.scores(head, t0, from, until, s.data());
     for (int64_t row = 0; row < rows; ++row) {
-      const int lo = int(std::clamp<int64_t>(lower(row / per) - t0, from, until));
-      const int hi = int(std::clamp<int64_t>(upper(row / per) - t0, from, until));
-      const float shrink = softmax(&s[row * tile], from, until, lo, hi, part.top[row], part.total[row]);
+      seen[row] = {int(std::clamp<int64_t>(lower(row / per) - t0, from, until)),
+                   int(std::clamp<int64_t>(upper(row / per) - t0, from, until))};
+      const float shrink =
+          softmax(&s[row * tile], from, until, seen[row].from, seen[row].until, part.top[row], part.total[row]);
       if (shrink != 1.0f)
         for (int64_t d = 0; d < dv; ++d) part.out[row * dv + d] *= shrink;
     }
     std::fill(s.begin() + rows * tile, s.end(), 0.0f);
-    reader.add(head, t0, from, until, s.data(), part.out.data());
+    std::fill(seen.begin() + rows, seen.end(), seen[rows - 1]);
+    reader.add(head, t0, from, until, seen.data(), s.data(), part.out.data());
   }
 }
 
@@ -422,10 +438,10 @@ ffi::ErrorOr<Tensor> read_tensor(ffi::RemainingArgs& args, size_t& at, ffi::Span
     }
   }
   if (t.bits == 16) return t;
-  for (const _Float16** part : {&t.scale, &t.zero}) {
+  for (const uint16_t** part : {&t.scale, &t.zero}) {
     auto buffer = args.get<ffi::AnyBuffer>(at++);
     if (!buffer.has_value()) return ffi::Unexpected(buffer.error());
-    *part = static_cast<const _Float16*>(buffer->untyped_data());
+    *part = static_cast<const uint16_t*>(buffer->untyped_data());
   }
   return t;
 }

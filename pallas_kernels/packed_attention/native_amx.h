@@ -339,8 +339,9 @@ class Values {
     for (int r = 0; r < kRows; ++r) {
       for (int i = begin; i < end; i += kLanes) {
         const Vec x = ::load(p + r * tile_ + i);
-        total[r] += x * ::load(&zero_[i]);
-        ::store(&x_[i], x * ::load(&scale_[i]));
+        const IntVec some = x != 0.0f;  // what a row does not see may be NaN
+        total[r] += some ? x * ::load(&zero_[i]) : Vec{};
+        ::store(&x_[i], some ? x * ::load(&scale_[i]) : Vec{});
       }
       step[r] = largest(&x_[begin], end - begin) * kUnit;
       const float inverse = 1.0f / step[r];

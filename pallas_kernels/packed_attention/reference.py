@@ -30,9 +30,25 @@ def packed_attention(
     scores = jnp.where(seen[:, :, None, None], scores, MASKED)
     lse = jax.nn.logsumexp(scores, -1)
     p = jnp.where(seen[:, :, None, None], jnp.exp(scores - lse[..., None]), 0.0)
-    output = jnp.einsum("btkgs,bksd->btkgd", p, v, precision="highest")
+    output = weighted(p, v)
     lse = jnp.where(seen.any(-1)[:, :, None, None], lse, MASKED)
     return output.reshape(batch, tokens, heads, -1), lse.reshape(batch, tokens, heads)
+
+
+def weighted(p: Float[Array, "B T K G S"], v: Float[Array, "B K S D"]) -> Float[Array, "B T K G D"]:
+    """Sums of values times probabilities; where the probability is 0 a value adds nothing, even if it is NaN.
+
+    Args:
+      p: probabilities.
+      v: values.
+
+    Returns:
+      The sums; NaN where a value that is not finite has a probability.
+    """
+    finite = jnp.isfinite(v)
+    lost = jnp.einsum("btkgs,bksd->btkgd", (p != 0).astype(v.dtype), (~finite).astype(v.dtype)) > 0
+    sums = jnp.einsum("btkgs,bksd->btkgd", p, jnp.where(finite, v, 0.0), precision="highest")
+    return jnp.where(lost, jnp.nan, sums)
 
 
 def visible(

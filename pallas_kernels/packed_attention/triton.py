@@ -22,7 +22,7 @@ from pallas_kernels.gpu_layout import LIFT, LOG2_E, GpuTensor, quotient, remaind
 from pallas_kernels.layout import MASKED, Packed, by_kv_head
 from pallas_kernels.packed_attention import gpu
 from pallas_kernels.packed_attention.gpu import LOWEST
-from pallas_kernels.triton_common import Piece, SubTiles, dot, heads_spec, pieces, share, span
+from pallas_kernels.triton_common import Piece, SubTiles, check_launch, dot, heads_spec, pieces, share, span, weighed
 from pallas_kernels.tuning import attention_class, lookup
 
 MOST_FOLDED = 2  # groups of a token at most, for scales to multiply scores
@@ -80,6 +80,7 @@ def packed_attention(
     Where block, splits, num_warps or num_stages is None, the value measured for this device is taken, or that of
     `defaults`.
     """
+    check_launch(interpret, q, keys, values)
     settings = {"block": block, "splits": splits, "num_warps": num_warps, "num_stages": num_stages}
     given = {name: value for name, value in settings.items() if value is not None}
     if len(given) < len(settings):
@@ -147,7 +148,7 @@ def _kernel(
     def step(block, carry):
         highest, total, answers = carry
         k = SubTiles(keys, plan.keys, plan.cut, block, plan.interpret)
-        v = SubTiles(values, plan.values, plan.cut, block, plan.interpret)
+        v = SubTiles(values, plan.values, plan.cut, block, plan.interpret, visible)
         scores = [_masked(questions.scores(k, tile), k, tile, query, stop, plan) for tile in range(plan.cut.tiles)]
         new = jnp.maximum(highest, functools.reduce(jnp.maximum, scores).max(0))
         fade = jnp.exp2(highest - new)
@@ -241,7 +242,8 @@ def _weigh(answer, fade: Float32[Array, "columns"], p: list[Array], values: SubT
         dtype = plan.dtype if plan.values.exact else plan.made
         make = values.values if plan.values.exact else values.dequantized
         lift = LIFT if dtype == jnp.float16 else 1.0
-        parts = [dot(make(tile, piece, dtype), (lift * x).astype(dtype), 0, 0) for tile, x in enumerate(p)]
+        several = plan.tokens > 1
+        parts = [weighed(make(tile, piece, dtype), (lift * x).astype(dtype), 0, several) for tile, x in enumerate(p)]
         return answer * fade[None, :] + _sum(parts), zeros
     stacked = plan.stacked(piece)
     fade = _repeat(fade[None, :], stacked)
@@ -252,6 +254,7 @@ def _weigh(answer, fade: Float32[Array, "columns"], p: list[Array], values: SubT
             for part in ("scale", "zero")
         )
         x = _repeat(x, stacked)
+        scale, zero = (jnp.where(x != 0, a, 0.0) for a in (scale, zero))  # 0 times NaN is NaN
         weights = (x * scale).astype(plan.dtype)
         zeros += x * zero - values.offset(plan.dtype) * weights.astype(jnp.float32)
         answer += dot(values.codes(tile, piece, plan.dtype), weights, 0, 0)

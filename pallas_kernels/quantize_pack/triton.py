@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Float16, Float32, Int32, UInt8
 from pallas_kernels.gpu_layout import power_of_two
 from pallas_kernels.layout import PLANES
 from pallas_kernels.quantize_pack import least_squares
+from pallas_kernels.triton_common import check_launch
 
 MOST = 8192  # values of a program at most
 WIDE = 128  # channels of a program, unless a group is wider
@@ -66,6 +67,7 @@ def quantize_pack(
     blocks, heads, tokens, channels = x.shape
     if not power_of_two(tokens) or (per == "channel" and not power_of_two(group)):
         raise NotImplementedError(f"blocks of {tokens} tokens in groups of {group}; expected powers of two")
+    check_launch(interpret, x)
     plan = _plan(bits, per, group, tokens, channels, fit, interpret)
     groups = (channels // group, tokens) if per == "token" else (tokens // group, channels)
     spec = lambda *shape: pl.BlockSpec((None, None, *shape), lambda n, k, *_: (n, k, 0, 0))  # noqa: E731

@@ -47,7 +47,7 @@ def remat_attention(
         `keys`, rows are read only once.
       rebuild: the weights and tables that turn rows into keys.
       start: position of the first query, per sequence.
-      stop: the position after the last stored one that is read, per sequence; at most S.
+      stop: the position after the last stored one that is read, per sequence; at most S, as in `packed_attention`.
       first: the first stored position that is read.
       window: sliding window in tokens; None where there is none.
       scale: factor of the scores; D**-0.5 where None.
@@ -64,6 +64,7 @@ def remat_attention(
     check(q, keys, values, rebuild, start, stop, first, window)
     kernel = layout.implementation_of(__name__, implementation, IMPLEMENTATIONS)
     kernel = functools.partial(kernel, first=first, window=window, interpret=interpret)
+    stop = layout.within(stop, keys.shape[2])
     return kernel(q, keys, values, rebuild, start, stop, scale=q.shape[3] ** -0.5 if scale is None else scale)
 
 
@@ -105,7 +106,7 @@ def reconstruct(
         raise ValueError(f"until: {list(until.shape)}; expected [{batch}]")
     layout.check_bound("until", until, tokens)
     kernel = layout.implementation_of(__name__, implementation, IMPLEMENTATIONS, "reconstruct")
-    return kernel(below, delta, up, until, interpret=interpret)
+    return kernel(below, delta, up, layout.within(until, tokens), interpret=interpret)
 
 
 def check(q, keys: Packed, values: Packed, rebuild: Rebuild, start, stop, first: int, window: int | None) -> None:

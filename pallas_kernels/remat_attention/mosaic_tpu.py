@@ -82,6 +82,7 @@ def remat_attention(
             keys,
             values,
             own=own,
+            queries=queries,
             ratio=ratio,
             first=first,
             window=window,
@@ -153,6 +154,7 @@ def _kernel(
     row_refs,
     *,
     own: int,
+    queries: int,
     ratio: int,
     first: int,
     window: int | None,
@@ -205,7 +207,7 @@ def _kernel(
                     top, p, faded = common.soften(scores, seen, top_ref[h])
                     top_ref[h] = top
                     sum_ref[h] = sum_ref[h] * faded + p.sum(1, keepdims=True)
-                    acc_ref[h] = acc_ref[h] * faded + common.dot(p.astype(q_ref.dtype), row_refs[-1][...])
+                    acc_ref[h] = acc_ref[h] * faded + common.weighed(p, row_refs[-1][...], queries > 1)
 
             jax.lax.fori_loop(*common.chunks_of(base, low, high, block, chunk), body, None)
 

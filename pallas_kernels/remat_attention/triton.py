@@ -2,16 +2,18 @@
 
 There are two kernels, because registers do not hold both the keys and the weighted rows of wide rows. The first
 rebuilds the keys of a block of tokens for one kv head and writes masked scores [B, H, S] with the maximum and sum of
-each block. The second weights rows by the probabilities, for all query heads at once, in tiles of the row's width.
-Scores cost 8 bytes of memory traffic per query and token. Each kernel reads rows from memory once; the first reads
-them again from the L2 cache for every kv head. The two halves of a head are rebuilt separately, so that RoPE needs no
-shuffle.
+each block; scores of blocks that no query sees are neither computed nor written. The second weights rows by the
+probabilities, for all query heads at once, in tiles of the row's width. Scores cost 8 bytes of memory traffic per
+query and token. Each kernel reads rows from memory once; the first reads them again from the L2 cache for every kv
+head. The two halves of a head are rebuilt separately, so that RoPE needs no shuffle.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 from pallas_kernels.gpu_layout import LIFT, LOG2_E, PROGRAMS, Cut, GpuTensor, cut, quotient
 from pallas_kernels.layout import MASKED, Packed, by_kv_head, by_query
 from pallas_kernels.remat_attention.weights import Rebuild
-from pallas_kernels.triton_common import SubTiles, dot, piece_at, piece_width, share, span
+from pallas_kernels.triton_common import SubTiles, check_launch, dot, piece_at, piece_width, share, span, weighed
 
 MOST_ROWS = 16  # query rows of a kv head at most
 MOST_COLUMNS = 64  # query rows of one program of the second kernel at most
@@ -80,6 +82,7 @@ def remat_attention(
     interpret: bool = False,
 ) -> tuple[Float32[Array, "B T H s"], Float32[Array, "B T H"]]:
     """See `pallas_kernels.remat_attention`."""
+    check_launch(interpret, q, keys, values)
     batch, tokens, heads, head_dim = q.shape
     kv_heads, groups, width = rebuild.kv_heads(head_dim), keys.shape[1], values.shape[3]
     ratio = heads // kv_heads
@@ -101,7 +104,7 @@ def remat_attention(
     scores, highest, total = _score(by_kv_head(q, kv_heads), keys, rebuild, start, stop, plan)
     peak = highest.max(2, keepdims=True)
     total = (total * jnp.exp2(highest - peak)).sum(2)
-    seen = total > 0
+    seen = total != 0  # NaN counts as seen
     lse = jnp.where(seen, peak[:, :, 0] + jnp.log2(jnp.where(seen, total, 1.0)), 0.0)  # in base 2
     scores = scores.reshape(batch, groups, -1, k.tokens)
     output = _weigh_rows(scores, lse.reshape(batch, groups, -1), values, start, stop, plan)
@@ -121,6 +124,7 @@ def reconstruct(
 
     There is one program per block of tokens and tile of M; it returns at once where all positions are past `until`.
     """
+    check_launch(interpret, below, delta)
     batch, _, channels = below.shape
     stored = GpuTensor.of(delta)
     own = _cut(stored, TOKENS)
@@ -212,14 +216,49 @@ def _score_kernel(
 ) -> None:
     *tables, scores_ref, highest_ref, total_ref = refs
     start, stop = start_ref[0], stop_ref[0]
-    head, block = pl.program_id(0), pl.program_id(1)
+    head, block, row = pl.program_id(0), pl.program_id(1), jnp.arange(plan.padded)
     low, end = span(start, stop, plan.tokens, plan.first, plan.window)
     live = (block * plan.key_cut.block < end) & ((block + 1) * plan.key_cut.block > low)
+
+    @pl.when(live)
+    def _():
+        rotation = cos_ref, sin_ref
+        scores = _block_scores(head, block, q_ref, start, stop, keys, up_ref, rotation, tables, bias, norm, plan)
+        for tile, each in enumerate(scores):
+            at = plan.key_cut.positions(block, tile)
+            to = scores_ref.at[row[None, :], at[:, None]]
+            plgpu.store(to, each, mask=(row < plan.rows)[None, :] & (at < plan.keys.tokens)[:, None])
+        highest = functools.reduce(jnp.maximum, scores).max(0)
+        p = [jnp.where(s == MASKED, 0.0, jnp.exp2(s - highest[None, :])) for s in scores]
+        plgpu.store(highest_ref.at[row], highest, mask=row < plan.rows)
+        plgpu.store(total_ref.at[row], functools.reduce(jnp.add, p).sum(0), mask=row < plan.rows)
+
+    @pl.when(jnp.logical_not(live))  # scores that nobody reads are not written
+    def _():
+        plgpu.store(highest_ref.at[row], jnp.full(row.shape, MASKED, jnp.float32), mask=row < plan.rows)
+        plgpu.store(total_ref.at[row], jnp.zeros(row.shape, jnp.float32), mask=row < plan.rows)
+
+
+def _block_scores(
+    head: Array,
+    block: Array,
+    q_ref,
+    start: Array,
+    stop: Array,
+    keys: Packed,
+    up_ref,
+    rotation,
+    tables: Sequence[Any],
+    bias: bool,
+    norm: bool,
+    plan: RematPlan,
+) -> list[Float32[Array, "rows padded"]]:
+    """Rebuilds the keys of a head and block; returns the masked scores of each sub-tile."""
     half = plan.head_dim // 2
     channel = jnp.arange(1 << (half - 1).bit_length())
     inside = channel < half
     halves = [channel, half + channel]
-    made = _product(keys, plan.keys, plan.key_cut, block, up_ref, halves, inside, live, plan.dtype, plan.interpret)
+    made = _product(keys, plan.keys, plan.key_cut, block, up_ref, halves, inside, plan.dtype, plan.interpret)
     row = jnp.arange(plan.padded)
     query = start + quotient(row, plan.ratio)
     clipped = jnp.minimum(row, plan.rows - 1)
@@ -235,20 +274,14 @@ def _score_kernel(
             lo, hi = (x * size * _row(tables[-1].at[c], inside) for x, c in ((lo, halves[0]), (hi, halves[1])))
         angle = (jnp.minimum(at, plan.keys.tokens - 1)[:, None], channel[None, :])
         known = jnp.broadcast_to(inside[None, :], lo.shape)
-        cos, sin = (plgpu.load(a.at[angle], mask=known, other=0.0).astype(jnp.float32) for a in (cos_ref, sin_ref))
+        cos, sin = (plgpu.load(a.at[angle], mask=known, other=0.0).astype(jnp.float32) for a in rotation)
         turned = (lo * cos - hi * sin).astype(plan.dtype), (hi * cos + lo * sin).astype(plan.dtype)
         raw = sum(dot(x, question, 1, 1) for x, question in zip(turned, q, strict=True)) * (plan.scale * LOG2_E)
         seen = (at[:, None] < jnp.minimum(query + 1, stop)[None, :]) & (at >= plan.first)[:, None]
         if plan.window is not None:
             seen &= at[:, None] > (query - plan.window)[None, :]
         scores.append(jnp.where(seen, raw, MASKED))
-        to = scores_ref.at[row[None, :], at[:, None]]
-        plgpu.store(to, scores[-1], mask=(row < plan.rows)[None, :] & (at < plan.keys.tokens)[:, None])
-    highest = functools.reduce(jnp.maximum, scores).max(0)
-    p = [jnp.where(s == MASKED, 0.0, jnp.exp2(s - highest[None, :])) for s in scores]
-    total = functools.reduce(jnp.add, p).sum(0)
-    plgpu.store(highest_ref.at[row], highest, mask=row < plan.rows)
-    plgpu.store(total_ref.at[row], total, mask=row < plan.rows)
+    return scores
 
 
 def _weigh_rows(
@@ -308,13 +341,15 @@ def _weigh_kernel(
     lift = LIFT if dtype == jnp.float16 else 1.0
 
     def step(block, answer):
-        stream = SubTiles(values, plan.values, plan.value_cut, block, plan.interpret)
+        stream = SubTiles(values, plan.values, plan.value_cut, block, plan.interpret, visible)
         for tile in range(plan.value_cut.tiles):
             at = plan.value_cut.positions(block, tile)
-            mask = (row < rows)[:, None] & (at < plan.values.tokens)[None, :]
+            known = (at >= visible[0]) & (at < visible[1])  # no other scores were written
+            mask = (row < rows)[:, None] & known[None, :]
             scores = plgpu.load(scores_ref.at[row[:, None], at[None, :]], mask=mask, other=MASKED)
             p = (lift * jnp.exp2(scores - lse[:, None])).astype(dtype)
-            answer += dot((stream.values if exact else stream.dequantized)(tile, piece, dtype), p, 0, 1)
+            x = (stream.values if exact else stream.dequantized)(tile, piece, dtype)
+            answer += weighed(x, p, 1, plan.tokens > 1)
         return answer
 
     answer = jnp.zeros((plan.width, plan.columns), jnp.float32)
@@ -337,15 +372,18 @@ def _reconstruct_kernel(
 ) -> None:
     block, until = pl.program_id(1), until_ref[0]
     column = pl.program_id(0) * WIDE + jnp.arange(WIDE)
-    inside = column < channels
-    dtype = jnp.dtype(jnp.float32 if up_ref.dtype == jnp.float32 else jnp.bfloat16)
-    made = _product(delta, stored, own, block, up_ref, [column], inside, block * own.block < until, dtype, interpret)
-    for tile, [step] in enumerate(made):
-        at = own.positions(block, tile)
-        mask = (at < until)[:, None] & inside[None, :]
-        place = (at[:, None], column[None, :])
-        old = plgpu.load(below_ref.at[place], mask=mask, other=0.0).astype(jnp.float32)
-        plgpu.store(out_ref.at[place], (old + step).astype(out_ref.dtype), mask=mask)
+
+    @pl.when(block * own.block < until)
+    def _():
+        inside = column < channels
+        dtype = jnp.dtype(jnp.float32 if up_ref.dtype == jnp.float32 else jnp.bfloat16)
+        made = _product(delta, stored, own, block, up_ref, [column], inside, dtype, interpret)
+        for tile, [step] in enumerate(made):
+            at = own.positions(block, tile)
+            mask = (at < until)[:, None] & inside[None, :]
+            place = (at[:, None], column[None, :])
+            old = plgpu.load(below_ref.at[place], mask=mask, other=0.0).astype(jnp.float32)
+            plgpu.store(out_ref.at[place], (old + step).astype(out_ref.dtype), mask=mask)
 
 
 def _product(
@@ -356,11 +394,10 @@ def _product(
     up_ref,
     columns: list[Int32[Array, "c"]],
     inside: Bool[Array, "c"],
-    live: Bool[Array, ""],
     dtype: jnp.dtype,
     interpret: bool,
 ) -> list[list[Float32[Array, "rows c"]]]:
-    """Rows of each sub-tile times some columns of a matrix; where not `live`, zeros without any read."""
+    """Rows of each sub-tile times some columns of a matrix."""
     width = piece_width(stored, DEPTH)
 
     def step(index, sums):
@@ -381,7 +418,7 @@ def _product(
         return new
 
     zeros = [[jnp.zeros((own.rows, c.shape[0]), jnp.float32) for c in columns] for _ in range(own.tiles)]
-    return jax.lax.fori_loop(0, live.astype(jnp.int32) * (stored.channels // width), step, zeros)
+    return jax.lax.fori_loop(0, stored.channels // width, step, zeros)
 
 
 def _row(ref, inside: Bool[Array, "c"]) -> Float32[Array, "1 c"]:

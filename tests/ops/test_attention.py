@@ -1,5 +1,6 @@
 """Blockwise attention equals float64 softmax attention over the dequantised keys and values."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvjax.models.config import RopeConfig
 from kvjax.models.rope import make_rope
-from kvjax.ops import attention, store
+from kvjax.ops import attention, dispatch, store
 from kvjax.ops.attention import Span
 from kvjax.ops.store import Format
 
@@ -368,3 +369,67 @@ def test_attend_streamed_in_bfloat16():
     for b in range(B):
         wanted = streamed_reference(q[b], (k[b], v[b], positions[b]), (own_k[b], own_v[b]), 32, None)
         np.testing.assert_allclose(np.asarray(output[b], np.float64), wanted, rtol=2**-8, atol=1e-5)
+
+
+UNSEEN = {  # formats, queries, start of the queries, stop, first, window
+    "token": ("token", 1, [700, 93], [701, 94], 40, 90),
+    "kivi": ("kivi", 1, [700, 97], [672, 96], 32, 320),
+    "odd": ("odd", 3, [700, 93], [703, 96], 4, 90),
+    "exact": ("exact", 1, [700, 93], [701, 94], 40, 90),
+    "exact-many": ("exact", 40, [660, 53], [700, 93], 40, 90),
+    "token-many": ("token", 40, [660, 53], [700, 93], 40, 90),
+}
+
+
+def spoilt(packed, bad, number):
+    """The history with a number for scales, zero points or exact values of tokens that are bad, [B, S]."""
+    if packed.scale is None:
+        return dataclasses.replace(packed, planes=(jnp.where(bad[:, None, :, None], number, packed.planes[0]),))
+    if packed.format.per == "token":
+        where = bad[:, None, None]
+    else:
+        where = bad.reshape(B, 1, -1, packed.format.group).all(-1)[..., None]
+    scale, zero = (jnp.where(where, jnp.float16(number), a) for a in (packed.scale, packed.zero))
+    return dataclasses.replace(packed, scale=scale, zero=zero)
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_is_not_seen_never_reaches_an_output(name):
+    """NaN and infinities; nor does the NaN query of padding. A value that is not finite reaches those that see it."""
+    formats, tokens, start, stop, first, window = UNSEEN[name]
+    start, stop, at = np.array(start, np.int32), np.array(stop, np.int32), np.arange(S)
+    positions = start[:, None] + np.arange(tokens)
+    edges = positions[..., None]
+    seen = (at >= first) & (at <= edges) & (at < stop[:, None, None]) & (at > edges - window)  # [B, T, S]
+    bad = ~seen.any(1)
+    keys, values = history(formats)
+    q = random(3, B, tokens, 2 * K, D)
+    plain = dispatch.using(packed_attention="xla")
+    with plain:
+        wanted = attend_packed(q, positions, keys, values, first, stop, window)
+        found = attend_packed(
+            q, positions, spoilt(keys, bad, np.nan), spoilt(values, bad, np.inf), first, stop, window
+        )
+        for a, b in zip(found, wanted, strict=True):
+            assert np.isfinite(b).all()
+            np.testing.assert_allclose(a, b, atol=1e-6)  # the same bits but where one query reads exact values
+        if tokens == 1:
+            return
+        q[1, -1] = np.nan
+        late = seen[:, -1] & ~seen[:, 0]
+        output, _ = attend_packed(q, positions, keys, spoilt(values, late, np.nan), first, stop, window)
+    np.testing.assert_allclose(output[:, 0], wanted.output[:, 0], atol=1e-6)
+    assert np.isnan(output[:, -1]).all()
+
+
+def test_what_exact_attention_does_not_see_never_reaches_an_output():
+    """Slots of a residual that are not used, and padding of the chunk."""
+    positions = jnp.asarray([[-1, 3, 4, 5, 6, -1], [-1, -1, -1, 0, 1, 2]])
+    k, v = random(1, B, 6, K, D), random(2, B, 6, K, D)
+    absent = (np.asarray(positions) < 0)[..., None, None]
+    for tokens in (1, 3):
+        q, at = random(3, B, tokens, K, D), positions[:, 3 : 3 + tokens]
+        wanted = attend_exact(q, at, k, v, positions, None)
+        found = attend_exact(q, at, np.where(absent, np.nan, k), np.where(absent, np.inf, v), positions, None)
+        for a, b in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(a, b)

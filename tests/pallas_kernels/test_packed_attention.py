@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import itertools
 import platform
@@ -107,32 +106,39 @@ def test_reference_reads_what_is_stored(bits: int, per: str) -> None:
     check(run("reference", case, case.tensors()), reference(case), 3e-6)
 
 
+WITHOUT = ("-mno-amx-int8", "-mno-avx512f")  # the matrix unit; AVX-512, which leaves AVX2
+
+
 @functools.cache
-def plain_native() -> str:
-    """The target of the C++ kernel as it is built for a CPU without a matrix unit."""
+def native_without(flag: str) -> str:
+    """The target of the C++ kernel as it is built for a CPU without some instructions."""
     with pytest.MonkeyPatch.context() as patch:
         if platform.machine() == "x86_64":
-            patch.setattr(native, "FLAGS", (*native.FLAGS, "-mno-amx-int8"))
-        library = ctypes.CDLL(str(native._build(SOURCE)))
+            patch.setattr(native, "FLAGS", (*native.FLAGS, flag))
+        library = native._load(SOURCE)
     handler = jax.ffi.pycapsule(library.pallas_kernels_packed_attention)
-    jax.ffi.register_ffi_target("plain_packed_attention", handler, platform="cpu")
-    return "plain_packed_attention"
+    jax.ffi.register_ffi_target(f"packed_attention{flag}", handler, platform="cpu")
+    return f"packed_attention{flag}"
+
+
+@pytest.fixture
+def target(flag: str, monkeypatch) -> None:
+    own = native_without(flag)
+    monkeypatch.setattr(native, "register", lambda source, symbol: own)
 
 
 @pytest.mark.skipif("native" not in KERNELS, reason="another device's")
+@pytest.mark.parametrize("flag", WITHOUT)
 @pytest.mark.parametrize("case", PAIRS[::3], ids=lambda case: f"k{case.key_bits}v{case.value_bits}")
-def test_native_without_a_matrix_unit(case: Case, monkeypatch) -> None:
-    target = plain_native()
-    monkeypatch.setattr(native, "register", lambda source, symbol: target)
+def test_native_on_lesser_cpus(case: Case, target) -> None:
     check(run("native", case, case.tensors()), reference(case), 3e-6)
 
 
 @pytest.mark.skipif("native" not in KERNELS, reason="another device's")
+@pytest.mark.parametrize("flag", WITHOUT)
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("pack", [24, 72])
-def test_native_tiles_of_any_size_without_a_matrix_unit(pack: int, rows: int, monkeypatch) -> None:
-    target = plain_native()
-    monkeypatch.setattr(native, "register", lambda source, symbol: target)
+def test_native_tiles_of_any_size_on_lesser_cpus(pack: int, rows: int, target) -> None:
     case = Case(4, 2, rows=rows, pack=pack, stops=(360, 71), tokens=360, window=100)
     check(run("native", case, case.tensors()), reference(case), 3e-6)
 

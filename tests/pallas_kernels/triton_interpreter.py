@@ -9,13 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from test_packed_attention import LENGTHS, PAIRS, Case, check, reference
+from test_unseen import CASES, seen, spoil, tensors_of
 
 from pallas_kernels.packed_attention import gpu, jax_triton, jax_triton_kernel
 
 
 def attend(case: Case, dtype, spoil=lambda tensor: tensor, **settings: int):
-    q, keys, values, *lengths = case.tensors(dtype)
-    keys = spoil(keys)
+    q, keys, *rest = case.tensors(dtype)
+    return attend_to(case, q, spoil(keys), *rest, **settings)
+
+
+def attend_to(case: Case, q, keys, values, *lengths, **settings: int):
     chosen = jax_triton.defaults(q, keys, values) | settings
     scale = case.head_dim**-0.5
     plan, _ = gpu.plan_of(gpu.AttentionPlan, q, keys, values, case.first, case.window, scale, True, chosen)
@@ -33,6 +37,20 @@ def tensor(array) -> torch.Tensor:
     return torch.tensor(np.asarray(array))
 
 
+for name in CASES:
+    for queries in (1, 3):
+        case, *tensors = tensors_of(name, queries)
+        q, keys, values, start, stop = tensors
+        bad = ~np.any([seen(case, start, stop, query) for query in range(queries)], axis=0)
+        for spoilt in (np.nan, np.inf):
+            unseen = attend_to(case, q, spoil(keys, bad, spoilt), spoil(values, bad, spoilt), start, stop)
+            for a, b in zip(unseen, attend_to(case, *tensors), strict=True):
+                assert np.isfinite(b).all()
+                np.testing.assert_array_equal(a, b, err_msg=f"{name}, {queries} queries")
+    late = seen(case, start, stop, 2) & ~seen(case, start, stop, 0)
+    if values.per == "token":
+        late = attend_to(case, q, keys, spoil(values, late, np.nan), start, stop)[0]
+        assert np.isfinite(late[:, 0]).all() and np.isnan(late[:, 2]).all((1, 2)).all(), name
 for case in PAIRS:
     check(attend(case, jnp.float32), reference(case), 3e-6)
 for per in ("token", "channel"):
