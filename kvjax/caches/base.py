@@ -84,16 +84,11 @@ class ModelSizes:
 
     @property
     def kinds(self) -> dict[str, list[int]]:
-        """The layers of each kind that the model has, by the name that plans have for it."""
-        kinds: dict[str, list[int]] = {}
+        """The layers with a sliding window and those without, by the names that plans have for them."""
+        kinds: dict[str, list[int]] = {"sliding": [], "full": []}
         for layer in range(self.layers):
-            kinds.setdefault(kind_of(self.window(layer)), []).append(layer)
+            kinds["full" if self.window(layer) is None else "sliding"].append(layer)
         return kinds
-
-
-def kind_of(window: int | None) -> str:
-    """The name that plans have for layers with this sliding window."""
-    return "full" if window is None else "sliding"
 
 
 @dataclasses.dataclass(frozen=True)

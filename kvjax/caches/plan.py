@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Int
 
 from kvjax.caches import cross_layer, presets
-from kvjax.caches.base import REAL_DTYPE, CacheShape, CacheSpec, LayerCache, ModelShapes, ModelSizes, kind_of
+from kvjax.caches.base import REAL_DTYPE, CacheShape, CacheSpec, LayerCache, ModelShapes, ModelSizes
 from kvjax.caches.grammar import format_layers, join_layers, split_layers
 from kvjax.caches.registry import parse_spec
 from kvjax.checks import check_whole, show
@@ -50,7 +50,8 @@ class CachePlan:
             return cls._of_file(Path(match["path"]), match["mode"], match["fields"], model)
         if ":" not in text and ";" not in text:
             return cls.of((parse_spec(text),) * model.layers, model)
-        specs = {layer: parse_spec(method) for layer, method in split_layers(text, model.layers)}
+        segments = split_layers(text, model.layers, ModelSizes.of(model).kinds)
+        specs = {layer: parse_spec(method) for layer, method in segments}
         return cls._complete(specs, model, f"plan {text!r}")
 
     @classmethod
@@ -283,10 +284,13 @@ class CachePlan:
 
     def kind_nbytes(self, context: int, batch: int = 1, dtype: Any = REAL_DTYPE) -> dict[str, int]:
         """`nbytes` of each kind of layer that the model has, in the names of plans: sliding, full."""
-        shape, found = self.shape(batch, context, dtype), dict.fromkeys(self.model.kinds, 0)
-        for (spec, window), layers in self._layers().items():
-            found[kind_of(window)] += len(layers) * spec.nbytes(dataclasses.replace(shape, window=window))
-        return found
+        shape = self.shape(batch, context, dtype)
+
+        def of(kind: list[int]) -> int:
+            alike = ((*key, layers) for key, layers in self._layers().items() if layers[0] in kind)
+            return sum(len(at) * spec.nbytes(dataclasses.replace(shape, window=window)) for spec, window, at in alike)
+
+        return {name: of(layers) for name, layers in self.model.kinds.items() if layers}
 
     def _elements(self, context: int, batch: int) -> int:
         """Elements of K and V of all layers."""
