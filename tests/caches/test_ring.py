@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.caches.base import CacheShape, CacheSpec
+from kvjax.caches.base import CacheShape, CacheSpec, Chunk
 from kvjax.caches.registry import load_plugins, parse_spec
+from kvjax.ops.dispatch import OPS, using
 from kvjax.testing.layers import (
     BATCH,
     CONFIG,
@@ -103,3 +104,35 @@ def test_a_ring_is_read_like_all_tokens(text: str, read: str) -> None:
         whole, _ = outputs(spec, None, read, one_way)
     np.testing.assert_allclose(attended, whole, atol=1e-11)
     np.testing.assert_allclose(plain, whole, atol=1e-11)
+
+
+def decode_step(text: str, batch: int, **implementations: str) -> np.ndarray:
+    """The output of a decode step in float32, laps after the first token; of the first sequences of the batch."""
+
+    def at(start: np.ndarray, lengths: np.ndarray, width: int) -> Chunk:
+        chunk = make_chunk(layer(), bases, start, lengths, width, WINDOW, dtype=np.float32)
+        some = {name: getattr(chunk, name)[:batch] for name in ("h", "x", "q", "k", "v", "positions", "lengths")}
+        return dataclasses.replace(chunk, **some, rotation=tuple(a[:batch] for a in chunk.rotation))
+
+    spec: Any = parse_spec(text).resolve(CONFIG)
+    bases = spec.bases(layer().weights, layer().norm)
+    cache = spec.init(dataclasses.replace(shape_of(WINDOW), batch=batch, dtype=jnp.float32))
+    with using(**dict.fromkeys(OPS, "xla")):
+        cache = one_way(cache, at(0 * ENDS, ENDS, TOKENS))[1]
+    with using(interpret="native" not in implementations.values(), **implementations):
+        attend = quick_jit(lambda cache, chunk: cache.attend(chunk, ())[0])
+        return np.asarray(attend(cache, at(ENDS, 0 * ENDS + 1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("text", "batch", "op", "names"),
+    [
+        ("dense", 4, "packed_attention", ["native"]),
+        ("k4v2@token(sink=5)", 4, "packed_attention", ["native", "mosaic_tpu", "triton"]),
+        ("x4@head", 1, "remat_attention", ["mosaic_tpu"]),
+    ],
+)
+def test_kernels_read_rings(text: str, batch: int, op: str, names: list[str]) -> None:
+    plain = decode_step(text, batch, **dict.fromkeys(OPS, "xla"))
+    for name in names:
+        np.testing.assert_allclose(decode_step(text, batch, **{op: name}), plain, atol=1e-5, err_msg=name)
