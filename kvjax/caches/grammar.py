@@ -83,7 +83,7 @@ def _layer_numbers(text: str, layers: int, kinds: Mapping[str, list[int]]) -> li
             continue
         match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
         if not match or (match[2] and int(match[2]) < int(match[1])):
-            raise KvjaxError(f"layers {text!r}: expected numbers, ranges or kinds joined by +, as in 0-2+29")
+            raise KvjaxError(f"layers {text!r}: expected numbers and ranges joined by +, as in 0-2+29, or kinds")
         last = int(match[2] or match[1])
         if last >= layers:
             raise KvjaxError(f"{text!r} names layer {last}; the model has {layers} layers")
