@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax import mesh
+from kvjax.caches.base import ModelSizes
 from kvjax.caches.plan import CachePlan
 from kvjax.models import params
 from kvjax.models.zoo import RANDOM
@@ -21,6 +22,12 @@ DTYPE = jnp.bfloat16  # of parameters and of what caches keep exactly
 MANY = ("data=1", "data=2,tensor=4", "tensor=8", "data=2,tensor=8", "tensor=16")  # meshes for BATCH sequences
 ONE = ("data=1", "tensor=8", "seq=2,tensor=4", "seq=8")  # meshes for one sequence
 WHOLE = {"tensor=16": ("kv_heads",)}  # what a mesh does not divide
+WINDOWED = {  # shapes of models some of whose layers have a sliding window
+    "gpt-oss-20b": ModelSizes(24, 64, 8, 64, 2880, windows=(128, None) * 12),
+    "gemma-3-4b": ModelSizes(34, 8, 4, 256, 2560, windows=(((1024,) * 5 + (None,)) * 6)[:34]),
+}
+WINDOW_PLANS = ("dense", "k4v2@kivi", "sliding:dense;full:k4v2@kivi")
+WINDOWS_HEADER = ("cache", "sliding layers", "full layers", "all", "of every layer whole")
 AXES_HEADER = ("logical axis", "is divided by", "in parameters", "in caches")
 
 
@@ -44,6 +51,19 @@ def caches() -> list[list[str]]:
 def sequences() -> list[list[str]]:
     """Rows [cache of one sequence of the longest context, gigabytes of it that a device of each mesh holds]."""
     return [_cache(model, CONTEXTS[-1], plan, 1, ONE) for model, plan in itertools.product(MODELS, PLANS)]
+
+
+def windows() -> list[list[str]]:
+    """Rows [cache of one sequence, megabytes of its sliding and full layers, of all, over those without windows]."""
+    return [_windows(*each) for each in itertools.product(WINDOWED, CONTEXTS[::2], WINDOW_PLANS)]
+
+
+def _windows(model: str, tokens: int, name: str) -> list[str]:
+    plan = CachePlan.parse(name, WINDOWED[model])
+    whole = CachePlan.parse(str(plan), dataclasses.replace(plan.model, windows=()))
+    kinds, total = plan.kind_nbytes(tokens, 1, DTYPE), plan.nbytes(tokens, 1, DTYPE)
+    sizes = [f"{nbytes / 1e6:.1f}" for nbytes in (kinds["sliding"], kinds["full"], total)]
+    return [f"{model}, {tokens // 1024}K, `{name}`", *sizes, f"{total / whole.nbytes(tokens, 1, DTYPE):.3f}"]
 
 
 def axes() -> list[list[str]]:

@@ -532,6 +532,7 @@ TABLES: dict[str, Tables] = {
             None,
             lambda _: table(device_bytes.header("cache", device_bytes.ONE), device_bytes.sequences()),
         ),
+        "windows": (None, lambda _: table(device_bytes.WINDOWS_HEADER, device_bytes.windows())),
         "prefill-memory": ("prefill_memory.jsonl", prefill_memory),
         "loading": ("loading_memory.jsonl", loading),
         "compile-seconds": ("compile_seconds.jsonl", compile_seconds),

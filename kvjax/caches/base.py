@@ -55,22 +55,40 @@ class ModelShapes(LayerShapes, Protocol):
 
     @property
     def layers(self) -> int: ...
+    @property
+    def windows(self) -> tuple[int | None, ...]: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSizes:
-    """The sizes of a model that plans depend on; hashable."""
+    """The sizes of a model that plans depend on; hashable.
+
+    windows: the sliding window of each layer in tokens, None where a layer sees every token; () where all do.
+    """
 
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
     model_dim: int
+    windows: tuple[int | None, ...] = ()
 
     @classmethod
     def of(cls, model: ModelShapes) -> ModelSizes:
         """The sizes of a model config."""
-        return cls(model.layers, model.heads, model.kv_heads, model.head_dim, model.model_dim)
+        return cls(model.layers, model.heads, model.kv_heads, model.head_dim, model.model_dim, model.windows)
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of one layer, None where it sees every token."""
+        return self.windows[layer] if self.windows else None
+
+    @property
+    def kinds(self) -> dict[str, list[int]]:
+        """The layers with a sliding window and those without, by the names that plans have for them."""
+        kinds: dict[str, list[int]] = {"sliding": [], "full": []}
+        for layer in range(self.layers):
+            kinds["full" if self.window(layer) is None else "sliding"].append(layer)
+        return kinds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +96,8 @@ class CacheShape:
     """Sizes of one layer's cache.
 
     `max_len` in tokens per sequence; `dtype` of what is stored unquantised; `parts`: among how many devices a mesh
-    divides the tokens of a sequence.
+    divides the tokens of a sequence; `window`: how many tokens the layer's queries see, None where they see all. A
+    method may forget what they no longer see.
     """
 
     batch: int
@@ -89,6 +108,7 @@ class CacheShape:
     model_dim: int
     dtype: Any = jnp.float32
     parts: int = 1
+    window: int | None = None
 
     @classmethod
     def of(cls, config: LayerShapes, batch: int, max_len: int, dtype: Any, parts: int = 1) -> CacheShape:

@@ -2,6 +2,7 @@
 
     dense   k8v4   k4v2@token   k4v4@kivi(group=64,residual=128,sink=4)     one method for all layers
     0:k8v8;1-2+29:k4v4;3-28:k4v2@kivi                                       per layer; gaps and overlaps are errors
+    sliding:dense;full:k4v2                                                 by whether a layer has a sliding window
     path/plan.yaml   PRESET.yaml@token                                      a file: ours, or one of KVTuner's presets
     kvtuner:llama-3.1-8b-instruct-3.25   kvtuner:qwen2.5-7b-instruct-4.00@kivi   a plan that KVTuner ships
 
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 from kvjax.errors import KvjaxError
 
+NO_KINDS: Mapping[str, list[int]] = MappingProxyType({})
 _METHOD = re.compile(r"(?P<name>[\w.]+)(?:@(?P<mode>\w+))?(?:\((?P<fields>[^()]*)\))?")
 
 
@@ -47,30 +50,40 @@ def split_list(text: str, of: str = "caches") -> list[str]:
     return parts
 
 
-def split_layers(text: str, layers: int) -> Iterator[tuple[int, str]]:
+def split_layers(text: str, layers: int, kinds: Mapping[str, list[int]] = NO_KINDS) -> Iterator[tuple[int, str]]:
     """Each layer of `layers:method;...` with its method, in order of appearance.
 
+    Args:
+      text: segments joined by semicolons.
+      layers: layers of the model.
+      kinds: those of each kind, by name.
+
     Raises:
-      KvjaxError: a segment of another form, a layer named twice or beyond the model's.
+      KvjaxError: a segment of another form, a layer named twice or beyond the model's, a kind of which it has none.
     """
     seen: set[int] = set()
     for segment in text.split(";"):
         where, colon, method = segment.partition(":")
         if not colon:
             raise KvjaxError(f"plan segment {segment.strip()!r}: expected layers:method, as in 0-2:k8v4")
-        for layer in _layer_numbers(where, layers):
+        for layer in _layer_numbers(where, layers, kinds):
             if layer in seen:
                 raise KvjaxError(f"plan {text!r} names layer {layer} twice")
             seen.add(layer)
             yield layer, method
 
 
-def _layer_numbers(text: str, layers: int) -> list[int]:
+def _layer_numbers(text: str, layers: int, kinds: Mapping[str, list[int]]) -> list[int]:
     out: list[int] = []
     for part in text.split("+"):
+        if (kind := part.strip()) in kinds:
+            if not kinds[kind]:
+                raise KvjaxError(f"layers {text!r}: the model has no {kind} layers; expected numbers, as in 0-2+29")
+            out += kinds[kind]
+            continue
         match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
         if not match or (match[2] and int(match[2]) < int(match[1])):
-            raise KvjaxError(f"layers {text!r}: expected numbers and ranges joined by +, as in 0-2+29")
+            raise KvjaxError(f"layers {text!r}: expected numbers and ranges joined by +, as in 0-2+29, or kinds")
         last = int(match[2] or match[1])
         if last >= layers:
             raise KvjaxError(f"{text!r} names layer {last}; the model has {layers} layers")

@@ -22,11 +22,10 @@ from kvjax.caches.stored import (
     StoredSpec,
     Tensors,
     TensorSpec,
+    View,
     Width,
     fits_of,
     largest_divisor,
-    rope_table,
-    span,
 )
 from kvjax.errors import KvjaxError
 from kvjax.ops import attention
@@ -174,17 +173,17 @@ class KVCache(StoredCache):
     def append(self, chunk: Chunk, carry: Any) -> tuple[BlockStore, Any]:
         return self.store.append(self.new_tensors(chunk), chunk, Form.of(self.spec, chunk)), carry
 
-    def attend_packed(self, after: BlockStore, chunk: Chunk, carry: Any) -> attention.Partial:
-        form, q, (keys, values) = Form.of(self.spec, chunk), chunk.q, after.packed
-        table = rope_table(chunk, after.tokens) if form.keys.needs_positions else None
+    def attend_packed(self, view: View, chunk: Chunk, carry: Any) -> attention.Partial:
+        form, q, (keys, values) = Form.of(self.spec, chunk), chunk.q, view.packed
+        table = view.table(chunk) if form.keys.needs_positions else None
         if form.keys.turned and table is None:
             q = turn(q)  # (H q) (H k) = q k: kernels read keys as they are stored
-        part = attention.attend_packed(q, span(after, chunk), keys, values, table, form.keys)
+        part = attention.attend_packed(q, view.span(chunk), keys, values, table, form.keys)
         return part._replace(output=form.values(part.output))
 
     def read_packed(
-        self, source: BlockStore, chunk: Chunk, carry: Any
+        self, view: View, chunk: Chunk, carry: Any
     ) -> tuple[Float[Array, "B S K d"], Float[Array, "B S K d"]]:
-        form, (k, v) = Form.of(self.spec, chunk), super().read_packed(source, chunk, carry)
-        k = form.keys.load(k.swapaxes(1, 2), rope_table(chunk, source.tokens)).swapaxes(1, 2)
+        form, (k, v) = Form.of(self.spec, chunk), super().read_packed(view, chunk, carry)
+        k = form.keys.load(k.swapaxes(1, 2), view.table(chunk)).swapaxes(1, 2)
         return k, form.values(v)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from kvjax.caches.base import CacheShape, Chunk, LayerShapes
 from kvjax.caches.fields import derived
-from kvjax.caches.stored import BlockStore, StoredCache, StoredSpec, Tensors, largest_divisor, rope_table, span
+from kvjax.caches.stored import StoredCache, StoredSpec, Tensors, View, largest_divisor
 from kvjax.errors import KvjaxError
 from kvjax.ops import attention
 from kvjax.ops.remat import Latents, Remat, attend_latents
@@ -67,10 +67,10 @@ class LatentCache(StoredCache):
     def remat(self, chunk: Chunk) -> Remat:
         """What turns latents into keys and values."""
 
-    def attend_latents(self, after: BlockStore, chunk: Chunk, latents: Latents) -> attention.Partial:
+    def attend_latents(self, view: View, chunk: Chunk, latents: Latents) -> attention.Partial:
         """Attention over latents of packed tokens."""
-        table = rope_table(chunk, latents.tokens)
-        return attend_latents(chunk.q, span(after, chunk), latents, self.remat(chunk), table)
+        table = view.table(chunk, latents.tokens)
+        return attend_latents(chunk.q, view.span(chunk), latents, self.remat(chunk), table)
 
     def keys_and_values(self, latents: Tensors, chunk: Chunk) -> tuple[Array, Array]:
         """Keys before RoPE and values [B, N, K, d] of latents [B, N, G, W] of keys and of values."""

@@ -50,7 +50,8 @@ class CachePlan:
             return cls._of_file(Path(match["path"]), match["mode"], match["fields"], model)
         if ":" not in text and ";" not in text:
             return cls.of((parse_spec(text),) * model.layers, model)
-        specs = {layer: parse_spec(method) for layer, method in split_layers(text, model.layers)}
+        segments = split_layers(text, model.layers, ModelSizes.of(model).kinds)
+        specs = {layer: parse_spec(method) for layer, method in segments}
         return cls._complete(specs, model, f"plan {text!r}")
 
     @classmethod
@@ -153,12 +154,12 @@ class CachePlan:
 
     def init(self, shape: CacheShape) -> Cache:
         """An empty cache for every layer."""
-        layers = tuple(spec.init(shape) for spec in self.specs)
+        layers = tuple(spec.init(each) for spec, each in self._each(shape))
         return Cache(layers, jnp.zeros((shape.batch,), jnp.int32), self, shape)
 
     def init_carry(self, shape: CacheShape) -> Any:
         """What runs across the layers within one step, the same tree at every layer; () where nothing does."""
-        carries = cross_layer.init_carries(list(self._layers()), shape)
+        carries = cross_layer.init_carries(list(dict.fromkeys(self.specs)), shape)
         size = lambda carry: sum(leaf.size for leaf in jax.tree.leaves(carry))  # noqa: E731
         if shape.parts > 1 and len({*map(size, carries)}) > 1:
             raise KvjaxError(
@@ -172,7 +173,7 @@ class CachePlan:
 
     def logical_axes(self, shape: CacheShape) -> Any:
         """The tree of `init(shape).layers`, leaves PartitionSpecs of logical axis names."""
-        return tuple(spec.logical_axes(shape) for spec in self.specs)
+        return tuple(spec.logical_axes(each) for spec, each in self._each(shape))
 
     def shardings(self, shape: CacheShape, mesh: Mesh, replicate: tuple[str, ...] = ()) -> Any:
         """The tree of `init(shape).layers`, leaves NamedShardings; `replicate` names logical axes kept whole.
@@ -233,7 +234,7 @@ class CachePlan:
     def nbytes(self, context: int, batch: int = 1, dtype: Any = REAL_DTYPE) -> int:
         """Allocated bytes of all layers for `batch` sequences of `context` tokens, `dtype` what is unquantised."""
         shape = self.shape(batch, context, dtype)
-        return sum(len(layers) * spec.nbytes(shape) for spec, layers in self._layers().items())
+        return self._sum(shape, lambda spec, shape: spec.nbytes(shape))
 
     def part_nbytes(self, shape: CacheShape, mesh: Mesh | AbstractMesh, replicate: tuple[str, ...] = ()) -> int:
         """Allocated bytes of all layers that each device of a mesh holds; `replicate` names logical axes kept whole.
@@ -242,16 +243,16 @@ class CachePlan:
           KvjaxError: the mesh does not divide an axis.
         """
 
-        def of(spec: CacheSpec) -> int:
+        def of(spec: CacheSpec, shape: CacheShape) -> int:
             arrays = jax.eval_shape(lambda: spec.init(shape))
             return part_nbytes(mesh, spec.logical_axes(shape), arrays, replicate)
 
-        return sum(len(layers) * of(spec) for spec, layers in self._layers().items())
+        return self._sum(shape, of)
 
     def counted_bytes(self, context: int, batch: int = 1) -> float:
         """`nbytes`, with the claimed bytes of simulated layers."""
         shape = self.shape(batch, context, REAL_DTYPE)
-        return sum(len(layers) * spec.counted_bytes(shape) for spec, layers in self._layers().items())
+        return self._sum(shape, lambda spec, shape: spec.counted_bytes(shape))
 
     def compression(self, context: int, batch: int = 1) -> float:
         """How many times smaller than a 16-bit KV cache of `context` tokens it is."""
@@ -262,32 +263,59 @@ class CachePlan:
         return self._mean(lambda spec: spec.coded_tokens(length)) / max(length, 1)
 
     def table(self, context: int = TABLE_CONTEXT, batch: int = 1, dtype: Any = REAL_DTYPE) -> str:
-        """Method, bits and bytes of each run of layers, for `batch` sequences of `context` tokens."""
+        """Method, bits and bytes of each run of layers, for `batch` sequences of `context` tokens.
+
+        Where some layers have a sliding window and others have none, also the bytes of both kinds.
+        """
         shape = self.shape(batch, context, dtype)
         rows: list[tuple[str, ...]] = [("layers", "cache", "bits", "with scales", "bytes a layer")]
-        for spec, layers in self._layers().items():
-            figures = f"{spec.bits_nominal:.2f}", f"{spec.bits_asymptotic(self.model):.2f}", f"{spec.nbytes(shape):,}"
+        for (spec, window), layers in self._layers().items():
+            nbytes = spec.nbytes(dataclasses.replace(shape, window=window))
+            figures = f"{spec.bits_nominal:.2f}", f"{spec.bits_asymptotic(self.model):.2f}", f"{nbytes:,}"
             rows.append((format_layers(layers), str(spec), *figures))
+        kinds = [f"{kind} layers {nbytes:,}" for kind, nbytes in self.kind_nbytes(context, batch, dtype).items()]
+        each = f" ({', '.join(kinds)})" if len(kinds) > 1 else ""
         total = (
-            f"{batch} x {context} tokens: {self.nbytes(context, batch, dtype):,} bytes in {jnp.dtype(dtype)},"
+            f"{batch} x {context} tokens: {self.nbytes(context, batch, dtype):,} bytes in {jnp.dtype(dtype)}{each},"
             f" {self.bits_real(context, batch):.2f} real bits per element,"
             f" {format_ratio(self.compression(context, batch), 1)} than 16-bit keys and values"
         )
         return f"{align_columns(rows, left=2)}\n{total}"
 
+    def kind_nbytes(self, context: int, batch: int = 1, dtype: Any = REAL_DTYPE) -> dict[str, int]:
+        """`nbytes` of each kind of layer that the model has, in the names of plans: sliding, full."""
+        shape = self.shape(batch, context, dtype)
+
+        def of(kind: list[int]) -> int:
+            alike = ((*key, layers) for key, layers in self._layers().items() if layers[0] in kind)
+            return sum(len(at) * spec.nbytes(dataclasses.replace(shape, window=window)) for spec, window, at in alike)
+
+        return {name: of(layers) for name, layers in self.model.kinds.items() if layers}
+
     def _elements(self, context: int, batch: int) -> int:
         """Elements of K and V of all layers."""
         return batch * context * 2 * self.model.kv_heads * self.model.head_dim * self.model.layers
 
-    def _layers(self) -> dict[CacheSpec, list[int]]:
-        """The layers of each spec, in order of appearance."""
-        where: dict[CacheSpec, list[int]] = {}
+    def _layers(self) -> dict[tuple[CacheSpec, int | None], list[int]]:
+        """The layers of each spec and sliding window, in order of appearance."""
+        where: dict[tuple[CacheSpec, int | None], list[int]] = {}
         for i, spec in enumerate(self.specs):
-            where.setdefault(spec, []).append(i)
+            where.setdefault((spec, self.model.window(i)), []).append(i)
         return where
 
+    def _each(self, shape: CacheShape) -> list[tuple[CacheSpec, CacheShape]]:
+        """The spec of every layer, and the shape with the layer's sliding window."""
+        windows = map(self.model.window, range(len(self.specs)))
+        shapes = (dataclasses.replace(shape, window=window) for window in windows)
+        return list(zip(self.specs, shapes, strict=True))
+
+    def _sum(self, shape: CacheShape, figure: Callable[[CacheSpec, CacheShape], Any]) -> Any:
+        """A figure of all layers, computed once for those that are alike."""
+        alike = self._layers().items()
+        return sum(len(at) * figure(spec, dataclasses.replace(shape, window=window)) for (spec, window), at in alike)
+
     def _mean(self, figure: Callable[[CacheSpec], float]) -> float:
-        return sum(len(layers) * figure(spec) for spec, layers in self._layers().items()) / len(self.specs)
+        return sum(len(layers) * figure(spec) for (spec, _), layers in self._layers().items()) / len(self.specs)
 
 
 @struct.dataclass

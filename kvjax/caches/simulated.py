@@ -10,6 +10,7 @@ import abc
 import dataclasses
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec
@@ -56,7 +57,8 @@ class SimulatedSpec(StoredSpec):
 
     def counted_bytes(self, shape: CacheShape) -> float:
         exact = self.residual_length + self.sink
-        bits = shape.max_len * self.bits_asymptotic(shape) + exact * 8 * jnp.dtype(shape.dtype).itemsize
+        held = min(shape.max_len, jax.eval_shape(lambda: self.init(shape)).store.tokens)
+        bits = held * self.bits_asymptotic(shape) + exact * 8 * jnp.dtype(shape.dtype).itemsize
         return shape.batch * shape.elements_per_token * bits / 8
 
 

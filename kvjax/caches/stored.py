@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from kvjax.caches import fields
 from kvjax.caches.base import CacheShape, CacheSpec, Chunk, LayerCache, LayerShapes
 from kvjax.errors import KvjaxError
 from kvjax.ops import attention, store
+from kvjax.ops.key_form import Table
 from kvjax.ops.rotate import rotate_heads
 from kvjax.ops.shards import by_tokens, first_token
 from kvjax.quant.affine import BITS, Fit
@@ -54,33 +55,96 @@ class TensorSpec:
     axis: str | None = "kv_heads"
 
 
+class View(NamedTuple):
+    """Packed tokens that are read as if slot i held position `origin` + i.
+
+    Attributes:
+      packed: what holds them.
+      first: the first slot that is read.
+      stop: per sequence, the slot after the last that is read.
+      origin: per sequence; None where it is 0 and a mesh may divide the tokens.
+    """
+
+    packed: Packed
+    first: int
+    stop: Int[Array, "B"]
+    origin: Int[Array, "B"] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Allocated tokens S."""
+        return self.packed[0].tokens
+
+    def span(self, chunk: Chunk) -> attention.Span:
+        """Which of the tokens the chunk's queries see, positions counted from the origin."""
+        if self.origin is None:
+            return attention.Span(chunk.positions, self.first, self.stop, chunk.window)
+        here = chunk.positions - self.origin[:, None]
+        return attention.Span(here, self.first, self.stop, chunk.window, divided=False)
+
+    def table(self, chunk: Chunk, tokens: int | None = None) -> Table:
+        """cos and sin of every slot, the same in every layer of a kind, so built once; of `tokens` where given."""
+        slots = jnp.arange(self.tokens if tokens is None else tokens)
+        at = slots if self.origin is None else self.origin[:, None, None] + slots
+        return chunk.rope.table(at, chunk.q.dtype)
+
+    def positions(self, chunk: Chunk) -> Int[Array, "B S"]:
+        """The position that each slot is read for, -1 where it is not."""
+        slots = jnp.arange(self.tokens)
+        there = (slots >= self.first) & (slots < self.stop[:, None])
+        if self.origin is None:
+            return jnp.where(there, slots, -1)
+        at = self.origin[:, None] + slots
+        if chunk.window is not None:  # the rest may be overwritten
+            there &= at > chunk.positions[:, :1] - chunk.window
+        return jnp.where(there, at, -1)
+
+
+SLACK = 32  # tokens at least that a ring has room for beyond the window: streaming reads as many at once
+
+
 @struct.dataclass
 class BlockStore:
-    """Slot i of the residual holds position F + i, F the flushed tokens."""
+    """Slot i of the residual holds position F + i, F the flushed tokens.
 
-    packed: tuple[store.Stored, ...]
+    Where queries see a window, packed tokens may lie in a ring of S slots: position p in slot p mod S, those of one
+    run through all slots a lap. What a token overwrites is further back than any query sees.
+    """
+
+    packed: Packed
     residual: tuple[Float[Array, "B R G W"], ...]
     sinks: tuple[Float[Array, "B s G W"], ...]
     residual_length: int = struct.field(pytree_node=False)  # R
     sink: int = struct.field(pytree_node=False)
     axes: tuple[str | None, ...] = struct.field(pytree_node=False)  # of each tensor, the logical name of its heads
+    ring: bool = struct.field(pytree_node=False, default=False)
+    origin: Int[Array, "B"] | None = None  # the position of slot 0 where it is not 0 (and there is no ring)
 
     @classmethod
     def init(cls, shape: CacheShape, tensors: Sequence[TensorSpec], residual_length: int, sink: int) -> BlockStore:
-        """Empty."""
-        formats = (t.format for t in tensors)
-        tokens = store.capacity(shape.max_len, *formats, block=residual_length or 1, parts=shape.parts)
+        """Empty; a ring where that is smaller."""
+        formats = [t.format for t in tensors]
+
+        def room(tokens: int, parts: int = 1) -> int:
+            return store.capacity(tokens, *formats, block=residual_length or 1, parts=parts)
+
+        tokens, ring = room(shape.max_len, shape.parts), False
+        if shape.window is not None:
+            slots = room(max(shape.window + max(residual_length, SLACK), sink))
+            if slots < room(shape.max_len):
+                tokens, ring = slots, True
         packed = tuple(store.init(t.format, shape.batch, t.heads, tokens, t.width, shape.dtype) for t in tensors)
 
         def exact(tokens: int) -> tuple[Array, ...]:
             return tuple(jnp.zeros((shape.batch, tokens, t.heads, t.width), shape.dtype) for t in tensors)
 
         axes = tuple(t.axis for t in tensors)
-        return cls(packed, exact(residual_length), exact(sink), residual_length, sink, axes)
+        return cls(packed, exact(residual_length), exact(sink), residual_length, sink, axes, ring)
 
     def logical_axes(self) -> BlockStore:
         """The same tree with a PartitionSpec of logical names at every leaf."""
-        packed = tuple(store.logical_axes(*pair) for pair in zip(self.packed, self.axes, strict=True))
+        tokens = "tokens" if self.divided else None
+        packed = tuple(store.logical_axes(*pair, tokens) for pair in zip(self.packed, self.axes, strict=True))
         exact: Any = tuple(PartitionSpec("batch", None, axis) for axis in self.axes)
         return dataclasses.replace(self, packed=packed, residual=exact, sinks=exact)
 
@@ -88,6 +152,16 @@ class BlockStore:
     def tokens(self) -> int:
         """Allocated tokens S."""
         return self.packed[0].tokens
+
+    @property
+    def pack_size(self) -> int:
+        """Tokens that are packed together, of all tensors."""
+        return store.capacity(1, *(each.format for each in self.packed), block=self.residual_length or 1)
+
+    @property
+    def divided(self) -> bool:
+        """Whether a mesh may divide the packed tokens: not those of a ring, which are few."""
+        return not self.ring and self.origin is None
 
     def reads_stored(self, chunk: Chunk) -> bool:
         """Whether queries read their own chunk as it is stored (R = 0, or asked for)."""
@@ -100,11 +174,32 @@ class BlockStore:
             return before + chunk.lengths
         return before // self.residual_length * self.residual_length
 
-    def packed_positions(self, chunk: Chunk) -> Int[Array, "B S"]:
-        """Which position each allocated token is read for, -1 where it is not."""
-        index = jnp.arange(self.tokens)
-        there = (index >= self.sink) & (index < self.packed_stop(chunk)[:, None])
-        return jnp.where(there, index, -1)
+    def in_place(self, chunk: Chunk) -> bool:
+        """Whether the chunk's queries find all that they read in the store with the chunk in it."""
+        if not self.ring:
+            return True
+        assert chunk.window is not None
+        last_block = self.residual_length if chunk.read == "stored" else 0
+        return max(chunk.window, self.pack_size) + chunk.positions.shape[1] - 1 + last_block <= self.tokens
+
+    def views(self, chunk: Chunk) -> list[View]:
+        """What the chunk's queries read as packed, in views that share no token."""
+        stop, size = self.packed_stop(chunk), self.tokens
+        if self.divided:
+            return [View(self.packed, self.sink, stop)]
+
+        def view(origin: Int[Array, "B"], first: int, there: Bool[Array, "B"]) -> View:
+            held = jnp.clip(stop - origin, 0, size)
+            return View(self.packed, first, jnp.where(there, held, 0), origin)
+
+        lap = jnp.maximum(stop - 1, 0) // size
+        # Of a ring, the last lap and the one before it.
+        origins = [lap * size, (lap - 1) * size] if self.origin is None else [self.origin]
+        if not self.sink:
+            return [view(origin, 0, origin >= 0) for origin in origins]
+        # `first` is static in kernels, so what begins with the sinks takes a view of its own.
+        begins = (jnp.stack(origins) == 0).any(0)
+        return [view(origin, 0, origin > 0) for origin in origins] + [view(0 * stop, self.sink, begins)]
 
     def kept(self, after: BlockStore, chunk: Chunk) -> tuple[tuple[Array, ...], Int[Array, "B N"]]:
         """Sinks and residual that the chunk's queries read beside the packed tokens; positions are -1 where absent.
@@ -138,15 +233,36 @@ class BlockStore:
 
         def write(packed: Packed, new: Tensors, encode: Encode | None, positions: Array, lengths: Array) -> Packed:
             values = new if encode is None else encode(new, positions)
-            start = positions[:, 0] - first_token(packed[0].tokens)
-            return tuple(store.write_tokens(*pair, start, lengths) for pair in zip(packed, values, strict=True))
+            start = positions[:, 0] - self._first(packed)
+            pairs = zip(packed, values, strict=True)
+            return tuple(store.write_tokens(*pair, start, lengths, self.ring) for pair in pairs)
 
-        return after._written(write, new, encode, chunk.positions, chunk.lengths)
+        return after._written(write, *self._last(new, chunk, encode))
+
+    def _first(self, packed: Packed) -> Int[Array, "..."] | int:
+        """The position of the first slot of `packed`, the part that a device holds; of the first lap in a ring."""
+        if self.origin is not None:
+            return self.origin
+        return first_token(packed[0].tokens) if self.divided else 0
+
+    def _last(
+        self, new: Tensors, chunk: Chunk, encode: Encode | None
+    ) -> tuple[Tensors, Encode | None, Int[Array, "B N"], Int[Array, "B"]]:
+        """What is written of a chunk, its positions and lengths: in a ring, as much as fills every slot once."""
+        most = self.tokens - self.pack_size + 1
+        if not self.ring or chunk.positions.shape[1] <= most:
+            return new, encode, chunk.positions, chunk.lengths
+        begin = jnp.maximum(chunk.lengths - most, 0)
+        at = begin[:, None] + jnp.arange(most)
+        last = [jnp.take_along_axis(x, at[:, :, None, None], 1) for x in new]
+        return last, encode, chunk.positions[:, :1] + at, chunk.lengths - begin
 
     def _written(
         self, write: Callable[..., Packed], new: Tensors, encode: Encode | None, *by_sequence: Array
     ) -> BlockStore:
         """The store with `write(packed, new, encode, *by_sequence)` for what is packed: what each device holds."""
+        if not self.divided:
+            return dataclasses.replace(self, packed=write(self.packed, new, encode, *by_sequence))
         axes = self.logical_axes().packed, tuple(PartitionSpec("batch", None, axis) for axis in self.axes)
         more = None if encode is None else encode.logical_axes(), *(PartitionSpec("batch"),) * len(by_sequence)
         packed = by_tokens(write, (self.packed, tuple(new), encode, *by_sequence), (*axes, *more), axes[0])
@@ -170,18 +286,21 @@ class BlockStore:
         before = chunk.positions[:, 0]
         end = before + chunk.lengths
         partial = chunk.read == "stored"
+        stop = -(-end // r) if partial else end // r  # blocks below it are written
         blocks = -(-(r - 1 + tokens) // r) if partial else (r - 1 + tokens) // r
-        # `pending` is the residual followed by the chunk, per sequence: entry i has position before//r*r + i.
-        offset = jnp.arange((blocks + 1) * r)
-        source = jnp.where(offset < (before % r)[:, None], offset, r + offset - (before % r)[:, None])
-        source = jnp.minimum(source, r + tokens - 1)[:, :, None, None]
-        pending = [
-            jnp.take_along_axis(jnp.concatenate([old, x.astype(old.dtype)], 1), source, 1)
-            for old, x in zip(self.residual, new, strict=True)
-        ]
-        index = (before // r)[:, None] + jnp.arange(blocks)
-        write = index * r < end[:, None] if partial else (index + 1) * r <= end[:, None]
-        at = jnp.where(write, index, self.tokens // r)  # out of range: dropped
+        blocks = min(blocks, self.tokens // r) if self.ring else blocks
+        begin = jnp.maximum(before // r, stop - blocks)
+
+        def pending(block: Int[Array, "B"], count: int) -> list[Array]:
+            """Tokens from a block on: those of the residual, then the chunk's."""
+            offset = ((block - before // r) * r)[:, None] + jnp.arange(count)
+            source = jnp.where(offset < (before % r)[:, None], offset, r + offset - (before % r)[:, None])
+            source = jnp.minimum(source, r + tokens - 1)[:, :, None, None]
+            both = zip(self.residual, new, strict=True)
+            return [jnp.take_along_axis(jnp.concatenate([old, x.astype(old.dtype)], 1), source, 1) for old, x in both]
+
+        index = begin[:, None] + jnp.arange(blocks)
+        at = jnp.where(index < stop[:, None], index, -1)  # dropped
         positions = index[:, :, None] * r + jnp.arange(r)
         mask = (positions >= self.sink) & (positions < end[:, None, None])
 
@@ -189,19 +308,18 @@ class BlockStore:
             packed: Packed, new: Tensors, encode: Encode | None, at: Array, mask: Array, positions: Array
         ) -> Packed:
             values = new if encode is None else encode(new, positions.reshape(len(positions), -1))
-            here = at - first_token(packed[0].tokens) // r
+            here = at - jnp.reshape(self._first(packed), (-1, 1)) // r
+            here = jnp.where(at < 0, -1, here % (packed[0].tokens // r)) if self.ring else here
 
             def one(old: store.Stored, x: Array) -> store.Stored:
                 return store.write_blocks(old, x.reshape(x.shape[0], blocks, r, *x.shape[2:]), mask, here)
 
             return tuple(map(one, packed, values))
 
-        keep = ((end // r - before // r) * r)[:, None] + jnp.arange(r)
-        residual = tuple(jnp.take_along_axis(x, keep[:, :, None, None], 1) for x in pending)
-        after = dataclasses.replace(self, residual=residual)
+        after = dataclasses.replace(self, residual=tuple(pending(end // r, r)))
         if not blocks:
             return after
-        return after._written(flush, [x[:, : blocks * r] for x in pending], encode, at, mask, positions)
+        return after._written(flush, pending(begin, blocks * r), encode, at, mask, positions)
 
 
 Width = Literal[1, 2, 3, 4, 5, 6, 8, 16]  # bits of a code; 16 is unquantised
@@ -227,10 +345,13 @@ class StoredSpec(CacheSpec):
     sink: the first tokens that stay exact for ever.
 
     Subclasses give `tensors`, and a `cache_type` where keys after RoPE and values are not what is kept.
+    `forgets`: whether a layer with a sliding window keeps no more than its queries see.
     """
 
     residual: int | None = None
     sink: int = 0
+
+    forgets: ClassVar[bool] = True
 
     @property
     def cache_type(self) -> type[StoredCache]:
@@ -272,6 +393,7 @@ class StoredSpec(CacheSpec):
         return sum(t.format.bits_asymptotic * t.heads * t.width for t in self.tensors(shape)) / elements
 
     def init(self, shape: CacheShape) -> StoredCache:
+        shape = shape if self.forgets else dataclasses.replace(shape, window=None)
         return self.cache_type(BlockStore.init(shape, self.tensors(shape), self.residual_length, self.sink), self)
 
     def logical_axes(self, shape: CacheShape) -> Any:
@@ -315,25 +437,52 @@ class StoredCache(LayerCache):
     def attend(self, chunk: Chunk, carry: Any) -> tuple[Float[Array, "B T H d"], StoredCache, Any]:
         # Stored first: a flush touches no position that the chunk reads as packed, and XLA copies a store that is
         # read before it is written.
-        after, carry = self.append(chunk, carry)
-        parts = [self.attend_packed(after, chunk, carry)]
+        after, above = self.append(chunk, carry)
+        views = self._views(after, chunk, carry)
+        parts = [self.attend_packed(view, chunk, above) for view in views]
         if self.store.sink or not self.store.reads_stored(chunk):
             k, v, positions = self._exact_kv(after, chunk)
             own = not self.store.reads_stored(chunk)
             parts.append(attention.attend_exact(chunk.q, chunk.positions, k, v, positions, chunk.window, own))
         output = attention.merge(parts, chunk.learned_sinks).astype(chunk.q.dtype)
-        return output, dataclasses.replace(self, store=after), carry
+        return output, dataclasses.replace(self, store=after), above
 
     def materialize(self, chunk: Chunk, carry: Any):
-        after, carry = self.append(chunk, carry)
-        source = after if self.store.reads_stored(chunk) else self.store
-        k, v = self.read_packed(source, chunk, carry)
-        positions = source.packed_positions(chunk)
-        positions = jnp.pad(positions, ((0, 0), (0, k.shape[1] - positions.shape[1])), constant_values=-1)
-        packed = self._rotated(k, positions, chunk), v, positions
-        exact = self._exact_kv(after, chunk)
-        k, v, positions = (jnp.concatenate([a, b.astype(a.dtype)], 1) for a, b in zip(packed, exact, strict=True))
-        return k, v, positions, dataclasses.replace(self, store=after), carry
+        after, above = self.append(chunk, carry)
+        parts = []
+        for view in self._views(after if self.store.reads_stored(chunk) else self.store, chunk, carry):
+            k, v = self.read_packed(view, chunk, above)
+            positions = view.positions(chunk)
+            positions = jnp.pad(positions, ((0, 0), (0, k.shape[1] - positions.shape[1])), constant_values=-1)
+            parts.append((self._rotated(k, positions, chunk), v, positions))
+        parts.append(self._exact_kv(after, chunk))
+        dtypes = [a.dtype for a in parts[0]]
+        k, v, positions = (
+            jnp.concatenate([a.astype(dtype) for a in each], 1)
+            for dtype, each in zip(dtypes, zip(*parts, strict=True), strict=True)
+        )
+        return k, v, positions, dataclasses.replace(self, store=after), above
+
+    def _views(self, source: BlockStore, chunk: Chunk, carry: Any) -> list[View]:
+        """What the chunk's queries read as packed. `source` has it all, unless the chunk is too long for a ring."""
+        if self.store.in_place(chunk):
+            return source.views(chunk)
+        views = self.store.views(dataclasses.replace(chunk, lengths=jnp.zeros_like(chunk.lengths), read="exact"))
+        if self.store.reads_stored(chunk):
+            own, _ = dataclasses.replace(self, store=self._room_for(chunk)).append(chunk, carry)
+            views += own.views(chunk)
+        return views
+
+    def _room_for(self, chunk: Chunk) -> BlockStore:
+        """A store for the chunk's tokens alone, and those that wait to be packed with them."""
+        mine, before = self.store, chunk.positions[:, 0]
+        (batch, tokens, heads, head_dim), dtype = chunk.q.shape, mine.residual[0].dtype
+        block = mine.residual_length or 1
+        origin = jnp.where(before < mine.sink, 0, before // block * block)
+        most = tokens + max(block, mine.sink)
+        shape = CacheShape(batch, most, heads, chunk.k.shape[2], head_dim, chunk.h.shape[2], dtype)
+        empty = BlockStore.init(shape, self.spec.tensors(shape), mine.residual_length, mine.sink)
+        return dataclasses.replace(empty, residual=mine.residual, sinks=mine.sinks, origin=origin)
 
     # ---- what a method says
 
@@ -350,17 +499,17 @@ class StoredCache(LayerCache):
         """The store with the chunk in it, and the carry for the next layer."""
         return self.store.append(self.new_tensors(chunk), chunk), carry
 
-    def attend_packed(self, after: BlockStore, chunk: Chunk, carry: Any) -> attention.Partial:
-        """Attention over the packed tokens."""
-        table = None if self.keys_after_rope else rope_table(chunk, after.tokens)
-        keys, values = after.packed
-        return attention.attend_packed(chunk.q, span(after, chunk), keys, values, table)
+    def attend_packed(self, view: View, chunk: Chunk, carry: Any) -> attention.Partial:
+        """Attention over the packed tokens of a view."""
+        table = None if self.keys_after_rope else view.table(chunk)
+        keys, values = view.packed
+        return attention.attend_packed(chunk.q, view.span(chunk), keys, values, table)
 
     def read_packed(
-        self, source: BlockStore, chunk: Chunk, carry: Any
+        self, view: View, chunk: Chunk, carry: Any
     ) -> tuple[Float[Array, "B S K d"], Float[Array, "B S K d"]]:
-        """Keys and values of all allocated tokens, dequantised, in float32 or wider."""
-        tiles = (store.read_tile(packed, 0, source.tokens, read_dtype(chunk)) for packed in source.packed)
+        """Keys and values of all slots, dequantised, in float32 or wider."""
+        tiles = (store.read_tile(packed, 0, view.tokens, read_dtype(chunk)) for packed in view.packed)
         return self.rebuild_kv([tile.dequantize().swapaxes(1, 2) for tile in tiles], chunk)
 
     # ---- what is read exactly
@@ -379,16 +528,6 @@ class StoredCache(LayerCache):
 
     def _rotated(self, k: Float[Array, "B N K d"], positions: Int[Array, "B N"], chunk: Chunk) -> Array:
         return k if self.keys_after_rope else rotate_heads(k, chunk.rope.table(positions, chunk.q.dtype))
-
-
-def span(after: BlockStore, chunk: Chunk) -> attention.Span:
-    """Which packed tokens the chunk's queries see."""
-    return attention.Span(chunk.positions, after.sink, after.packed_stop(chunk), chunk.window)
-
-
-def rope_table(chunk: Chunk, tokens: int) -> tuple[Array, Array]:
-    """cos and sin of every allocated position: the same in every layer, so built once."""
-    return chunk.rope.table(jnp.arange(tokens), chunk.q.dtype)
 
 
 def read_dtype(chunk: Chunk):

@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from kvjax.caches.base import Chunk, KVWeights, LayerShapes
 from kvjax.caches.latents import LatentCache, LatentSpec, remat_of
-from kvjax.caches.stored import BlockStore, PairFit, Tensors, TensorSpec, Width, fits_of
+from kvjax.caches.stored import PairFit, Tensors, TensorSpec, View, Width, fits_of
 from kvjax.errors import KvjaxError
 from kvjax.ops import attention, store
 from kvjax.ops.remat import Latents, Remat
@@ -123,8 +123,8 @@ class XCache(LatentCache):
     def rebuild_kv(self, tensors: Tensors, chunk: Chunk) -> tuple[Array, Array]:
         return self.keys_and_values(self._latents(tensors), chunk)
 
-    def attend_packed(self, after: BlockStore, chunk: Chunk, carry: Any) -> attention.Partial:
-        return self.attend_latents(after, chunk, Latents(after.packed, self._latents if self.spec.outlier else None))
+    def attend_packed(self, view: View, chunk: Chunk, carry: Any) -> attention.Partial:
+        return self.attend_latents(view, chunk, Latents(view.packed, self._latents if self.spec.outlier else None))
 
     def _latents(self, tensors: Tensors) -> tuple[Array, Array]:
         """Latents of keys and of values; X serves both."""

@@ -21,7 +21,7 @@ from kvjax.caches.base import CacheShape, CacheSpec, Chunk, KVWeights, LayerShap
 from kvjax.caches.cross_layer import CrossLayerSpec
 from kvjax.caches.fields import derived
 from kvjax.caches.latents import LatentCache, LatentSpec, remat_of
-from kvjax.caches.stored import BlockStore, StoredSpec, Tensors, TensorSpec, Width, read_dtype
+from kvjax.caches.stored import BlockStore, StoredSpec, Tensors, TensorSpec, View, Width, read_dtype
 from kvjax.errors import KvjaxError
 from kvjax.ops import attention, store
 from kvjax.ops.reconstruct import reconstruct
@@ -73,6 +73,7 @@ class XCL(LatentSpec, CrossLayerSpec):
         "xcl3@latent(base=1)",
         "xclr2(group=16,base=0)",
     )
+    forgets: ClassVar[bool] = False  # layers above it may see more than its window
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -192,12 +193,12 @@ class XCLCache(LatentCache):
         x = z @ chunk.bases[0].T.astype(z.dtype) if chunk.bases else z
         return self.keys_and_values((self._normed(x, chunk),) * 2, chunk)
 
-    def attend_packed(self, after: BlockStore, chunk: Chunk, carry: Any) -> attention.Partial:
+    def attend_packed(self, view: View, chunk: Chunk, carry: Any) -> attention.Partial:
         normed = lambda tiles: (self._normed(tiles[0], chunk),) * 2  # noqa: E731
         latents = Latents((store.exact(carry["acc"][:, None]),), normed if self.spec.norm == "pre" else None)
-        return self.attend_latents(after, chunk, latents)
+        return self.attend_latents(view, chunk, latents)
 
-    def read_packed(self, source: BlockStore, chunk: Chunk, carry: Any) -> tuple[Array, Array]:
+    def read_packed(self, view: View, chunk: Chunk, carry: Any) -> tuple[Array, Array]:
         x = self._normed(carry["acc"], chunk).astype(read_dtype(chunk))[:, :, None]
         return self.keys_and_values((x, x), chunk)
 

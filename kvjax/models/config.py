@@ -169,6 +169,12 @@ class ModelConfig:
         """The sliding window of one layer, None where it sees every token."""
         return None if layer in self.full_layers else self.window
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """`layer_window` of every layer; () where no layer has one."""
+        each = tuple(map(self.layer_window, range(self.layers)))
+        return each if any(each) else ()
+
     def layer_rope(self, layer: int) -> RopeConfig:
         """The RoPE of one layer."""
         if layer in self.nope_layers:

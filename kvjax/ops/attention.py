@@ -21,7 +21,7 @@ from kvjax.errors import KvjaxError
 from kvjax.mesh import RULES
 from kvjax.ops import store
 from kvjax.ops.dispatch import dispatch
-from kvjax.ops.key_form import BEFORE_ROPE, KeyForm
+from kvjax.ops.key_form import BEFORE_ROPE, KeyForm, Table
 from kvjax.ops.shards import first_token, token_parts
 from kvjax.ops.store import Tile
 from pallas_kernels.layout import MASKED
@@ -30,7 +30,6 @@ from pallas_kernels.packed_attention import packed_attention
 QUERY_TILE = 256  # queries that share a pass over the keys
 
 BY_SEQUENCE = PartitionSpec("batch")
-BY_TOKEN = PartitionSpec("tokens")
 BY_HEAD = PartitionSpec("batch", None, "kv_heads")  # query heads lie where the kv head is that they read
 
 _DECODE_ROWS = 16  # query rows per kv head up to which folding scales costs less than applying them
@@ -74,12 +73,19 @@ class Span(NamedTuple):
       first: the first stored position that is read.
       stop: per sequence, the position after the last that is read.
       window: sliding window in tokens; None where there is none.
+      divided: whether the tokens are divided where a mesh divides tokens; otherwise every device holds all of them.
     """
 
     positions: Int[Array, "B T"]
     first: int
     stop: Int[Array, "B"]
     window: int | None
+    divided: bool = True
+
+    @property
+    def axis(self) -> str | None:
+        """The logical name of the axis of stored tokens."""
+        return "tokens" if self.divided else None
 
     @property
     def ends(self) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
@@ -158,7 +164,7 @@ def attend_held(span: Span, tokens: int, attend: Callable[[Span], Partial]) -> P
     Returns:
       The output and its log-sum-exp; on one device, what `attend` gives for the span.
     """
-    if token_parts() == 1:
+    if token_parts() == 1 or not span.divided:
         return attend(span)
     first = first_token(tokens)
     here = span._replace(positions=span.positions - first, stop=jnp.clip(span.stop - first, 0, tokens))
@@ -179,7 +185,7 @@ def attend_packed(
     span: Span,
     keys: store.Stored,
     values: store.Stored,
-    table: tuple[Float[Array, "S D"], Float[Array, "S D"]] | None = None,
+    table: Table | None = None,
     form: KeyForm = BEFORE_ROPE,
 ) -> Partial:
     """Attends to the stored keys of a span.
@@ -189,7 +195,8 @@ def attend_packed(
       span: which stored positions each query sees.
       keys: stored keys, of S tokens.
       values: stored values, of the same tokens.
-      table: cos and sin of every position, for keys whose form needs them; None for keys that are scored as stored.
+      table: cos and sin of every stored token, [S, D] or [B, 1, S, D], for keys whose form needs them; None for keys
+        that are scored as stored.
       form: how the keys are stored, where there is a table.
 
     Returns:
@@ -221,9 +228,15 @@ def attend_packed(
         attend = lambda span: _attend_tiles(q, span, keys, values, table, form)  # noqa: E731
         return attend_held(span.between(*ends), keys.tokens, attend)
 
-    stored = (store.logical_axes(each, "kv_heads") for each in (keys, values))
-    axes = (BY_HEAD, *stored, BY_TOKEN, form.logical_axes(), *(BY_SEQUENCE,) * 2)
+    stored = (store.logical_axes(each, "kv_heads", span.axis) for each in (keys, values))
+    axes = (BY_HEAD, *stored, table_axes(table, span), form.logical_axes(), *(BY_SEQUENCE,) * 2)
     return dispatch("packed_attention", kernel, xla, (q, keys, values, table, form, *span.ends), axes, BY_HEAD)
+
+
+def table_axes(table: Table | None, span: Span) -> PartitionSpec:
+    """The logical axes of a table of the span's tokens."""
+    shared = table is None or table[0].ndim == 2
+    return PartitionSpec(span.axis) if shared else PartitionSpec("batch", None, span.axis)
 
 
 def check_queries(q: Float[Array, "B T H D"], kv_heads: int) -> None:
@@ -240,7 +253,7 @@ def _attend_tiles(
     span: Span,
     keys: store.Stored,
     values: store.Stored,
-    table: tuple[Float[Array, "S D"], Float[Array, "S D"]] | None,
+    table: Table | None,
     form: KeyForm,
 ) -> Partial:
     """`attend_packed` in XLA."""
@@ -253,7 +266,7 @@ def _attend_tiles(
         def load(start):
             k, v = (store.read_tile(a, start, size, dtype) for a in (keys, values))
             if table is not None:
-                cos, sin = (jax.lax.dynamic_slice_in_dim(a, start, size) for a in table)
+                cos, sin = (jax.lax.dynamic_slice_in_dim(a, start, size, a.ndim - 2) for a in table)
                 k = Tile(form.after_rope(k.dequantize(), (cos, sin)))
             return k, v
 

@@ -26,23 +26,22 @@ from kvjax.ops import store
 from kvjax.ops.attention import (
     BY_HEAD,
     BY_SEQUENCE,
-    BY_TOKEN,
     Partial,
     Span,
     attend_held,
     attend_keys,
     check_queries,
     is_decode_shape,
+    table_axes,
     tile_size,
 )
 from kvjax.ops.dispatch import dispatch
+from kvjax.ops.key_form import Table
 from kvjax.ops.norm import normalize_heads
 from kvjax.ops.rotate import rotate
 from kvjax.ops.store import Tile
 from pallas_kernels.remat_attention import remat_attention
 from pallas_kernels.remat_attention.weights import Rebuild
-
-Table = tuple[Float[Array, "S D"], Float[Array, "S D"]]
 
 
 @struct.dataclass
@@ -162,7 +161,7 @@ def attend_latents(q: Float[Array, "B T H D"], span: Span, latents: Latents, rem
       span: which stored positions each query sees.
       latents: the stored latents.
       remat: the weights that turn them into keys and values.
-      table: cos and sin of every position.
+      table: cos and sin of every stored token, [S, D] or [B, 1, S, D].
 
     Returns:
       The output and its log-sum-exp.
@@ -177,9 +176,12 @@ def attend_latents(q: Float[Array, "B T H D"], span: Span, latents: Latents, rem
             raise NotImplementedError("latents that are changed after they are read; kernels read them as they are")
         if remat.key_norm is not None and remat.key_norm.ndim == 2:
             raise NotImplementedError("a norm over the keys of all heads; kernels normalise each head alone")
+        if table[0].ndim > 2 and len(q) > 1:
+            raise NotImplementedError("positions that differ by sequence; kernels have one table")
         packed = [store.for_kernels(each) for each in stores]
         up = remat.key.reshape(*remat.key.shape[:2], -1)
-        rebuild = Rebuild(up, *table, remat.key_bias, remat.key_norm, remat.eps)
+        cos, sin = (a.reshape(a.shape[-2:]) for a in table)
+        rebuild = Rebuild(up, cos, sin, remat.key_bias, remat.key_norm, remat.eps)
 
         def attend(span: Span) -> Partial:
             how: dict[str, Any] = {"implementation": name, "interpret": interpret, **span.settings}
@@ -192,8 +194,8 @@ def attend_latents(q: Float[Array, "B T H D"], span: Span, latents: Latents, rem
         attend = lambda span: _attend_rebuilt(q, span, held, remat, table, absorb)  # noqa: E731
         return attend_held(span.between(*ends), held.tokens, attend)
 
-    stored = tuple(store.logical_axes(each, remat.latents_axis) for each in latents.stores)
-    axes = BY_HEAD, stored, remat.logical_axes(), BY_TOKEN, *(BY_SEQUENCE,) * 2
+    stored = tuple(store.logical_axes(each, remat.latents_axis, span.axis) for each in latents.stores)
+    axes = BY_HEAD, stored, remat.logical_axes(), table_axes(table, span), *(BY_SEQUENCE,) * 2
     operands = q, latents.stores, remat, table, *span.ends
     part = dispatch("remat_attention", kernel, xla, operands, axes, BY_HEAD)
     return part._replace(output=remat.absorbed(part.output)) if absorb else part
@@ -210,7 +212,7 @@ def _attend_rebuilt(
 
     def load(start):
         of_keys, of_values = latents.read(start, size, dtype)
-        cos, sin = (jax.lax.dynamic_slice_in_dim(a, start, size) for a in table)
+        cos, sin = (jax.lax.dynamic_slice_in_dim(a, start, size, a.ndim - 2) for a in table)
         k = rotate(remat.keys(of_keys), cos, sin)
         return Tile(k), Tile(of_values if absorb else remat.values(of_values))
 

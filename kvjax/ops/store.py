@@ -258,17 +258,18 @@ def init(format: AnyFormat, batch: int, kv_heads: int, tokens: int, head_dim: in
     return PackedStore(planes, rows(*groups, jnp.float16), rows(*groups, jnp.float16), format)
 
 
-def logical_axes(packed: Stored, heads: str | None) -> Stored:
+def logical_axes(packed: Stored, heads: str | None, tokens: str | None = "tokens") -> Stored:
     """Names the axes of every array of a history.
 
     Args:
       packed: the history.
       heads: logical name of the axis of heads; None where it is not sharded.
+      tokens: likewise, of the axis of tokens.
 
     Returns:
       The same tree with a PartitionSpec of logical names at every leaf.
     """
-    rows, last = PartitionSpec("batch", heads, "tokens"), PartitionSpec("batch", heads, None, "tokens")
+    rows, last = PartitionSpec("batch", heads, tokens), PartitionSpec("batch", heads, None, tokens)
     if isinstance(packed, RowStore):
         return RowStore((rows,) * len(packed.kept), packed.format)  # type: ignore[arg-type]
     scale = None if packed.scale is None else last if packed.format.per == "token" else rows
@@ -278,7 +279,11 @@ def logical_axes(packed: Stored, heads: str | None) -> Stored:
 
 
 def write_tokens(
-    packed: Stored, x: Float[Array, "B T K D"], start: Int[Array, "B"], lengths: Int[Array, "B"]
+    packed: Stored,
+    x: Float[Array, "B T K D"],
+    start: Int[Array, "B"],
+    lengths: Int[Array, "B"],
+    ring: bool = False,
 ) -> Stored:
     """Stores tokens one by one: each is quantised alone.
 
@@ -287,6 +292,7 @@ def write_tokens(
       x: values of T tokens.
       start: per sequence, the position of the first token; the others follow. Those below 0 are dropped.
       lengths: per sequence, how many of the T tokens are stored.
+      ring: whether positions count modulo S; the tokens then lie in at most S / `pack_size` packing blocks.
 
     Returns:
       The history with the tokens stored.
@@ -294,6 +300,7 @@ def write_tokens(
     format, tokens = packed.format, x.shape[1]
     step = jnp.arange(tokens)
     at = start[:, None] + step
+    at = at % packed.tokens if ring else at
     at = jnp.where((step < lengths[:, None]) & (at >= 0), at, packed.tokens)  # out of range: dropped
     if isinstance(packed, RowStore):
         return packed.write(x, at)
@@ -311,6 +318,7 @@ def write_tokens(
     codes = jnp.take_along_axis(q.codes, jnp.clip(slot, 0, tokens - 1)[:, :, None, None], 1)
     codes = jnp.where(new[:, :, None, None], codes, 0)
     index = (start // format.pack_size)[:, None] + jnp.arange(count)
+    index = index % (packed.tokens // format.pack_size) if ring else index
     some = new.reshape(-1, count, format.pack_size).any(-1) & (index >= 0)
     index = jnp.where(some, index, packed.tokens // format.pack_size)
     full = jnp.broadcast_to(new[:, :, None, None] * jnp.uint8(2**format.bits - 1), (*new.shape, 1, 1))

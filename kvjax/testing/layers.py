@@ -126,7 +126,7 @@ def make_chunk(
 ) -> Chunk:
     """The chunk of `lengths` tokens from position `at` of each sequence; what pads it would be noticed."""
     positions = at[:, None] + np.arange(width)
-    rows = np.arange(BATCH)[:, None], np.minimum(positions, TOKENS - 1)
+    rows = np.arange(BATCH)[:, None], np.minimum(positions, layer.h.shape[1] - 1)
     pad = (np.arange(width) >= lengths[:, None])[..., None]
     h, q = np.where(pad, 77.0, layer.h[rows]), np.where(pad[..., None], 77.0, layer.q[rows])
     x = layer.unit_of(h) * layer.norm

@@ -20,12 +20,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvjax.caches.base import CacheSpec, Chunk
 from kvjax.caches.registry import load_plugins
-from kvjax.mesh import parse
-from kvjax.testing.contract import bases_of, plan_of
+from kvjax.mesh import Layout, parse
+from kvjax.testing.contract import WINDOW, bases_of, plan_of
 from kvjax.testing.layers import BATCH, CONFIG, SHAPE, attend, make_chunk, quick_jit, same_trees, stack
 
 WIDTH = 37
-MESHES = ("data=2,tensor=2", "seq=2,tensor=2")
+MESHES = (("data=2,tensor=2", None), ("seq=2,tensor=2", None), ("seq=2,tensor=2", WINDOW))  # and sliding windows
 FIRST, SECOND = np.array([37, 20, 0, 31]), np.array([36, 37, 33, 32])  # tokens of two chunks of ragged sequences
 AXES = {  # of what a chunk holds, whole on every device where not named
     **dict.fromkeys(("h", "x", "positions", "lengths", "rotation"), PartitionSpec("data")),
@@ -42,13 +42,23 @@ class Feeder:
       caches: one per layer.
     """
 
-    def __init__(self, text: str, mesh: Mesh) -> None:
+    def __init__(self, text: str, mesh: Mesh, window: int | None) -> None:
         self.text, self.mesh, self.plan = text, mesh, plan_of(text)
-        self.shape = dataclasses.replace(SHAPE, parts=mesh.shape["seq"])
-        self.layouts = self.plan.shardings(self.shape, mesh)
+        self.shape = dataclasses.replace(SHAPE, parts=mesh.shape["seq"], window=window)
+        self.layouts = [self._layout(spec) for spec in self.plan.specs]
         empty = (spec.init(self.shape) for spec in self.plan.specs)
         self.caches = [jax.device_put(cache, layout) for cache, layout in zip(empty, self.layouts, strict=True)]
         self.programs: dict[tuple[Any, ...], Any] = {}
+
+    def _layout(self, spec: CacheSpec) -> Any:
+        """Where the arrays of a layer's cache live."""
+        arrays = jax.eval_shape(lambda: spec.init(self.shape))
+        return Layout(self.mesh).shardings(spec.logical_axes(self.shape), arrays)
+
+    def chunk(self, i: int, at: np.ndarray, lengths: np.ndarray, width: int, read: str = "exact") -> Chunk:
+        """The chunk of layer `i`."""
+        window = self.shape.window
+        return make_chunk(stack()[i], bases_of(self.text)[i], at, lengths, width, window, read)
 
     def carry(self) -> Any:
         """What the first layer is given."""
@@ -90,15 +100,15 @@ class Feeder:
         return NamedSharding(self.mesh, PartitionSpec(*axes))
 
 
-def check(text: str, mesh: Mesh) -> None:
+def check(text: str, mesh: Mesh, window: int | None) -> None:
     """Raises AssertionError where the sharded caches or their outputs differ, or devices exchange what they hold."""
-    many = Feeder(text, mesh)
+    many = Feeder(text, mesh, window)
     plain = [spec.init(many.shape) for spec in many.plan.specs]
     at = np.zeros(BATCH, int)
     for lengths in (FIRST, SECOND):
         carry, carry_sharded = many.plan.init_carry(many.shape), many.carry()
-        for i, layer in enumerate(stack()[: len(plain)]):
-            chunk = make_chunk(layer, bases_of(text)[i], at, lengths, WIDTH)
+        for i in range(len(plain)):
+            chunk = many.chunk(i, at, lengths, WIDTH)
             output, plain[i], carry = attend(plain[i], chunk, carry)
             output_sharded, carry_sharded = many.feed(i, chunk, carry_sharded)
             np.testing.assert_allclose(output_sharded, output, atol=1e-11)
@@ -119,9 +129,7 @@ def check_exchanges(many: Feeder) -> None:
     top = len(many.plan.specs) - 1
     for width, read in ((1, "exact"), (WIDTH, "stored")):
         if read == "exact" or many.plan.specs[top].whole_windows:
-            chunk = make_chunk(
-                stack()[top], bases_of(many.text)[top], FIRST, np.minimum(width, SECOND), width, read=read
-            )
+            chunk = many.chunk(top, FIRST, np.minimum(width, SECOND), width, read)
             many.program(top, chunk, many.carry())
     for (spec, (_, width, *_), read), program in many.programs.items():
         if type(spec).logical_axes is not CacheSpec.logical_axes:
@@ -133,12 +141,12 @@ def main(plugins: str, *names: str) -> None:
     """Checks every name."""
     jax.config.update("jax_enable_x64", True)
     load_plugins(plugins)
-    meshes = [parse(mesh) for mesh in MESHES]
+    meshes = [(parse(mesh), window) for mesh, window in MESHES]
     assert BATCH % 2 == 0 and CONFIG.kv_heads % 2 == 0
     for text in names:
         try:
-            for mesh in meshes:
-                check(text, mesh)
+            for mesh, window in meshes:
+                check(text, mesh, window)
         except AssertionError as error:
             print(" ".join(str(error).split())[:500], text, sep="\t")
         else:
