@@ -18,6 +18,7 @@ from kvjax.caches.base import Chunk, LayerShapes
 from kvjax.caches.stored import (
     BlockStore,
     PairFit,
+    ScaleWidth,
     StoredCache,
     StoredSpec,
     Tensors,
@@ -47,6 +48,7 @@ class KV(StoredSpec):
     residual: 0 for `@token`, the token group for `@kivi` where None.
     rope: whether keys are stored after RoPE ("post") or before it ("pre").
     fit: how scales are chosen: mse is the least squared error, keys that of keys alone.
+    scale: bits of a scale, and of a zero point, 16 or 8.
     rotate: hadamard turns every head of keys and values by a Hadamard matrix before they are quantised.
     center: bias takes the biases of the projections out before they are quantised. A model without biases has none
       to take out, and those of keys stay where a norm follows them (qk-norm).
@@ -58,6 +60,7 @@ class KV(StoredSpec):
     group: int | None = None
     rope: Literal["pre", "post"] = "post"
     fit: PairFit = "minmax"
+    scale: ScaleWidth = 16
     rotate: Literal["none", "hadamard"] = "none"
     center: Literal["none", "bias"] = "none"
 
@@ -71,6 +74,8 @@ class KV(StoredSpec):
         "k4v2@token",
         "k3v5@token(group=8,residual=8,sink=3,fit=mse)",
         "kr4v4",
+        "k4v3@kivi(group=8,sink=3,scale=8)",
+        "k3v2@token(group=8,fit=mse,scale=8)",
         "k2v16@kivi(group=8,residual=16,sink=5,rope=pre)",
         "k4v3@kivi(sink=3,rotate=hadamard)",
         "k3v4@token(rope=pre,rotate=hadamard,center=bias)",
@@ -105,7 +110,8 @@ class KV(StoredSpec):
         channels = self.group or (head_dim if self.mode == "token" else largest_divisor(KIVI_GROUP, head_dim))
         keys = ("token", channels) if self.mode == "token" else ("channel", self.token_group)
         of_keys, of_values = fits_of(self.fit)
-        return self.format(self.key_bits, *keys, of_keys), self.format(self.value_bits, "token", channels, of_values)
+        of = self.format(self.key_bits, *keys, of_keys, self.scale)
+        return of, self.format(self.value_bits, "token", channels, of_values, self.scale)
 
     def tensors(self, shape: LayerShapes) -> list[TensorSpec]:
         return [TensorSpec(form, shape.kv_heads, shape.head_dim) for form in self._formats(shape.head_dim)]
