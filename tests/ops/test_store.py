@@ -344,7 +344,8 @@ def test_capacity(max_len, formats, tokens):
         codes = sum(leaf.size * leaf.dtype.itemsize for leaf in packed.planes)
         if format.bits < 16:
             assert 8 * codes == format.bits * tokens * 32
-            assert format.scale_bits * 2 * tokens * 32 / format.group == 8 * (packed.scale.nbytes + packed.zero.nbytes)
+            bits = 8 * (packed.scale.nbytes + packed.zero.nbytes)
+            assert bits == 2 * format.scale_bits * tokens * 32 / format.group
 
 
 @pytest.mark.parametrize(
