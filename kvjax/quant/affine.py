@@ -129,7 +129,7 @@ def _from_range(
     if counted is not None:
         empty = ~counted.any(axis, keepdims=True)
         low, high = jnp.where(empty, 0.0, low), jnp.where(empty, 0.0, high)
-    stored = storable(divide(high - low, levels), low, levels, scale_bits)
+    stored = storable(divide(high - low, levels), low, levels, scale_bits, covers=True)
     scale, zero = (a.astype(jnp.float16) for a in stored)
     finite = jnp.isfinite(scale) & jnp.isfinite(zero) & ~unknown
     if not isinstance(finite, jax.core.Tracer) and not bool(finite.all()):

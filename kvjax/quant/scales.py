@@ -2,9 +2,8 @@
 
 Both numbers of 8 bits are floats with 3 bits of mantissa, wrong by 1/16 at most. One is the scale s, a float16 that
 needs no sign. The other gives the zero point z by the middle of the range, m = z + s (2^b - 1) / 2, as a part of the
-range s 2^b: most middles lie near 0, where it is finest (1/512). s is made so large that no value between minimum
-and maximum lies further than s/2 from a code. Codes are taken after all this and make up for most of it
-(docs/decisions.md).
+range s 2^b: most middles lie near 0, where it is finest (1/512). Codes are taken after all this and make up for most
+of it (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def divide(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."
 
 
 def storable(
-    scale: Float[Array, "..."], zero: Float[Array, "..."], levels: Float[Array, ""], bits: int
+    scale: Float[Array, "..."], zero: Float[Array, "..."], levels: Float[Array, ""], bits: int, covers: bool = False
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """What is stored for a scale and a zero point.
 
@@ -38,15 +37,20 @@ def storable(
       zero: zero points, likewise.
       levels: the largest code, 2^b - 1.
       bits: of each of the two, 16 or 8.
+      covers: with 8 bits, makes scales so large that no value of the given range is further than half a step from a
+        code. Else they are the nearest.
 
     Returns:
-      Scales and zero points in float32, numbers that float16 holds; not finite where it does not hold them.
+      Scales and zero points in float32, numbers that float16 holds; not finite where it does not hold them. Given
+      these and not `covers`, it returns the same.
     """
     if bits == 8:
         middle = _middle(scale, zero, levels)
-        needed = divide(scale * levels, levels + 1) + divide(jnp.abs(middle), 8 * (levels + 1))
-        scale = _long(jnp.maximum(_short(scale), _short(needed, up=True))).astype(jnp.float32)
-        scale, zero = from_bytes(*_to_bytes(scale, middle, levels), levels)
+        kept = _short(scale)
+        if covers:
+            needed = divide(scale * levels, levels + 1) + divide(jnp.abs(middle), 8 * (levels + 1))
+            kept = jnp.maximum(kept, _short(needed, up=True))
+        scale, zero = from_bytes(*_to_bytes(_long(kept).astype(jnp.float32), middle, levels), levels)
     narrow = lambda a: a.astype(jnp.float16).astype(jnp.float32)  # noqa: E731
     return narrow(scale), narrow(zero)
 
