@@ -18,6 +18,7 @@ from kvjax.caches.base import Chunk, LayerShapes
 from kvjax.caches.stored import (
     BlockStore,
     PairFit,
+    ScaleWidth,
     StoredCache,
     StoredSpec,
     Tensors,
@@ -46,7 +47,9 @@ class KV(StoredSpec):
     residual: 0 for `@token`, the token group for `@kivi` where None.
     rope: whether keys are stored after RoPE ("post") or before it ("pre").
     fit: how scales are chosen: mse is the least squared error, keys that of keys alone.
-    rotate: hadamard turns every head of keys and values by a Hadamard matrix before they are quantised.
+    scale: bits of a scale, and of a zero point, 16 or 8.
+    rotate: hadamard turns every head of keys and values by a Hadamard matrix before they are quantised, values does
+      so with values alone.
     center: bias takes the biases of the projections out before they are quantised. A model without biases has none
       to take out, and those of keys stay where a norm follows them (qk-norm).
     """
@@ -57,7 +60,8 @@ class KV(StoredSpec):
     group: int | None = None
     rope: Literal["pre", "post"] = "post"
     fit: PairFit = "minmax"
-    rotate: Literal["none", "hadamard"] = "none"
+    scale: ScaleWidth = 16
+    rotate: Literal["none", "hadamard", "values"] = "none"
     center: Literal["none", "bias"] = "none"
 
     form: ClassVar[str] = "k{key_bits}v{value_bits}"
@@ -70,8 +74,11 @@ class KV(StoredSpec):
         "k4v2@token",
         "k3v5@token(group=8,residual=8,sink=3,fit=mse)",
         "kr4v4",
+        "k4v3@kivi(group=8,sink=3,scale=8)",
+        "k3v2@token(group=8,fit=mse,scale=8)",
         "k2v16@kivi(group=8,residual=16,sink=5,rope=pre)",
         "k4v3@kivi(sink=3,rotate=hadamard)",
+        "k3v2@kivi(group=8,sink=3,rotate=values,fit=mse)",
         "k3v4@token(rope=pre,rotate=hadamard,center=bias)",
     )
 
@@ -104,7 +111,8 @@ class KV(StoredSpec):
         channels = self.group or (head_dim if self.mode == "token" else largest_divisor(KIVI_GROUP, head_dim))
         keys = ("token", channels) if self.mode == "token" else ("channel", self.token_group)
         of_keys, of_values = fits_of(self.fit)
-        return self.format(self.key_bits, *keys, of_keys), self.format(self.value_bits, "token", channels, of_values)
+        of = self.format(self.key_bits, *keys, of_keys, self.scale)
+        return of, self.format(self.value_bits, "token", channels, of_values, self.scale)
 
     def tensors(self, shape: LayerShapes) -> list[TensorSpec]:
         return [TensorSpec(form, shape.kv_heads, shape.head_dim) for form in self._formats(shape.head_dim)]
@@ -122,22 +130,24 @@ class Form:
       keys: the form of keys.
       v_bias: c, the bias of values; None where it stays in.
       rope: gives the table of any positions.
+      turned: whether values are stored turned by H.
     """
 
     keys: KeyForm
     v_bias: Float[Array, "K d"] | None
     rope: Any
+    turned: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
     def of(cls, spec: KV, chunk: Chunk) -> Form:
         """That of a layer."""
-        turned = spec.rotate == "hadamard"
+        pre, *turned = spec.rope == "pre", spec.rotate == "hadamard", spec.rotate != "none"
         if spec.center == "none":
-            return cls(KeyForm(None, spec.rope == "pre", turned), None, chunk.rope)
+            return cls(KeyForm(None, pre, turned[0]), None, chunk.rope, turned[1])
         weights, heads = chunk.weights, chunk.k.shape[2:]
         k_bias, v_bias = (b if b is None else b.reshape(heads) for b in (weights.k_bias, weights.v_bias))
         k_bias = k_bias if weights.k_norm is None else None
-        return cls(KeyForm(k_bias, spec.rope == "pre", turned), v_bias, chunk.rope)
+        return cls(KeyForm(k_bias, pre, turned[0]), v_bias, chunk.rope, turned[1])
 
     def __call__(self, tensors: Tensors, positions: Int[Array, "B N"]) -> Tensors:
         """Keys and values as they are packed: values are H (v - c)."""
@@ -145,14 +155,15 @@ class Form:
         cos, sin = self.rope.table(positions[:, None], k.dtype)  # broadcast over heads
         k = self.keys.store(k.swapaxes(1, 2), (cos, sin)).swapaxes(1, 2)
         v = v if self.v_bias is None else v - self.v_bias
-        return k, turn(v) if self.keys.turned else v
+        return k, turn(v) if self.turned else v
 
     def logical_axes(self) -> Form:
-        return Form(self.keys.logical_axes(), PartitionSpec("kv_heads"), PartitionSpec())  # type: ignore[arg-type]
+        bias: Any = PartitionSpec("kv_heads")
+        return Form(self.keys.logical_axes(), bias, PartitionSpec(), self.turned)
 
     def values(self, x: Float[Array, "... H d"]) -> Float[Array, "... H d"]:
         """Values of packed ones, or an attention's output of its output over packed ones: its weights sum to 1."""
-        x = turn(x) if self.keys.turned else x
+        x = turn(x) if self.turned else x
         if self.v_bias is None:
             return x
         return x + jnp.repeat(self.v_bias, x.shape[-2] // self.v_bias.shape[0], 0)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from kvjax.caches.base import CacheShape, Chunk, LayerShapes
 from kvjax.caches.fields import derived
-from kvjax.caches.stored import StoredCache, StoredSpec, Tensors, View, largest_divisor
+from kvjax.caches.stored import ScaleWidth, StoredCache, StoredSpec, Tensors, View, largest_divisor
 from kvjax.errors import KvjaxError
 from kvjax.ops import attention
 from kvjax.ops.remat import Latents, Remat, attend_latents
@@ -22,10 +22,12 @@ class LatentSpec(StoredSpec):
 
     mode: None follows the model: input where every query head has its own kv head, else latent.
     group: elements that share a scale. None: 128 where it divides model_dim, else 64; less for narrow latents.
+    scale: bits of a scale, and of a zero point, 16 or 8.
     """
 
     mode: str | None = None
     group: int | None = None
+    scale: ScaleWidth = 16
     model_group: int = derived(128)  # the default group of the model
 
     def __post_init__(self) -> None:

@@ -323,6 +323,7 @@ class BlockStore:
 
 
 Width = Literal[1, 2, 3, 4, 5, 6, 8, 16]  # bits of a code; 16 is unquantised
+ScaleWidth = Literal[8, 16]  # bits of a scale, and of a zero point
 PairFit = Literal["minmax", "mse", "keys"]  # how scales of keys and of values are chosen: "keys" fits keys alone
 
 
@@ -409,7 +410,7 @@ class StoredSpec(CacheSpec):
         names = [name for name, kinds in fields.kinds(type(self)).items() if Width in kinds]
         return dataclasses.replace(self, **{name: change(getattr(self, name)) for name in names})
 
-    def format(self, bits: int, per: str, group: int, fit: Fit = "minmax") -> store.Format:
+    def format(self, bits: int, per: str, group: int, fit: Fit = "minmax", scale_bits: int = 16) -> store.Format:
         """How a tensor is packed in blocks of R tokens. Raises KvjaxError for groups that do not fit R."""
         r = self.residual_length
         if self.residual is None and r % 8 and getattr(self, "group", None) == r:
@@ -417,7 +418,7 @@ class StoredSpec(CacheSpec):
                 f"{self}: group={r}; expected a multiple of 8, or a residual that is one of 8 and of the group"
             )
         try:
-            return store.Format(bits, per, group, self.residual_length, fit)
+            return store.Format(bits, per, group, self.residual_length, fit, scale_bits)
         except KvjaxError as error:
             raise KvjaxError(f"{self}: {error}") from None
 

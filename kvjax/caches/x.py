@@ -34,6 +34,7 @@ class X(LatentSpec):
     outlier: 1 keeps channel 0 of the latents of keys in 16 bits (table B.1).
     rotate: 1 turns the latents by a random rotation.
     fit: how scales are chosen: mse is the least squared error, keys that of the latents of keys alone.
+    scale: see `LatentSpec`.
     """
 
     bits: Width
@@ -47,7 +48,7 @@ class X(LatentSpec):
         "x4@input",
         "x3@input(group=16,residual=8,sink=3,fit=mse)",
         "x2@latent(group=16,sink=5,outlier=1,fit=keys)",
-        "x4@head(group=8,residual=16,rotate=1)",
+        "x4@head(group=8,residual=16,rotate=1,scale=8)",
     )
 
     def __post_init__(self) -> None:
@@ -66,8 +67,9 @@ class X(LatentSpec):
         return 0 if self.mode == "input" else self.token_group
 
     def tensors(self, shape: LayerShapes) -> list[TensorSpec]:
+        of_keys, of_values = fits_of(self.fit)
         if self.mode == "input":
-            form = self.format(self.bits, "token", self.channel_group(shape.model_dim), fits_of(self.fit)[0])
+            form = self.format(self.bits, "token", self.channel_group(shape.model_dim), of_keys, self.scale)
             return [TensorSpec(form, 1, shape.model_dim, None)]
         width, heads, axis = min(shape.model_dim, shape.kv_heads * shape.head_dim), 1, None
         if self.mode == "head":
@@ -75,10 +77,9 @@ class X(LatentSpec):
         group = self.channel_group(width)
         if self.mode == "head" and self.group is None:
             group = width
-        of_keys, of_values = fits_of(self.fit)
         forms = (
-            self.format(self.bits, "channel", self.token_group, of_keys),
-            self.format(self.bits, "token", group, of_values),
+            self.format(self.bits, "channel", self.token_group, of_keys, self.scale),
+            self.format(self.bits, "token", group, of_values, self.scale),
         )
         kept = [TensorSpec(form, heads, width, axis) for form in forms]
         return kept + [TensorSpec(self.format(store.EXACT, "token", 1), heads, 1, axis)] * self.outlier

@@ -71,7 +71,7 @@ class XCL(LatentSpec, CrossLayerSpec):
         "xcl2@input(group=16,sink=3,base=1,base_bits=8,rotate=1)",
         "xcl3@input(norm=pre,base=0)",
         "xcl3@latent(base=1)",
-        "xclr2(group=16,base=0)",
+        "xclr2(group=16,base=0,scale=8)",
     )
     forgets: ClassVar[bool] = False  # layers above it may see more than its window
 
@@ -140,7 +140,8 @@ class XCL(LatentSpec, CrossLayerSpec):
         if self.mode == "latent":
             width = min(width, 2 * shape.kv_heads * shape.head_dim)
         group = self.token_group if self.per == "channel" and not width % 8 else self.channel_group(width)
-        return [TensorSpec(self.format(int(self.bits_nominal), self.per, group, self.fit), 1, width, None)]
+        form = self.format(int(self.bits_nominal), self.per, group, self.fit, self.scale)
+        return [TensorSpec(form, 1, width, None)]
 
     @property
     def bits_nominal(self) -> float:

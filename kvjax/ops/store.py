@@ -2,7 +2,8 @@
 
 The layout is that of pallas_kernels/layout.py: codes [B, K, rows, D], planar along the tokens of a packing block, so
 that a block unpacks with a shift and a mask of whole rows; scales and zero points [B, K, D/group, S] per token,
-[B, K, S/group, D] per channel. A single token is written by replacing its bits in the bytes of its packing block.
+[B, K, S/group, D] per channel, in float16 or a byte each. A single token is written by replacing its bits in
+the bytes of its packing block.
 B batch, K kv heads, S allocated tokens, D head_dim.
 """
 
@@ -22,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from kvjax.errors import KvjaxError
 from kvjax.ops.dispatch import dispatch
-from kvjax.quant import affine, packing
+from kvjax.quant import affine, packing, scales
 from pallas_kernels import layout
 from pallas_kernels.layout import EXACT
 from pallas_kernels.quantize_pack import quantize_pack
@@ -40,6 +41,7 @@ class Format:
       group: elements that share a scale and a zero point.
       residual_length: tokens written together; 0 where tokens are written one by one.
       fit: how scales and zero points are chosen, see `affine.quantize`; no reader needs to know.
+      scale_bits: bits of a scale and of a zero point, 16 or 8 (kvjax/quant/scales.py).
     """
 
     bits: int
@@ -47,6 +49,7 @@ class Format:
     group: int
     residual_length: int
     fit: affine.Fit = "minmax"
+    scale_bits: int = 16
 
     def __post_init__(self) -> None:
         if self.residual_length % 8:
@@ -67,8 +70,13 @@ class Format:
 
     @property
     def bits_asymptotic(self) -> float:
-        """Bits per element, scale and zero point (float16 each) included."""
-        return self.bits if self.bits == EXACT else self.bits + 32 / self.group
+        """Bits per element, scale and zero point included."""
+        return self.bits if self.bits == EXACT else self.bits + 2 * self.scale_bits / self.group
+
+    @property
+    def levels(self) -> Float[Array, ""]:
+        """The largest code."""
+        return jnp.float32(2**self.bits - 1)
 
 
 class RowFormat(abc.ABC):
@@ -148,10 +156,14 @@ class PackedStore:
     def heads(self) -> int:
         return self.planes[0].shape[1]
 
+    def widened(self, scale: Array, zero: Array) -> tuple[Array, Array]:
+        """Some of its scales and zero points, in float16."""
+        return scales.from_bytes(scale, zero, self.format.levels) if self.format.scale_bits == 8 else (scale, zero)
+
 
 @struct.dataclass
 class UnpackedStore:
-    """The history with one byte per code.
+    """The history with one byte per code, and scales in float16.
 
     The code width is data, so that one compiled program serves all widths up to 8 bits.
     """
@@ -181,7 +193,7 @@ def exact(x: Float[Array, "B K S D"]) -> PackedStore:
 
 
 def for_kernels(stored: Stored) -> layout.Packed:
-    """Converts a history to the type that kernels take; the arrays are the same.
+    """Converts a history to the type that kernels take; the arrays are the same but for scales in 8 bits.
 
     Args:
       stored: a history.
@@ -195,8 +207,8 @@ def for_kernels(stored: Stored) -> layout.Packed:
     if not isinstance(stored, PackedStore):
         kind = type(stored.format).__name__ if isinstance(stored, RowStore) else "codes whose width is data"
         raise NotImplementedError(f"{kind}; kernels read the packed layout, of a width that is known")
-    form = stored.format
-    return layout.Packed(stored.planes, stored.scale, stored.zero, form.bits, form.per, form.group, form.pack_size)
+    form, wide = stored.format, stored.widened(stored.scale, stored.zero)
+    return layout.Packed(stored.planes, *wide, form.bits, form.per, form.group, form.pack_size)
 
 
 def unpacked(packed: PackedStore, levels: Float[Array, ""]) -> UnpackedStore:
@@ -210,7 +222,7 @@ def unpacked(packed: PackedStore, levels: Float[Array, ""]) -> UnpackedStore:
       The history with one byte per code.
     """
     codes = read_tile(packed, 0, packed.tokens, jnp.uint8).codes
-    return UnpackedStore(codes, packed.scale, packed.zero, levels, packed.format)
+    return UnpackedStore(codes, *packed.widened(packed.scale, packed.zero), levels, packed.format)
 
 
 def capacity(max_len: int, *formats: AnyFormat, block: int = 1, parts: int = 1) -> int:
@@ -255,7 +267,8 @@ def init(format: AnyFormat, batch: int, kv_heads: int, tokens: int, head_dim: in
         return PackedStore((rows(tokens, head_dim, dtype),), None, None, format)
     planes = tuple(rows(tokens * width // 8, head_dim, jnp.uint8) for width in packing.PLANES[format.bits])
     groups = (head_dim // format.group, tokens) if format.per == "token" else (tokens // format.group, head_dim)
-    return PackedStore(planes, rows(*groups, jnp.float16), rows(*groups, jnp.float16), format)
+    of_scales = jnp.uint8 if format.scale_bits == 8 else jnp.float16
+    return PackedStore(planes, rows(*groups, of_scales), rows(*groups, of_scales), format)
 
 
 def logical_axes(packed: Stored, heads: str | None, tokens: str | None = "tokens") -> Stored:
@@ -305,12 +318,12 @@ def write_tokens(
     if isinstance(packed, RowStore):
         return packed.write(x, at)
     if isinstance(packed, UnpackedStore):
-        q = affine.quantize_to(x, packed.levels, -1, format.group, fit=format.fit)
+        q = affine.quantize_to(x, packed.levels, -1, format.group, None, format.fit, format.scale_bits)
         scale, zero = _put_last(packed.scale, q.scale, at), _put_last(packed.zero, q.zero, at)
         return dataclasses.replace(packed, codes=_put(packed.codes, q.codes, at), scale=scale, zero=zero)
     if format.bits == EXACT:
         return dataclasses.replace(packed, planes=(_put(packed.planes[0], x, at),))
-    q = affine.quantize(x, format.bits, -1, format.group, fit=format.fit)
+    q = affine.quantize(x, format.bits, -1, format.group, None, format.fit, format.scale_bits)
     # Codes aligned to packing blocks, and the bits of the blocks that they replace.
     count = (tokens + format.pack_size - 2) // format.pack_size + 1
     slot = jnp.arange(count * format.pack_size) - (start % format.pack_size)[:, None]
@@ -328,8 +341,14 @@ def write_tokens(
             packed.planes, _pack_blocks(codes, format), _pack_blocks(full, format), strict=True
         )
     )
-    scale, zero = _put_last(packed.scale, q.scale, at), _put_last(packed.zero, q.zero, at)
+    scale, zero = _narrowed(q, format)
+    scale, zero = _put_last(packed.scale, scale, at), _put_last(packed.zero, zero, at)
     return dataclasses.replace(packed, planes=planes, scale=scale, zero=zero)
+
+
+def _narrowed(q: affine.Quantized, format: Format) -> tuple[Array, Array]:
+    """Scales and zero points as a `PackedStore` keeps them."""
+    return scales.to_bytes(q.scale, q.zero, format.levels) if format.scale_bits == 8 else (q.scale, q.zero)
 
 
 def _pack_blocks(codes: Array, format: Format) -> tuple[Array, ...]:
@@ -360,7 +379,8 @@ def write_blocks(
     blocks = x.swapaxes(2, 3)  # [B, N, K, R, D]
     if isinstance(packed, UnpackedStore):
         counted = mask[:, :, None, :, None]
-        q = affine.quantize_to(blocks, packed.levels, format.group_axis, format.group, counted, format.fit)
+        how = format.group_axis, format.group, counted, format.fit, format.scale_bits
+        q = affine.quantize_to(blocks, packed.levels, *how)
         codes, scale, zero = _put_rows(packed.codes, q.codes, index), *_put_scales(packed, q.scale, q.zero, index)
         return dataclasses.replace(packed, codes=codes, scale=scale, zero=zero)
     if format.bits == EXACT:
@@ -387,10 +407,13 @@ def _encode_blocks(
 
     def xla(blocks: Array, mask: Array):
         counted = mask[:, :, None, :, None]
-        q = affine.quantize(blocks, format.bits, format.group_axis, format.group, counted, format.fit)
-        return packing.pack(q.codes, format.bits), q.scale, q.zero
+        how = format.group_axis, format.group, counted, format.fit, format.scale_bits
+        q = affine.quantize(blocks, format.bits, *how)
+        return packing.pack(q.codes, format.bits), *_narrowed(q, format)
 
     def kernel(name: str, interpret: bool, blocks: Array, mask: Array):
+        if format.scale_bits == 8:
+            raise NotImplementedError("scales in 8 bits; kernels write float16")
         how: dict[str, Any] = {"bits": format.bits, "per": format.per, "group": format.group, "fit": format.fit}
         flat, each = blocks.reshape(-1, *blocks.shape[2:]), mask.reshape(-1, mask.shape[2])
         made = quantize_pack(flat, each, **how, implementation=name, interpret=interpret)
@@ -523,4 +546,6 @@ def _tile(rows: Callable[..., Array], packed: PackedStore | UnpackedStore, codes
     format = packed.format
     where = (1, 1, 3) if format.per == "token" else (1, format.group, 2)
     scale, zero = rows(packed.scale, *where), rows(packed.zero, *where)
+    if isinstance(packed, PackedStore):
+        scale, zero = packed.widened(scale, zero)
     return Tile(codes, scale, zero, format.group_axis, format.group)

@@ -4,7 +4,7 @@ z = min and s = (max - min) / (2^b - 1) of each group, in float32, rounded to fl
 code = clip(round((x - z) / s), 0, 2^b - 1), round half to even, and x̂ = s * code + z. s = 0 gives code 0.
 
 With another `fit`, s and z are searched instead (kvjax/quant/fit.py): what is stored and how it is read stay
-the same.
+the same. With `scale_bits` of 8 they are rounded further (kvjax/quant/scales.py), to numbers that take 8 bits each.
 
 float16 bounds what can be told apart: s below 3e-8 becomes 0 and z is a multiple of 6e-8, so groups that are smaller
 read back as their minimum. Models of such sizes are kept in other units, see `kvjax.models.units`.
@@ -20,7 +20,8 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Float16, UInt8
 
 from kvjax.errors import KvjaxError
-from kvjax.quant.fit import divide, least_squares
+from kvjax.quant.fit import least_squares
+from kvjax.quant.scales import divide, storable
 
 BITS = (1, 2, 3, 4, 5, 6, 8)
 Fit = Literal["minmax", "mse"]  # how the scale and the zero point of a group are chosen
@@ -51,6 +52,7 @@ def quantize(
     group: int,
     mask: Bool[Array, "..."] | None = None,
     fit: Fit = "minmax",
+    scale_bits: int = 16,
 ) -> Quantized:
     """Quantises groups of neighbours along one axis.
 
@@ -62,6 +64,7 @@ def quantize(
       mask: broadcastable to x. Entries where it is False do not count towards minima and maxima, and their codes mean
         nothing.
       fit: "minmax", or "mse" for the least squared error that `least_squares` finds.
+      scale_bits: 16, or 8 for scales and zero points that take 8 bits each.
 
     Returns:
       Codes of the shape of x, with scales and zero points.
@@ -72,7 +75,7 @@ def quantize(
     """
     if bits not in BITS:
         raise KvjaxError(f"{bits} bits: expected one of {', '.join(map(str, BITS))}")
-    return quantize_to(x, jnp.float32(2**bits - 1), axis, group, mask, fit)
+    return quantize_to(x, jnp.float32(2**bits - 1), axis, group, mask, fit, scale_bits)
 
 
 def quantize_to(
@@ -82,6 +85,7 @@ def quantize_to(
     group: int,
     mask: Bool[Array, "..."] | None = None,
     fit: Fit = "minmax",
+    scale_bits: int = 16,
 ) -> Quantized:
     """`quantize` with the largest code in place of the width: one compiled program serves every width.
 
@@ -92,6 +96,7 @@ def quantize_to(
       group: neighbours that share a scale and a zero point; divides the axis.
       mask: as in `quantize`.
       fit: as in `quantize`.
+      scale_bits: as in `quantize`.
 
     Returns:
       Codes of the shape of x, with scales and zero points.
@@ -103,9 +108,9 @@ def quantize_to(
         raise KvjaxError(f"group {group} does not divide the axis of {x.shape[axis]}")
     grouped = _split(x.astype(jnp.float32), axis, group)
     counted = None if mask is None else _split(jnp.broadcast_to(mask, x.shape), axis, group)
-    scale, zero = _from_range(grouped, counted, levels, axis)
+    scale, zero = _from_range(grouped, counted, levels, axis, scale_bits)
     if fit == "mse":
-        scale, zero = least_squares(grouped, counted, levels, axis, scale, zero)
+        scale, zero = least_squares(grouped, counted, levels, axis, scale, zero, scale_bits)
     s, z = scale.astype(jnp.float32), zero.astype(jnp.float32)
     codes = jnp.round(divide(grouped - z, jnp.where(s == 0, 1.0, s)))
     codes = jnp.where(s == 0, 0.0, jnp.clip(codes, 0, levels)).astype(jnp.uint8)
@@ -113,7 +118,7 @@ def quantize_to(
 
 
 def _from_range(
-    x: Float[Array, "..."], counted: Bool[Array, "..."] | None, levels: Float[Array, ""], axis: int
+    x: Float[Array, "..."], counted: Bool[Array, "..."] | None, levels: Float[Array, ""], axis: int, scale_bits: int
 ) -> tuple[Float16[Array, "..."], Float16[Array, "..."]]:
     """Scale and zero point of groups along `axis`, from their minimum and maximum; NaN where they do not fit."""
     low = high = x
@@ -124,7 +129,8 @@ def _from_range(
     if counted is not None:
         empty = ~counted.any(axis, keepdims=True)
         low, high = jnp.where(empty, 0.0, low), jnp.where(empty, 0.0, high)
-    scale, zero = divide(high - low, levels).astype(jnp.float16), low.astype(jnp.float16)
+    stored = storable(divide(high - low, levels), low, levels, scale_bits, covers=True)
+    scale, zero = (a.astype(jnp.float16) for a in stored)
     finite = jnp.isfinite(scale) & jnp.isfinite(zero) & ~unknown
     if not isinstance(finite, jax.core.Tracer) and not bool(finite.all()):
         raise KvjaxError("cannot quantise values that are not finite or do not fit float16")

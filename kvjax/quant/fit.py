@@ -6,16 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float16
 
+from kvjax.quant.scales import divide, storable
 from pallas_kernels.quantize_pack import least_squares as search
-
-
-def divide(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The true quotient.
-
-    XLA turns division by a broadcast value into a product with its reciprocal, which rounds twice; the barrier hides
-    the broadcast from XLA.
-    """
-    return x / jax.lax.optimization_barrier(jnp.broadcast_to(y, x.shape))
 
 
 def least_squares(
@@ -25,6 +17,7 @@ def least_squares(
     axis: int,
     scale: Float16[Array, "..."],
     zero: Float16[Array, "..."],
+    scale_bits: int = 16,
 ) -> tuple[Float16[Array, "..."], Float16[Array, "..."]]:
     """Searches the scales and zero points with the least squared error.
 
@@ -35,6 +28,7 @@ def least_squares(
       axis: the axis of a group's entries, a negative number.
       scale: scales from minima and maxima, with 1 along `axis`; NaN where a group cannot be stored.
       zero: their zero points.
+      scale_bits: 16 or 8, how candidates are rounded before they are compared.
 
     Returns:
       Scales and zero points, likewise; the given ones where no candidate has a smaller error.
@@ -51,6 +45,6 @@ def least_squares(
 
     count = counted.sum(axis, keepdims=True).astype(jnp.float32)
     given = scale.astype(jnp.float32), zero.astype(jnp.float32)
-    narrow = lambda a: a.astype(jnp.float16).astype(jnp.float32)  # noqa: E731
-    found = search.search(sums, *given, count, levels, size, divide, narrow)
+    stored = lambda s, z: storable(s, z, levels, scale_bits)  # noqa: E731
+    found = search.search(sums, *given, count, levels, size, divide, stored)
     return found[0].astype(jnp.float16), found[1].astype(jnp.float16)

@@ -1,7 +1,7 @@
 """The search for the scale and the zero point that give a group the least squared error.
 
 Candidates are the range that minimum and maximum span, narrowed about its middle, and then least-squares refits of
-the best one to its own codes. Each is rounded to float16, as it is stored, before its error is taken. The range
+the best one to its own codes. Each is rounded as it is stored before its error is taken. The range
 itself comes first, and another candidate must have a smaller error.
 
 A search that compares sums must not depend on their order, or a token would be stored differently in a chunk than
@@ -27,6 +27,7 @@ WHOLE = 2.0**24  # float32 holds all whole numbers up to it
 
 Divide = Callable[[Array, Array], Array]
 Round = Callable[[Array], Array]
+Stored = Callable[[Array, Array], tuple[Array, Array]]
 
 
 class Sums(NamedTuple):
@@ -81,7 +82,7 @@ def search(
     levels: Array | float,
     size: int,
     divide: Divide,
-    narrow: Round,
+    stored: Stored,
 ) -> tuple[Float32[Array, "*s"], Float32[Array, "*s"]]:
     """Searches scales and zero points of groups.
 
@@ -93,7 +94,8 @@ def search(
       levels: the largest code.
       size: entries of a group.
       divide: the true quotient of two arrays of one shape.
-      narrow: rounds to the nearest number that float16 holds, and to what is not finite beyond the largest.
+      stored: what is stored for a scale and a zero point, numbers that float16 holds; not finite where it does not
+        hold them.
 
     Returns:
       Scales and zero points that float16 holds; the given ones where no candidate has a smaller error.
@@ -105,7 +107,7 @@ def search(
     def step(i: Array, best: tuple[Array, ...]) -> tuple[Array, ...]:
         cut = full(2 * jnp.minimum(i, CANDIDATES - 1))
         narrowed = scale * divide(25 - cut, full(25)), zero + divide(scale * divide(cut, full(25)) * levels, full(2))
-        s, z = (narrow(jnp.where(i < CANDIDATES, *pair)) for pair in zip(narrowed, best[3:], strict=True))
+        s, z = stored(*(jnp.where(i < CANDIDATES, *pair) for pair in zip(narrowed, best[3:], strict=True)))
         found = sums(s, z)
         error = s * s * found.squared
         # NaN is in no order: what cannot be stored is never better.

@@ -128,8 +128,8 @@ def _fit(
         return least_squares.Sums(*(a.sum(axis, keepdims=True) for a in each))
 
     count = jnp.where(valid, 1.0, 0.0).sum(axis, keepdims=True)
-    to_float16 = lambda a: common.widen(narrow(a))  # noqa: E731
-    return least_squares.search(sums, s, z, count, levels, x.shape[axis], _divide, to_float16)
+    stored = lambda s, z: (common.widen(narrow(s)), common.widen(narrow(z)))  # noqa: E731
+    return least_squares.search(sums, s, z, count, levels, x.shape[axis], _divide, stored)
 
 
 def _divide(x: Array, y: Array) -> Array:

@@ -47,7 +47,7 @@ def quantize_pack(
             return least_squares.Sums(*(a.sum(axis, keepdims=True) for a in each))
 
         count = valid.sum(axis, keepdims=True).astype(jnp.float32)
-        s, z = least_squares.search(sums, s, z, count, levels, group, _divide, _narrow)
+        s, z = least_squares.search(sums, s, z, count, levels, group, _divide, lambda s, z: (_narrow(s), _narrow(z)))
         scale, zero = s.astype(jnp.float16), z.astype(jnp.float16)
     codes = jnp.round(_divide(grouped - z, jnp.where(s == 0, 1.0, s)))
     codes = jnp.where(s == 0, 0.0, jnp.clip(codes, 0, levels)).astype(jnp.uint8).reshape(x.shape)

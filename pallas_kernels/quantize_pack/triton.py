@@ -221,7 +221,8 @@ def _fit(
     narrow = lambda a: a.astype(jnp.float16).astype(jnp.float32)  # noqa: E731
     given = scale.astype(jnp.float32), zero.astype(jnp.float32)
     count = total([jnp.where(valid, 1.0, 0.0) for valid in counted])
-    s, z = least_squares.search(sums, *given, count, levels, plan.group, divide, narrow)
+    stored = lambda s, z: (narrow(s), narrow(z))  # noqa: E731
+    s, z = least_squares.search(sums, *given, count, levels, plan.group, divide, stored)
     return s.astype(jnp.float16), z.astype(jnp.float16)
 
 

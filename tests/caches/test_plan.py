@@ -91,7 +91,8 @@ specs = st.one_of(
         sink=st.integers(0, 4),
         rope=st.sampled_from(["pre", "post"]),
         fit=st.sampled_from(["minmax", "mse", "keys"]),
-        rotate=st.sampled_from(["none", "hadamard"]),
+        rotate=st.sampled_from(["none", "hadamard", "values"]),
+        scale=st.sampled_from([8, 16]),
         center=st.sampled_from(["none", "bias"]),
     ),
 )

@@ -88,6 +88,7 @@ def test_turn_is_a_block_hadamard_and_its_own_inverse(dim: int, size: int) -> No
         (f"k16v16@kivi(group=8,sink=3,rope=pre,{BOTH})", 80),
         ("k16v16@kivi(group=8,sink=3,rotate=hadamard)", 96),
         ("k16v16@kivi(group=8,sink=3,rope=pre,rotate=hadamard)", 96),
+        ("k16v16@kivi(group=8,sink=3,rotate=values,center=bias)", 16),
     ],
 )
 def test_undone_exactly(text: str, head_dim: int) -> None:
@@ -102,7 +103,7 @@ def test_undone_exactly(text: str, head_dim: int) -> None:
 
 @pytest.mark.parametrize("head_dim", [16, 96])
 @pytest.mark.parametrize("pre", [False, True])
-@pytest.mark.parametrize("fields", ["rotate=hadamard", "center=bias", BOTH])
+@pytest.mark.parametrize("fields", ["rotate=hadamard", "rotate=values", "center=bias", BOTH])
 def test_codes_are_of_what_is_centered_and_turned(fields: str, pre: bool, head_dim: int) -> None:
     """Keys and values that come back are an oracle's: to codes and back in the form that the fields name."""
     spec = parse_spec(f"k4v3@token({'rope=pre,' * pre}{fields})")
@@ -111,15 +112,16 @@ def test_codes_are_of_what_is_centered_and_turned(fields: str, pre: bool, head_d
         shape = CacheShape(BATCH, TOKENS, HEADS, KV_HEADS, head_dim, 64, jnp.float64)
         chunk = chunk_of(head_dim, 0 * everything, everything, TOKENS, bias)
         k, v, *_ = quick_jit(lambda cache, chunk: cache.materialize(chunk, ()))(spec.init(shape), chunk)
-    at, h = np.arange(TOKENS), matrix(head_dim) if "rotate" in fields else np.eye(head_dim)
+    at, turned = np.arange(TOKENS), [f"rotate={name}" in fields for name in ("hadamard", "values")]
+    of_keys, of_values = (matrix(head_dim) if yes else np.eye(head_dim) for yes in (turned[0], any(turned)))
     taken = bias if "center" in fields else 0 * bias
     _, keys, values = (a[0] for a in tokens(head_dim))
     form = (lambda x: x) if pre else (lambda x: rotated(x, at))
     there = functools.partial(as_stored, per="token", group=head_dim, positions=at, sink=0)
     mean = form(np.broadcast_to(taken[0], keys.shape))
-    back = there((form(keys + bias[0]) - mean) @ h, 4) @ h + mean
+    back = there((form(keys + bias[0]) - mean) @ of_keys, 4) @ of_keys + mean
     np.testing.assert_allclose(k[0, :TOKENS], rotated(back, at) if pre else back, atol=1e-9)
-    back = there((values + bias[1] - taken[1]) @ h, 3) @ h + taken[1]
+    back = there((values + bias[1] - taken[1]) @ of_values, 3) @ of_values + taken[1]
     np.testing.assert_allclose(v[0, :TOKENS], back, atol=1e-9)
 
 

@@ -18,7 +18,7 @@ from kvjax.quant import affine
 B, K, D = 3, 2, 16
 TOKENS = 96
 TOKEN_FORMATS = [Format(bits, "token", 8, 0) for bits in (1, 2, 3, 4, 5, 6, 8, 16)]
-TOKEN_FORMATS.insert(-1, Format(2, "token", 8, 0, "mse"))
+TOKEN_FORMATS[-1:-1] = [Format(2, "token", 8, 0, "mse"), Format(4, "token", 8, 0, "minmax", 8)]
 BLOCK_FORMATS = [  # tokens, groups of several blocks, a block of 24
     Format(1, "channel", 32, 32),
     Format(3, "channel", 8, 32),
@@ -28,6 +28,8 @@ BLOCK_FORMATS = [  # tokens, groups of several blocks, a block of 24
     Format(8, "channel", 8, 24),
     Format(2, "channel", 32, 32, "mse"),
     Format(3, "token", 8, 24, "mse"),
+    Format(2, "channel", 8, 32, "minmax", 8),
+    Format(5, "token", 8, 24, "mse", 8),
     Format(16, "token", 16, 32),
     Format(16, "channel", 32, 32),
 ]
@@ -63,7 +65,7 @@ def _reading(x, format, mask):
     if format.bits == 16:
         return x.astype(jnp.float64)
     axis = -1 if format.per == "token" else -3
-    q = affine.quantize(x, format.bits, axis, format.group, mask, format.fit)
+    q = affine.quantize(x, format.bits, axis, format.group, mask, format.fit, format.scale_bits)
     return affine.dequantize(q, axis, format.group, jnp.float64)
 
 
@@ -287,6 +289,7 @@ def test_tokens_with_the_width_as_data():
         (Format(8, "token", 8, 24), (2,)),
         (Format(8, "token", 16, 32), (6,)),
         (Format(8, "channel", 32, 32, "mse"), (2, 4)),
+        (Format(8, "channel", 8, 24, "minmax", 8), (2, 4)),
     ],
     ids=str,
 )
@@ -329,6 +332,7 @@ def test_unpacked_goes_on_from_what_is_there(bits):
         (64, [Format(4, "channel", 32, 32)] * 2, 64),
         (65, [Format(4, "channel", 32, 128), Format(2, "token", 32, 128)], 128),
         (25, [Format(4, "channel", 8, 24)], 48),
+        (25, [Format(4, "channel", 8, 24, scale_bits=8)], 48),
     ],
     ids=str,
 )
@@ -340,7 +344,8 @@ def test_capacity(max_len, formats, tokens):
         codes = sum(leaf.size * leaf.dtype.itemsize for leaf in packed.planes)
         if format.bits < 16:
             assert 8 * codes == format.bits * tokens * 32
-            assert 16 * 2 * tokens * 32 / format.group == 8 * (packed.scale.nbytes + packed.zero.nbytes)
+            bits = 8 * (packed.scale.nbytes + packed.zero.nbytes)
+            assert bits == 2 * format.scale_bits * tokens * 32 / format.group
 
 
 @pytest.mark.parametrize(
