@@ -12,9 +12,9 @@ from reference import CONFIG, Seen, attention, by_channel, by_token, forward, ra
 
 from kvjax.caches.base import CacheSpec
 from kvjax.caches.plan import CachePlan
+from kvjax.calibrate import fisher
 from kvjax.evaluate.perplexity import Scorer
 from kvjax.models.model import Model
-from kvjax.tuner import sensitivity
 from kvjax.tuner.sensitivity import ERRORS, gradients, local_errors, measured, quantise_one, relative_error
 from kvjax.tuner.simulate import Simulator
 
@@ -28,7 +28,7 @@ WINDOWS = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (2, TOKENS))
 def is_decode_shape() -> Iterator[None]:
     """Several passes over the rows of a window, the last not full."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sensitivity, "ROWS", 16)
+        patch.setattr(fisher, "ROWS", 16)
         yield
 
 
