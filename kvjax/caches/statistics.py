@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 from jaxtyping import Float
+from numpy.typing import ArrayLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,10 @@ class Statistics:
 
     Attributes:
       unit_mean, unit: the mean and the second moment of u.
-      step: the second moment of u less that of the layer below; of u itself in the first layer.
+      gain: of each channel, what times the recalled u of the layer below comes nearest to u. Recalled is what the
+        latents of the layers so far give back, unquantised, as in XQuant-CL.
+      delta: the second moment of u less the recalled u of the layer below.
+      gained_delta: the same less gain times that; recalled likewise.
       query: of queries after RoPE, of all query heads of a kv head.
       key_mean, key: of keys after bias and qk-norm, before RoPE.
       turned_mean, turned: of keys after RoPE.
@@ -32,7 +36,9 @@ class Statistics:
 
     unit_mean: Float[np.ndarray, "D"]
     unit: Float[np.ndarray, "D D"]
-    step: Float[np.ndarray, "D D"]
+    gain: Float[np.ndarray, "D"]
+    delta: Float[np.ndarray, "D D"]
+    gained_delta: Float[np.ndarray, "D D"]
     query: Float[np.ndarray, "K d d"]
     key_mean: Float[np.ndarray, "K d"]
     key: Float[np.ndarray, "K d d"]
@@ -44,7 +50,7 @@ class Statistics:
     gradient: Float[np.ndarray, "2C 2C"]
     turned_gradient: Float[np.ndarray, "K d d"]
 
-    def scaled_unit(self, norm: Float[np.ndarray, "D"]) -> Float[np.ndarray, "D D"]:
+    def scaled_unit(self, norm: ArrayLike) -> Float[np.ndarray, "D D"]:
         """The second moment of the layer input after a norm of this weight."""
-        norm = np.asarray(norm, np.float64)
-        return norm[:, None] * self.unit * norm
+        scale = np.asarray(norm, np.float64)
+        return scale[:, None] * self.unit * scale

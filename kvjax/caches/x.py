@@ -97,7 +97,9 @@ class X(LatentSpec):
 
     @property
     def bases_key(self) -> str:
-        return "" if self.mode == "input" else f"x-{self.mode}{'-balanced' * self.calibrated}{'-rotated' * self.rotate}"
+        return (
+            "" if self.mode == "input" else f"x-{self.mode}{'-balanced' * self.calibrated}{'-rotated' * self.rotate}"
+        )
 
     @property
     def calibrated(self) -> bool:

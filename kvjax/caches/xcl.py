@@ -52,6 +52,7 @@ class XCL(LatentSpec, CrossLayerSpec):
     fit: how scales are chosen: mse is the least squared error.
     basis: svd (of the weights), or balanced between the spread of what is quantised and what its errors cost
       (`quant.basis.balance`), learned from a calibration text; `@latent` with fold=1 only.
+    gain: 1 takes a delta from the layer below times a gain of each channel, learned as the basis is.
     """
 
     bits: Width
@@ -63,6 +64,7 @@ class XCL(LatentSpec, CrossLayerSpec):
     rotate: Literal[0, 1] = 0
     fit: Fit = "minmax"
     basis: Basis = "svd"
+    gain: Literal[0, 1] = 0
     index: int = derived(0)  # in the run, counted up to base + 1
 
     form: ClassVar[str] = "xcl{bits}"
@@ -76,15 +78,15 @@ class XCL(LatentSpec, CrossLayerSpec):
         "xcl3@input(norm=pre,base=0)",
         "xcl3@latent(base=1)",
         "xclr2(group=16,base=0)",
-        "xclr2(group=16,base=0,basis=balanced)",
+        "xclr2(group=16,base=0,basis=balanced,gain=1)",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.norm == "pre" and (self.fold or self.mode == "latent"):
             raise KvjaxError(f"{self}: norm=pre stores X before the norm; expected @input and no fold")
-        if self.basis == "balanced" and (self.mode == "input" or not self.fold):
-            raise KvjaxError(f"{self}: basis=balanced is of folded latents; expected @latent and fold=1")
+        if self.calibrated and (self.mode == "input" or not self.fold):
+            raise KvjaxError(f"{self}: basis=balanced and gain are of folded latents; expected @latent and fold=1")
 
     # ---- its place among the layers
 
@@ -157,16 +159,15 @@ class XCL(LatentSpec, CrossLayerSpec):
     def bases_key(self) -> str:
         if self.mode == "input":
             return "xcl-rotation" if self.rotate else ""
-        if self.calibrated:
-            return f"xcl-balanced-{'delta' if self.delta else 'base'}{'-rotated' * self.rotate}"
-        return f"xcl-basis{'-folded' * self.fold}{'-rotated' * self.rotate}"
+        learned = f"-{self.basis}{'-gained' * self.gain}{'-delta' * self.delta}" * self.calibrated
+        return f"xcl-basis{learned}{'-folded' * self.fold}{'-rotated' * self.rotate}"
 
     @property
     def calibrated(self) -> bool:
-        return self.basis == "balanced"
+        return self.basis == "balanced" or self.gain == 1
 
     def bases(self, weights: KVWeights, norm: Array, statistics: Statistics | None = None) -> Any:
-        """[U], [D, r], orthonormal columns; or [down, up] of a balanced basis, [D, r] and [r, D]."""
+        """[U], [D, r], orthonormal columns; what is learned has [down, up, gain], [D, r], [r, D] and [D]."""
         if self.mode == "input":
             return [rotation(weights.k.shape[1])]
         w = np.concatenate([np.asarray(w, np.float64).T for w in (weights.k, weights.v)], 1)
@@ -174,10 +175,15 @@ class XCL(LatentSpec, CrossLayerSpec):
             w = np.asarray(norm, np.float64)[:, None] * w
         if statistics is None:
             return [svd_basis(w, bool(self.rotate))[0]]
+        gain = statistics.gain if self.gain else np.ones_like(statistics.gain)
+        if self.basis == "svd":
+            u = svd_basis(w, bool(self.rotate))[0]
+            return [u, u.T, gain]
         u, r = svd_basis(w)
-        moment = statistics.step if self.delta else statistics.unit
+        delta = statistics.gained_delta if self.gain else statistics.delta
+        moment = delta if self.delta else statistics.unit
         to, back = balance(u.T @ moment @ u, r @ statistics.gradient @ r.T, bool(self.rotate))
-        return [u @ to, back @ u.T]
+        return [u @ to, back @ u.T, gain]
 
 
 @struct.dataclass
@@ -185,7 +191,9 @@ class XCLCache(LatentCache):
     """X, or its delta, on the layer's basis: z = X U is packed as z - X̂ U."""
 
     def append(self, chunk: Chunk, carry: Any) -> tuple[BlockStore, Any]:
-        acc, (down, up) = carry["acc"], down_and_up(chunk.bases)
+        (down, up), acc = down_and_up(chunk.bases), carry["acc"]
+        if self.spec.gain and self.spec.delta:
+            acc = acc * chunk.bases[2].astype(acc.dtype)
         after = self.store.append(self.new_tensors(chunk), chunk, Delta(acc, down) if self.spec.delta else None)
         end, r = chunk.positions[:, 0] + chunk.lengths, self.spec.residual_length
         stop = end if self.store.reads_stored(chunk) else end // r * r
@@ -243,7 +251,7 @@ def down_and_up(bases: Any) -> tuple[Float[Array, "D r"] | None, Float[Array, "r
     """What projects X, and the way back; None twice where X itself is stored."""
     if not bases:
         return None, None
-    return bases[0], bases[-1] if len(bases) > 1 else bases[0].T
+    return bases[0], bases[1] if len(bases) > 1 else bases[0].T
 
 
 def project(x: Float[Array, "... D"], basis: Float[Array, "D r"] | None) -> Float[Array, "... r"]:

@@ -38,6 +38,7 @@ from kvjax.records import load_arrays, save_arrays
 
 SAMPLES = 2  # draws of every token's prediction
 SKIPPED = 4  # tokens of each window that do not count: the first are unlike all others, and sinks keep them exact
+BASE = 2  # up to this layer, the default of XQuant-CL, nothing is predicted
 METADATA = "statistics.json"
 Sums = dict[str, Any]
 
@@ -61,7 +62,7 @@ def calibrated(model: Model, text: str, windows: Int[np.ndarray, "w n"]) -> Mode
     if not hosts.on_first(lambda: _found(folder, digest)):
         print(f"kvjax: statistics of {windows.size} tokens of {text}, once, for {folder}", file=sys.stderr)
         with model.layout.entered():
-            _gather(model, windows, folder)
+            _gather(model, windows, _Folder(folder))
         what = {"digest": digest, **found.identity}
         hosts.on_first(lambda: write_json(folder / METADATA, what | {"arrays": digests(folder / "arrays")}))
     return dataclasses.replace(model, calibration=found)
@@ -102,7 +103,9 @@ def _found(folder: Path, digest: str) -> bool:
         return False
     metadata = read_json(folder / METADATA)
     if metadata.get("digest") != digest:
-        raise KvjaxError(f"{folder} holds statistics of other weights or tokens; expected those of {digest}: remove it")
+        raise KvjaxError(
+            f"{folder} holds statistics of other weights or tokens; expected those of {digest}: remove it"
+        )
     check_digests(folder / "arrays", metadata.get("arrays"))
     return True
 
@@ -110,48 +113,65 @@ def _found(folder: Path, digest: str) -> bool:
 # ---- all layers
 
 
-def _gather(model: Model, windows: Int[np.ndarray, "w n"], folder: Path) -> None:
-    """Leaves FOLDER/arrays/LAYER-up.npz and LAYER-down.npz; FOLDER/waiting holds what one layer hands to the next."""
-    layers, waiting = model.config.layers, folder / "waiting"
-    inputs, gradients = (
-        (lambda i, name=name: waiting / f"{name}-{i}.npz") for name in ("input", "gradient")
-    )
-    there = lambda file: hosts.on_first(file.exists)  # noqa: E731
-    pulled = min((i for i in range(layers + 1) if there(gradients(i))), default=None)
-    if pulled is None:
-        last = max((i for i in range(layers + 1) if there(inputs(i))), default=None)
-        h = _embedded(model, windows) if last is None else _load(inputs(last))
-        below = _load(inputs(last - 1)) if last else None
-        if last is None:
-            _save(inputs(0), h)
-        for i in range(last or 0, layers):
-            sums, above = _up(model, i, h, below)
-            hosts.on_first(lambda i=i, sums=sums: save_arrays(folder / "arrays" / f"{i}-up.npz", sums))
-            _save(inputs(i + 1), above)
-            h, below = above, h
-        _save(gradients(layers), _heads(model, h))
-        pulled = layers
-    g = _load(gradients(pulled))
-    for i in reversed(range(pulled)):
-        sums, g = _down(model, i, _load(inputs(i)), g)
-        hosts.on_first(lambda i=i, sums=sums: save_arrays(folder / "arrays" / f"{i}-down.npz", sums))
-        _save(gradients(i), g)
-        hosts.on_first(lambda i=i: [each(i + 1).unlink(missing_ok=True) for each in (inputs, gradients)])
-    hosts.on_first(lambda: shutil.rmtree(waiting))
+@dataclasses.dataclass(frozen=True)
+class _Folder:
+    """What is gathered: arrays/LAYER-up.npz and LAYER-down.npz; waiting/ holds what one layer hands to the next."""
+
+    path: Path
+
+    def keep(self, layer: int, way: str, sums: Sums) -> None:
+        hosts.on_first(lambda: save_arrays(self.path / "arrays" / f"{layer}-{way}.npz", sums))
+
+    def hand_on(self, what: str, layer: int, rows: list[np.ndarray]) -> None:
+        """To `layer`; an array a window."""
+        wide = {str(w): each.astype(np.promote_types(each.dtype, np.float32)) for w, each in enumerate(rows)}
+        hosts.on_first(lambda: save_arrays(self._file(what, layer), wide))  # numpy's files know no bfloat16
+
+    def take(self, what: str, layer: int) -> list[np.ndarray]:
+        arrays = hosts.on_first(lambda: load_arrays(self._file(what, layer)))
+        return [arrays[str(w)] for w in range(len(arrays))]
+
+    def drop(self, what: str, layer: int) -> None:
+        hosts.on_first(lambda: self._file(what, layer).unlink(missing_ok=True))
+
+    def waiting(self, what: str, layers: int) -> list[int]:
+        """The layers that something waits for."""
+        return hosts.on_first(lambda: [i for i in range(layers + 1) if self._file(what, i).exists()])
+
+    def _file(self, what: str, layer: int) -> Path:
+        return self.path / "waiting" / f"{what}-{layer}.npz"
 
 
-def _save(file: Path, rows: list[np.ndarray]) -> None:
-    hosts.on_first(lambda: save_arrays(file, {str(w): _wide(each) for w, each in enumerate(rows)}))
+def _gather(model: Model, windows: Int[np.ndarray, "w n"], folder: _Folder) -> None:
+    layers = model.config.layers
+    if not folder.waiting("gradient", layers):
+        _go_up(model, windows, folder)
+        folder.hand_on("gradient", layers, _heads(model, folder.take("input", layers)))
+    start = min(folder.waiting("gradient", layers))
+    g = folder.take("gradient", start)
+    for i in reversed(range(start)):
+        sums, g = _down(model, i, folder.take("input", i), g)
+        folder.keep(i, "down", sums)
+        folder.hand_on("gradient", i, g)
+        folder.drop("gradient", i + 1)
+        folder.drop("input", i + 1)
+    hosts.on_first(lambda: shutil.rmtree(folder.path / "waiting"))
 
 
-def _wide(a: np.ndarray) -> np.ndarray:
-    """numpy's files know no bfloat16."""
-    return a.astype(np.promote_types(a.dtype, np.float32))
-
-
-def _load(file: Path) -> list[np.ndarray]:
-    arrays = hosts.on_first(lambda: load_arrays(file))
-    return [arrays[str(w)] for w in range(len(arrays))]
+def _go_up(model: Model, windows: Int[np.ndarray, "w n"], folder: _Folder) -> None:
+    layers = model.config.layers
+    if started := folder.waiting("recalled", layers):
+        h, recalled = (folder.take(what, started[-1]) for what in ("input", "recalled"))
+    else:
+        h = _embedded(model, windows)
+        recalled = [np.zeros((2, *rows.shape[1:]), rows.dtype) for rows in h]
+        folder.hand_on("input", 0, h)
+    for i in range(started[-1] if started else 0, layers):
+        sums, h, recalled = _up(model, i, h, recalled)
+        folder.keep(i, "up", sums)
+        folder.hand_on("input", i + 1, h)
+        folder.hand_on("recalled", i + 1, recalled)
+        folder.drop("recalled", i)
 
 
 # ---- one layer
@@ -162,15 +182,48 @@ def _embedded(model: Model, windows: Int[np.ndarray, "w n"]) -> list[np.ndarray]
     return [fetch(embed(model.config, table, jnp.asarray(window[None], jnp.int32))) for window in windows]
 
 
-def _up(model: Model, layer: int, h: list[np.ndarray], below: list[np.ndarray] | None) -> tuple[Sums, list[np.ndarray]]:
-    """The statistics of a layer's activations, and its outputs."""
-    args = model.config, _kind(model, layer), model.params[f"layer_{layer}"]
-    found, sums = [], []
-    for w, rows in enumerate(h):
-        out, own = _observe(*args, _cast(model, rows), _cast(model, below[w] if below else np.zeros_like(rows)))
-        found.append(fetch(out))
-        sums.append(own)
-    return _mean(sums), found
+def _up(
+    model: Model, layer: int, h: list[np.ndarray], recalled: list[np.ndarray]
+) -> tuple[Sums, list[np.ndarray], list[np.ndarray]]:
+    """The statistics of a layer's activations, its outputs, and what its latents recall of its input."""
+    config, params = model.config, model.params[f"layer_{layer}"]
+    units = [fetch(_unit(config, params, _cast(model, rows)))[0] for rows in h]
+    gains = np.stack([np.ones(config.model_dim), _gain(units, recalled)]) * (layer > BASE)
+    seen = _seen(params, model.config.model_dim)
+    found = [_recall(*pair, gains.astype(np.float32), seen) for pair in zip(units, recalled, strict=True)]
+    outputs = [_observe(config, _kind(model, layer), params, _cast(model, rows)) for rows in h]
+    delta, gained = _mean([moments for _, moments in found])
+    sums = _mean([own for _, own in outputs]) | {"gain": gains[1], "delta": delta, "gained_delta": gained}
+    return sums, [fetch(out) for out, _ in outputs], [fetch(each) for each, _ in found]
+
+
+def _gain(units: list[np.ndarray], recalled: list[np.ndarray]) -> Float[np.ndarray, "D"]:
+    """What times the recalled input of the layer below comes nearest to the layer's own, by least squares."""
+    rows = [(_counted(u), _counted(below[1])) for u, below in zip(units, recalled, strict=True)]
+    products, squares = (np.sum([(a * b).sum(0) for a, b in each], 0) for each in (rows, [(b, b) for _, b in rows]))
+    return products / np.maximum(squares, np.finfo(np.float64).tiny)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _unit(config, params, h):
+    unit = kv_weights(config, params).normalize(h)
+    return unit.astype(jnp.promote_types(h.dtype, jnp.float32))
+
+
+def _seen(params: Any, dim: int) -> Float[np.ndarray, "D r"]:
+    """An orthonormal basis of all that the layer's keys and values see of u."""
+    norm = fetch(params["attention_norm"]).astype(np.float64) if "attention_norm" in params else np.ones(dim)
+    weights = [norm[:, None] * fetch(params[name]).T.astype(np.float64) for name in "kv"]
+    return np.linalg.qr(np.concatenate(weights, 1))[0].astype(np.float32)
+
+
+@jax.jit
+@jax.default_matmul_precision("highest")
+def _recall(unit, below, gains, seen):
+    """What latents give back of a layer's input, [2, N, D], and the second moments of what they add."""
+    predicted = gains[:, None] * below
+    delta = unit - predicted
+    return predicted + (delta @ seen) @ seen.T, jax.vmap(lambda rows: moments(_counted(rows)))(delta)
 
 
 def _heads(model: Model, h: list[np.ndarray]) -> list[np.ndarray]:
@@ -203,8 +256,8 @@ def _mean(sums: list[Sums]) -> Sums:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layer"))
-def _observe(config, layer, params, h, below):
-    out, _, means = run_layer(config, layer, params, h, (), _Seen(below), ())
+def _observe(config, layer, params, h):
+    out, _, means = run_layer(config, layer, params, h, (), _Seen(), ())
     return out, means
 
 
@@ -212,24 +265,21 @@ def _observe(config, layer, params, h, below):
 class _Seen:
     """A cache with exact attention that returns the means over a window's tokens in place of the carry."""
 
-    below: Float[Array, "1 N D"]  # the input of the layer below; 0 in the first layer
-
     def attend(self, chunk: Chunk, carry: Any):
         k, v = rotate_heads(chunk.k, chunk.rotation), chunk.v
         output = attention.attend_streamed(chunk.q, (k, v, chunk.positions), (k, v), 0, chunk.window)
         unit = chunk.weights.normalize(chunk.h)
-        rows = [_counted(each[0]) for each in (unit, chunk.weights.normalize(self.below), chunk.q, chunk.k, k, v)]
-        return output, self, _means(*rows)
+        return output, self, _means(*(_counted(each[0]) for each in (unit, chunk.q, chunk.k, k, v)))
 
 
-def _counted(rows: Float[Array, "N ..."]) -> Float[Array, "n ..."]:
-    return rows[SKIPPED:].astype(jnp.promote_types(rows.dtype, jnp.float32))
+def _counted(rows: Any) -> Any:
+    """The rows [n, ...] of [N, ...] that count, in float32 or wider."""
+    return rows[SKIPPED:].astype(np.promote_types(rows.dtype, np.float32))
 
 
 @jax.default_matmul_precision("highest")
 def _means(
     unit: Float[Array, "n D"],
-    below: Float[Array, "n D"],
     q: Float[Array, "n H d"],
     k: Float[Array, "n K d"],
     turned: Float[Array, "n K d"],
@@ -241,7 +291,6 @@ def _means(
     return {
         "unit_mean": unit.mean(0),
         "unit": moments(unit),
-        "step": moments(unit - below),
         "query": queries,
         "key_mean": k.mean(0),
         "key": moments(k),

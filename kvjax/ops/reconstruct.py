@@ -46,7 +46,9 @@ def reconstruct(
             raise NotImplementedError("an accumulator in float64; kernels take float32 and bfloat16")
         packed = store.for_kernels(stored)
         here = _held(stop, stored)
-        return remat_attention.reconstruct(acc, packed, up.astype(acc.dtype), here, implementation=name, interpret=interpret)
+        return remat_attention.reconstruct(
+            acc, packed, up.astype(acc.dtype), here, implementation=name, interpret=interpret
+        )
 
     def xla(acc: Array, stored: Any, up: Any, stop: Array) -> Array:
         return _rebuild_tiles(acc, stored, up, delta, _held(stop, stored))

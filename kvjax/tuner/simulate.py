@@ -24,7 +24,6 @@ from kvjax.calibrate.bases import load_bases
 from kvjax.errors import KvjaxError
 from kvjax.evaluate import vocabulary
 from kvjax.mesh import fetch
-from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import embed, final_states, layer_of, run_layer
 from kvjax.models.model import Model
 from kvjax.ops import attention, store
