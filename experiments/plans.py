@@ -28,7 +28,6 @@ from experiments.tune_pictures import short_names
 from kvjax import hosts, records
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
-from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import mean_and_interval
 from kvjax.evaluate.sweep import strip_paths
@@ -46,8 +45,9 @@ Row = dict[str, Any]
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     settings_of(config)  # refuses bad values before the model is loaded
     budgets = _budgets(config)
-    check_unseen(config.judged_on, config.text)
-    model = load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
+    for text in (config.text, config.calibration):
+        check_unseen(config.judged_on, text)
+    model = program.load(config)
     windows = calibration(config, model)
     sizes = config.context, config.judged_windows
     judges = {

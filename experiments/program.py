@@ -16,8 +16,9 @@ import absl.logging
 from absl import app, flags
 from ml_collections import config_dict, config_flags
 
+import kvjax
 from experiments.compilation import keep_programs
-from kvjax import hosts
+from kvjax import Model, hosts
 from kvjax.caches.registry import load_plugins
 from kvjax.checks import check_path
 from kvjax.errors import KvjaxError
@@ -110,6 +111,12 @@ def answer(
             raise
         print(f"another process is lost ({brief(error)}); started again, all go on where they were", file=sys.stderr)
         sys.exit(1)
+
+
+def load(config: config_dict.ConfigDict) -> Model:
+    """The model that a program's config names, calibrated where it names a text for that."""
+    model = kvjax.load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
+    return kvjax.calibrated(model, config.calibration) if config.calibration else model
 
 
 def parse(config_file: Path, argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:

@@ -25,11 +25,10 @@ from experiments import program, tune_pictures
 from kvjax import hosts, records
 from kvjax.caches.kv import KV
 from kvjax.caches.plan import CachePlan
-from kvjax.checkpoints.load import load
+from kvjax.evaluate import calibrated as evaluated
 from kvjax.evaluate.sweep import identity_of
 from kvjax.files import write_atomically
 from kvjax.models.model import Model
-from kvjax.tuner import search as tuner
 from kvjax.tuner.judge import make_judge
 from kvjax.tuner.search import Search
 from kvjax.tuner.settings import SearchSettings
@@ -42,7 +41,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     settings_of(config)  # refuses bad values before the model is loaded
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    model = load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
+    model = program.load(config)
     windows = calibration(config, model)
     search, judge = make_search(config, model, windows, workdir), None
     if config.judged_on:
@@ -72,7 +71,7 @@ def settings_of(config: config_dict.ConfigDict) -> SearchSettings:
 
 def calibration(config: config_dict.ConfigDict, model: Model) -> np.ndarray:
     """The windows [w, n] of all texts."""
-    return tuner.calibration(model, config.text, config.context, config.windows, config.offset)
+    return evaluated.calibration(model, config.text, config.context, config.windows, config.offset)
 
 
 def make_search(config: config_dict.ConfigDict, model: Model, windows: np.ndarray, workdir: Path) -> Search:

@@ -33,8 +33,8 @@ def load_bases(model: Model, plan: CachePlan) -> tuple[Any, ...]:
     of the calibration text where they are learned.
 
     Raises:
-      KvjaxError: a method learns from a text and the model is not calibrated; the files there are of other weights, or
-        damaged, or cannot be written.
+      KvjaxError: a method learns from a text and the model is not calibrated; the files there are of other weights,
+        or damaged, or cannot be written.
     """
     check_calibrated(model, plan)
     specs = {_key(model, spec): spec for spec in plan.specs if spec.bases_key}
@@ -56,7 +56,8 @@ def check_calibrated(model: Model, plan: CachePlan) -> None:
     """Raises KvjaxError where a method learns from a text and the model is not calibrated on one."""
     if model.calibration is None and (learns := next((spec for spec in plan.specs if spec.calibrated), None)):
         raise KvjaxError(
-            f"{learns} learns from a calibration text; expected kvjax.calibrated(model, TEXT) or --config.calibration=TEXT"
+            f"{learns} learns from a text; expected a model calibrated on one:"
+            " kvjax.calibrated(model, TEXT), or --config.calibration=TEXT"
         )
 
 

@@ -27,7 +27,7 @@ from kvjax.caches.statistics import Statistics
 from kvjax.calibrate.fisher import pull_head
 from kvjax.downloads import cache_folder
 from kvjax.errors import KvjaxError
-from kvjax.files import check_digests, digests, read_json, write_json
+from kvjax.files import check_digests, digests, locked, read_json, write_json
 from kvjax.mesh import fetch
 from kvjax.models.calibration import Calibration
 from kvjax.models.decoder import embed, kv_weights, layer_of, project_kv, run_layer
@@ -59,12 +59,14 @@ def calibrated(model: Model, text: str, windows: Int[np.ndarray, "w n"]) -> Mode
     digest = _digest(model, windows)
     found = Calibration(text, windows, digest)
     folder = folder_of(digest)
-    if not hosts.on_first(lambda: _found(folder, digest)):
-        print(f"kvjax: statistics of {windows.size} tokens of {text}, once, for {folder}", file=sys.stderr)
-        with model.layout.entered():
-            _gather(model, windows, _Folder(folder))
-        what = {"digest": digest, **found.identity}
-        hosts.on_first(lambda: write_json(folder / METADATA, what | {"arrays": digests(folder / "arrays")}))
+    hosts.on_first(lambda: _make(folder))
+    with locked(folder / "lock"):
+        if not hosts.on_first(lambda: _found(folder, digest)):
+            print(f"kvjax: statistics of {windows.size} tokens of {text}, once, for {folder}", file=sys.stderr)
+            with model.layout.entered():
+                _gather(model, windows, _Folder(folder))
+            what = {"digest": digest, **found.identity}
+            hosts.on_first(lambda: write_json(folder / METADATA, what | {"arrays": digests(folder / "arrays")}))
     return dataclasses.replace(model, calibration=found)
 
 
@@ -98,14 +100,19 @@ def _digest(model: Model, windows: Int[np.ndarray, "w n"]) -> str:
     return digest.hexdigest()
 
 
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KvjaxError(f"{folder} cannot be written: {error.strerror}") from None
+
+
 def _found(folder: Path, digest: str) -> bool:
     if not (folder / METADATA).exists():
         return False
     metadata = read_json(folder / METADATA)
     if metadata.get("digest") != digest:
-        raise KvjaxError(
-            f"{folder} holds statistics of other weights or tokens; expected those of {digest}: remove it"
-        )
+        raise KvjaxError(f"{folder} holds statistics of other weights or tokens; expected {digest}: remove it")
     check_digests(folder / "arrays", metadata.get("arrays"))
     return True
 

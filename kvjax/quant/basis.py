@@ -40,9 +40,9 @@ def balance(
 ) -> tuple[Float[np.ndarray, "r r"], Float[np.ndarray, "r r"]]:
     """Finds a basis A in which rounding rows z A costs least: A A^T = Σ^-1 # H, the geometric mean.
 
-    Rounding to a fixed number of levels has errors in proportion to the spread of what is rounded, and an error e of z
-    costs ½ e H e^T. In this basis both, A^T Σ A and A^-1 H A^-T, are the same matrix (up to a factor); the product of
-    their traces is then the least there is. A rotation keeps it, and spreads it over the channels.
+    Rounding to a fixed number of levels has errors in proportion to the spread of what is rounded, and an error e of
+    z costs ½ e H e^T. In this basis both, A^T Σ A and A^-1 H A^-T, are the same matrix (up to a factor); the product
+    of their traces is then the least there is. A rotation keeps it, and spreads it over the channels.
 
     Args:
       moment: Σ, the second moment of z.

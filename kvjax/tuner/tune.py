@@ -9,13 +9,14 @@ from typing import Any
 
 from kvjax.caches.plan import CachePlan
 from kvjax.checks import check_path
+from kvjax.evaluate.calibrated import calibration, names_of
 from kvjax.evaluate.sweep import identity_of, kept_in
 from kvjax.evaluate.text import Text
 from kvjax.models.model import Model, check_model
 from kvjax.tuner.card import make_card, write_plan
 from kvjax.tuner.evaluations import Evaluations
 from kvjax.tuner.judge import make_judge
-from kvjax.tuner.search import Progress, Row, Search, calibration, names_of
+from kvjax.tuner.search import Progress, Row, Search
 from kvjax.tuner.settings import SearchSettings
 
 
