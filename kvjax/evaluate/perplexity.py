@@ -113,7 +113,7 @@ class Scorer:
         self._loaded: dict[CachePlan, Any] = {}
 
     def check(self, plan: CachePlan) -> None:
-        """Raises KvjaxError where the plan does not fit the model, its calibration or the protocol; nothing is run."""
+        """Raises KvjaxError where the plan does not fit the model, its calibration or the protocol; nothing runs."""
         plan.init_shapes(self.shape)
         if self.protocol == "parallel":
             plan.require_whole_windows("protocol parallel")

@@ -223,9 +223,7 @@ def restore_state(folder: str | Path, model: Model, cache: str | CacheSpec | Cac
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise KvjaxError(f"{folder / METADATA} is not one that kvjax wrote: {brief(error)}") from None
     if (learned := metadata.get("learned_from", "")) != _learned_from(model, plan):
-        raise KvjaxError(
-            f"{folder} holds a cache of {plan}, calibrated as {learned}; this model is calibrated otherwise"
-        )
+        raise KvjaxError(f"{folder} holds a cache of {plan}; expected a model with its calibration ({learned[:8]})")
     if cache is not None and CachePlan.cast(cache, model.config) != plan:
         raise KvjaxError(f"{folder} holds a cache of {plan}; expected {cache}")
     check_digests(folder / "arrays", sums)
