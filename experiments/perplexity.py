@@ -25,20 +25,18 @@ from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import read_config
 from kvjax.evaluate.sweep import COLUMNS
-from kvjax.evaluate.text import check_unseen
 from kvjax.tables import format_figure, format_with_error
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     names = split_list(config.caches)
-    check_unseen(config.text, config.calibration)
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     model_config = read_config(config.model)
     for name in names:
         CachePlan.parse(name, model_config)  # one that does not fit is refused before weights are loaded
     with hosts.alone() if config.over == "plans" else contextlib.nullcontext():
-        model = program.load(config)
+        model = program.load(config, config.text)
     sizes = {key: config[key] for key in ("protocol", "context", "windows", "offset", "over")}
     tasks: dict[CachePlan, TaskID] = {}
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} windows")

@@ -41,7 +41,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     settings_of(config)  # refuses bad values before the model is loaded
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    model = program.load(config)
+    model = program.load(config, config.judged_on)
     windows = calibration(config, model)
     search, judge = make_search(config, model, windows, workdir), None
     if config.judged_on:

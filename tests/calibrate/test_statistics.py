@@ -7,6 +7,7 @@ import functools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,15 +18,21 @@ from flax import struct
 from flax.traverse_util import unflatten_dict
 
 import kvjax
+from configs import perplexity
+from experiments import program
 from kvjax.caches.base import Chunk, visible
 from kvjax.calibrate import bases, statistics
 from kvjax.calibrate.statistics import SAMPLES, SKIPPED, load_statistics
+from kvjax.evaluate.sweep import identity_of
 from kvjax.models.config import ModelConfig, RopeConfig
 from kvjax.models.decoder import embed, run_layer
 from kvjax.models.model import Model
 from kvjax.models.params import param_shapes
 from kvjax.models.tokenizer import ByteTokenizer
 from kvjax.ops.rotate import rotate_heads
+from kvjax.tuner.card import make_card
+from kvjax.tuner.judge import make_judge
+from kvjax.tuner.settings import SearchSettings
 
 LAYERS, DIM, HEADS, KV_HEADS, HEAD_DIM, TOKENS = 5, 40, 4, 2, 8, 24
 CONFIG = ModelConfig(
@@ -264,7 +271,7 @@ def test_a_method_that_learns_asks_for_a_text() -> None:
 
 def test_the_text_is_not_judged() -> None:
     """Nor is another that holds it; rows name what was learned from."""
-    place = {"context": 40, "windows": 1}
+    place = {"context": 40, "windows": 1, "protocol": "parallel"}
     for text in (IDS[:40], IDS[TOKENS // 2 :], np.concatenate([[3, 1, 4], IDS])):
         with pytest.raises(kvjax.KvjaxError, match="expected windows that are not seen"):
             kvjax.sweep(calibrated(), text, "dense", **place)
@@ -274,6 +281,41 @@ def test_the_text_is_not_judged() -> None:
         learned["text"] == "token ids" and learned["tokens"] == WINDOWS.size and len(learned["tokens_sha256"]) == 64
     )
     assert np.isfinite(row["kld"])
+
+
+def test_nor_by_a_search(tmp_path: Path) -> None:
+    """A plan may be chosen by other windows of the text; what judges it holds none that bases learned from."""
+    seen = IDS[100:140][None]
+    with pytest.raises(kvjax.KvjaxError, match="expected windows that are not seen"):
+        make_judge(calibrated(), "another", seen, list(IDS[:40]), 40, 1, tmp_path)
+    judge = make_judge(calibrated(), "another", seen, list(IDS[50:90]), 40, 1, tmp_path)
+    assert judge.identity["learned_from"] == calibrated().calibration.identity
+
+
+def test_cards_name_the_text() -> None:
+    identity = identity_of(calibrated(), "another", IDS[100:140][None], "streaming")
+    chosen = dict.fromkeys(("kld", "nll", "top1", "bits_nominal", "bits_asymptotic", "bits_real"), 1.0)
+    made_with = dict.fromkeys(("device", "versions", "git"))
+    bits = SimpleNamespace(budget=4, kind="nominal")
+    search: Any = SimpleNamespace(
+        identity=identity, settings=SearchSettings(), model=calibrated(), candidates=[], bits=bits
+    )
+    for cache, named in ((LEARNED, True), ("k4v4", False)):
+        row = chosen | made_with | {"cache": str(kvjax.plan(model(), cache))}
+        assert ("learned_from" in make_card(search, [row, row], 0.0)) == named
+
+
+def test_programs_calibrate(goldens: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(map(chr, np.random.default_rng(0).integers(97, 123, 1500))))
+    config = perplexity.get_config()
+    config.update(model=str(goldens / "llama-linear"), text="demo", calibration=str(text))
+    with jax.enable_x64(False):
+        found = program.load(config, config.text).calibration
+    assert found is not None and found.text == "text.txt" and found.windows.shape[0] == 4
+    config.model = "nowhere"  # texts are compared first
+    with pytest.raises(kvjax.KvjaxError, match="both calibrated on and judged"):
+        program.load(config, f"demo,{text}")
 
 
 def test_states_know_what_their_bases_learned_from(tmp_path: Path) -> None:
