@@ -45,7 +45,7 @@ CONFIG = ModelConfig(
 )
 IDS = np.random.default_rng(1).integers(0, 256, 200)
 WINDOWS = IDS[: 2 * TOKENS].reshape(2, TOKENS)
-LEARNED = "xclr2(group=16,base=1,basis=balanced,gain=1)"
+LEARNED = "xcl2@latent(group=16,sink=4,per=channel,fold=1,rotate=1,base=1,basis=balanced,gain=1)"
 
 
 @pytest.fixture(autouse=True)
