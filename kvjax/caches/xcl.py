@@ -78,7 +78,7 @@ class XCL(LatentSpec, CrossLayerSpec):
         "xcl3@input(norm=pre,base=0)",
         "xcl3@latent(base=1)",
         "xclr2(group=16,base=0)",
-        "xclr2(group=16,base=0,basis=balanced,gain=1)",
+        "xcl2@latent(group=16,sink=4,base=0,per=channel,fold=1,rotate=1,basis=balanced,gain=1)",
     )
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from kvjax.caches import registry
 from kvjax.caches.kv import KV
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
+from kvjax.evaluate.calibrated import calibration
 from kvjax.models.model import Model
 from kvjax.tuner import search as searches
 from kvjax.tuner.search import Search
@@ -278,7 +279,7 @@ def searching(model: Model, text: str, monkeypatch: pytest.MonkeyPatch, tmp_path
 
     monkeypatch.setattr(Search, "_gradients", lambda self: [])
     monkeypatch.setattr(Search, "_measure", measure)
-    windows = searches.calibration(model, text, offset=0, **PLACE)
+    windows = calibration(model, text, offset=0, **PLACE)
     return lambda **settings: Search(SearchSettings.of(settings), model, windows, {}, tmp_path)
 
 
