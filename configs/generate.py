@@ -15,6 +15,7 @@ def get_config() -> config_dict.ConfigDict:
         mesh="",  # devices that share the model: data=2,tensor=4, see kvjax.mesh; one device where empty
         replicate="",  # logical axes that each device keeps whole, such as kv_heads
         cache="",  # a plan, see kvjax.caches.plan; k4v4 where neither this nor resume names one
+        calibration="",  # a text that methods such as xclr2(basis=balanced) learn from; see kvjax.calibrated
         plugins="",  # modules or Python files that register more caches, separated by commas
         prompt="Explain in two sentences what a cache is.",
         max_new_tokens=64,

@@ -14,6 +14,7 @@ def get_config() -> config_dict.ConfigDict:
         model="smollm2-135m",  # a name, a path or a hub name, see kvjax.load
         text="demo",  # a file, demo, wikitext-2 or a hub data set
         caches="dense,k8v8@token,k4v4@token,k8v4@kivi,k4v4@kivi,k4v2@kivi,k2v2@kivi",  # plans, see kvjax.caches.plan
+        calibration="",  # a text that methods such as xclr2(basis=balanced) learn from; see kvjax.calibrated
         plugins="",  # modules or Python files that register more caches, separated by commas
         protocol="streaming",  # or decode, parallel
         dtype="float32",  # or bfloat16, float64

@@ -16,6 +16,7 @@ def get_config() -> config_dict.ConfigDict:
         judged_on="",  # another text, which judges the chosen plan; not judged where empty
         mode="kivi",  # of the default candidates: kivi or token
         candidates="",  # caches, see kvjax.caches.plan; {2, 4, 8} bits of K and V where empty
+        calibration="",  # a text that methods such as xclr2(basis=balanced) learn from; see kvjax.calibrated
         plugins="",  # modules or Python files that register more caches, separated by commas
         budget=3.25,  # bits
         budget_of="nominal",  # or asymptotic (with scales), real (all that is allocated)

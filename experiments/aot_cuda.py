@@ -96,7 +96,7 @@ TARGETS = {
 def kernels_of(target: str) -> Kernels:
     """jax-triton asks a device what it can do, unless it is told."""
     major, minor = _device(target).capability
-    attention: dict[str, Callable] = {
+    attention = {
         "packed_attention": packed_attention.packed_attention,
         "packed_attention_jax_triton": functools.partial(by_jax_triton, compute_capability=10 * major + minor),
     }

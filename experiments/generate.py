@@ -42,7 +42,7 @@ def main(config: config_dict.ConfigDict, workdir: Path | None) -> None:
     model_config = read_config(config.model)  # a plan that does not fit is refused before weights are loaded
     plans = [CachePlan.parse(name, model_config) for name in names]
     begun = time.perf_counter()
-    model = kvjax.load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
+    model = program.load(config)
     load_seconds = time.perf_counter() - begun
     rows = []
     for plan in plans:

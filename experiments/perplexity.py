@@ -35,7 +35,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     for name in names:
         CachePlan.parse(name, model_config)  # one that does not fit is refused before weights are loaded
     with hosts.alone() if config.over == "plans" else contextlib.nullcontext():
-        model = kvjax.load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
+        model = program.load(config, config.text)
     sizes = {key: config[key] for key in ("protocol", "context", "windows", "offset", "over")}
     with bars.shown("windows") as tell:
         progress = lambda plan, done, total: tell(str(plan), done, total)  # noqa: E731

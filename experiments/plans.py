@@ -27,11 +27,9 @@ from experiments.tune_pictures import short_names
 from kvjax import hosts, records
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
-from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import mean_and_interval
-from kvjax.evaluate.sweep import strip_paths
-from kvjax.evaluate.text import check_unseen
+from kvjax.evaluate.text import check_unseen, strip_paths
 from kvjax.files import write_atomically
 from kvjax.models.model import Model
 from kvjax.tuner.evaluations import Evaluations
@@ -45,7 +43,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     settings_of(config)  # refuses bad values before the model is loaded
     budgets = _budgets(config)
     check_unseen(config.judged_on, config.text)
-    model = load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
+    model = program.load(config, config.judged_on)
     windows = calibration(config, model)
     sizes = config.context, config.judged_windows
     chooser = validation(config, model, workdir)

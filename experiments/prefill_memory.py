@@ -89,6 +89,8 @@ def _bases(spec: CacheSpec, model: ModelConfig) -> Any:
     """What a spec computes once per model, of weights that are zero: only its sizes count here."""
     if not spec.bases_key:
         return ()
+    if spec.calibrated:
+        raise KvjaxError(f"{spec} learns from a text; expected methods that need none, because no weights are read")
     zeros: Any = np.zeros((model.kv_heads * model.head_dim, model.model_dim), np.float32)
     ones: Any = np.ones(model.model_dim)
     weights = KVWeights(zeros, zeros, norm_eps=model.norm_eps, head_dim=model.head_dim)

@@ -16,11 +16,13 @@ import absl.logging
 from absl import app, flags
 from ml_collections import config_dict, config_flags
 
+import kvjax
 from experiments.compilation import keep_programs
-from kvjax import hosts
+from kvjax import Model, hosts
 from kvjax.caches.registry import load_plugins
 from kvjax.checks import check_path
 from kvjax.errors import KvjaxError
+from kvjax.evaluate.text import check_unseen
 from kvjax.files import brief
 
 ROOT = Path(__file__).parent.parent
@@ -110,6 +112,22 @@ def answer(
             raise
         print(f"another process is lost ({brief(error)}); started again, all go on where they were", file=sys.stderr)
         sys.exit(1)
+
+
+def load(config: config_dict.ConfigDict, judged: str = "") -> Model:
+    """The model that a program's config names, calibrated where it names a text for that.
+
+    Args:
+      config: the config.
+      judged: names of texts that figures are stated for.
+
+    Raises:
+      KvjaxError: a text is both calibrated on and judged; what `kvjax.load` and `kvjax.calibrated` raise.
+    """
+    if judged and config.calibration:
+        check_unseen(judged, config.calibration)
+    model = kvjax.load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
+    return kvjax.calibrated(model, config.calibration) if config.calibration else model
 
 
 def parse(config_file: Path, argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:

@@ -32,7 +32,6 @@ from experiments.tune import Bars, calibration, make_search
 from kvjax import hosts, records
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
-from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.sweep import kept_in
 from kvjax.tuner.evaluations import Evaluations
@@ -55,7 +54,7 @@ Row = dict[str, Any]
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     budgets = _budgets(config)
-    model = load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
+    model = program.load(config)
     sizes = config.context, config.judged_windows
     windows = calibration(config, model)
     judge = make_judge(model, config.text, windows, config.judged_on, *sizes, workdir / "judgements")

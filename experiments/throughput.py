@@ -32,7 +32,7 @@ from kvjax.caches.grammar import split_list
 from kvjax.caches.kv import KV
 from kvjax.caches.plan import CachePlan
 from kvjax.caches.registry import parse_spec
-from kvjax.calibrate.bases import weights_of
+from kvjax.calibrate.bases import check_calibrated, weights_of
 from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
 from kvjax.generation.states import Held
@@ -250,6 +250,7 @@ def _decode(model: Model, plan: CachePlan, shape: CacheShape, tokens: int, round
 
 def _bases(model: Model, plan: CachePlan) -> list[Any] | None:
     """Factors of the first layer's weights for every layer: their values do not matter, only that each is read."""
+    check_calibrated(model, plan)
     made: dict[str, Any] = {}
     first = weights_of(model, 0)
     for spec in plan.specs:

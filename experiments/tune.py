@@ -25,11 +25,10 @@ from experiments import program, tune_pictures
 from kvjax import hosts, records
 from kvjax.caches.kv import KV
 from kvjax.caches.plan import CachePlan
-from kvjax.checkpoints.load import load
+from kvjax.evaluate import calibrated as evaluated
 from kvjax.evaluate.sweep import identity_of
 from kvjax.files import write_atomically
 from kvjax.models.model import Model
-from kvjax.tuner import search as tuner
 from kvjax.tuner.evaluations import Evaluations
 from kvjax.tuner.judge import make_judge, make_validation
 from kvjax.tuner.search import Search
@@ -44,7 +43,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     settings_of(config)  # refuses bad values before the model is loaded
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    model = load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
+    model = program.load(config, config.judged_on)
     windows = calibration(config, model)
     chooser = validation(config, model, workdir)
     search, judge = make_search(config, model, windows, workdir, chooser), None
@@ -75,7 +74,7 @@ def settings_of(config: config_dict.ConfigDict) -> SearchSettings:
 
 def calibration(config: config_dict.ConfigDict, model: Model) -> np.ndarray:
     """The windows [w, n] of all texts."""
-    return tuner.calibration(model, config.text, config.context, config.windows, config.offset)
+    return evaluated.calibration(model, config.text, config.context, config.windows, config.offset)
 
 
 def validation(config: config_dict.ConfigDict, model: Model, workdir: Path) -> Chooser | None:

@@ -14,6 +14,7 @@ from kvjax.caches.plan import CachePlan
 from kvjax.caches.registry import load_plugins, register
 from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
+from kvjax.evaluate.calibrated import calibrated
 from kvjax.evaluate.perplexity import Comparison, Score
 from kvjax.evaluate.roofline import roofline
 from kvjax.evaluate.sweep import Rows, score, sweep
@@ -38,6 +39,7 @@ __all__ = [
     "State",
     "Tuning",
     "__version__",
+    "calibrated",
     "generate",
     "load",
     "load_plugins",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
@@ -11,8 +12,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from kvjax import hosts
 from kvjax.errors import KvjaxError
 
 
@@ -119,6 +121,38 @@ def check_digests(folder: Path, expected: Any) -> None:
         if found.get(name) != expected.get(name):
             state = "damaged" if name in found and name in expected else "new" if name in found else "missing"
             raise KvjaxError(f"{folder / name} is {state}; expected the file whose sha256 was noted at saving")
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Holds the lock of a file inside a `with` block, then removes the file.
+
+    The system releases the lock when the process ends, even if it is killed. Of several processes that work together
+    the first holds it for all. Remote files have no locks: no two runs may share a remote folder.
+
+    Args:
+      file: the lock file, created where needed.
+    """
+    if hosts.index() or not is_local(file):
+        yield
+        return
+    while True:
+        with file.open("w") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            if not _is_at(stream, file):
+                continue  # the process that held the lock removed the file
+            try:
+                yield
+            finally:
+                file.unlink(missing_ok=True)
+            return
+
+
+def _is_at(stream: IO[str], file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), file.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager

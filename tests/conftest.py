@@ -13,7 +13,7 @@ import pytest
 
 from kvjax.caches.base import CacheShape
 from kvjax.caches.plan import CachePlan
-from kvjax.calibrate import bases
+from kvjax.calibrate import bases, statistics
 from kvjax.checkpoints.load import load
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
@@ -32,7 +32,8 @@ def own_bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Bases of test models do not go to the user's cache folder."""
     folder = tmp_path_factory.mktemp("bases")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bases, "cache_folder", lambda: folder)
+        for module in (bases, statistics):
+            patch.setattr(module, "cache_folder", lambda: folder)
         yield
 
 

@@ -31,6 +31,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.caches import fields
+from kvjax.caches.statistics import Statistics
 from kvjax.ops.norm import normalize
 
 REAL_DTYPE = jnp.bfloat16  # what an unquantised element counts as in every figure of bits
@@ -299,8 +300,18 @@ class CacheSpec(abc.ABC):
         """A name for what `bases` computes, the same for specs that share it; "" where there is nothing."""
         return ""
 
-    def bases(self, weights: KVWeights, norm: Array) -> Any:
+    @property
+    def calibrated(self) -> bool:
+        """Whether `bases` learns from a calibration text."""
+        return False
+
+    def bases(self, weights: KVWeights, norm: Array, statistics: Statistics | None = None) -> Any:
         """What is computed once per model, from a layer's K/V weights and the weight of the norm before them.
+
+        Args:
+          weights: the K/V weights.
+          norm: the weight of the norm.
+          statistics: of the calibration text where the spec is `calibrated`, else None.
 
         Returns:
           Nested lists of numpy arrays in float64.

@@ -205,6 +205,11 @@ class CachePlan:
         """Whether bits of a layer are claimed and not allocated."""
         return any(spec.simulated for spec in self.specs)
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method of a layer learns from a calibration text."""
+        return any(spec.calibrated for spec in self.specs)
+
     # ---- figures
 
     @property

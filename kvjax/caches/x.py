@@ -17,11 +17,12 @@ from jaxtyping import Array
 
 from kvjax.caches.base import Chunk, KVWeights, LayerShapes
 from kvjax.caches.latents import LatentCache, LatentSpec, remat_of
+from kvjax.caches.statistics import Statistics
 from kvjax.caches.stored import PairFit, Tensors, TensorSpec, View, Width, fits_of
 from kvjax.errors import KvjaxError
 from kvjax.ops import attention, store
 from kvjax.ops.remat import Latents, Remat
-from kvjax.quant.basis import svd_basis
+from kvjax.quant.basis import Basis, balance, svd_basis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +36,15 @@ class X(LatentSpec):
     rotate: 1 turns the latents by a random rotation.
     fit: how scales are chosen: mse is the least squared error, keys that of the latents of keys alone.
     scale: see `LatentSpec`.
+    basis: svd (of the weights), or balanced between the spread of latents and what their errors cost
+      (`quant.basis.balance`), learned from a calibration text; `@latent` only.
     """
 
     bits: Width
     outlier: Literal[0, 1] = 0
     rotate: Literal[0, 1] = 0
     fit: PairFit = "minmax"
+    basis: Basis = "svd"
 
     form: ClassVar[str] = "x{bits}"
     modes: ClassVar[tuple[str, ...]] = ("input", "latent", "head")
@@ -49,6 +53,7 @@ class X(LatentSpec):
         "x3@input(group=16,residual=8,sink=3,fit=mse)",
         "x2@latent(group=16,sink=5,outlier=1,fit=keys)",
         "x4@head(group=8,residual=16,rotate=1,scale=8)",
+        "x3@latent(group=16,sink=4,rotate=1,basis=balanced)",
     )
 
     def __post_init__(self) -> None:
@@ -57,6 +62,8 @@ class X(LatentSpec):
             raise KvjaxError(f"{self}: outlier and rotate are for latents only")
         if self.mode == "input" and self.fit == "keys":
             raise KvjaxError(f"{self}: fit=keys; expected mse, because X serves keys and values")
+        if self.basis == "balanced" and self.mode not in (None, "latent"):
+            raise KvjaxError(f"{self}: basis=balanced; expected @latent")
 
     @property
     def cache_type(self) -> type[XCache]:
@@ -91,17 +98,33 @@ class X(LatentSpec):
 
     @property
     def bases_key(self) -> str:
-        return "" if self.mode == "input" else f"x-{self.mode}{'-rotated' * self.rotate}"
+        return (
+            "" if self.mode == "input" else f"x-{self.mode}{'-balanced' * self.calibrated}{'-rotated' * self.rotate}"
+        )
 
-    def bases(self, weights: KVWeights, norm: Array) -> Any:
-        """[[down, up] of keys, [down, up] of values]: U [G, D, r] and R [G, r, m]."""
+    @property
+    def calibrated(self) -> bool:
+        return self.basis == "balanced"
+
+    def bases(self, weights: KVWeights, norm: Array, statistics: Statistics | None = None) -> Any:
+        """[[down, up] of keys, [down, up] of values]: U [G, D, r] and R [G, r, m], or those of a balanced basis."""
         w_k, w_v = (np.asarray(w, np.float64).T for w in (weights.k, weights.v))  # [D, m]
-        if self.mode == "latent":
+        if statistics is not None:
+            moment, size = statistics.scaled_unit(norm), w_k.shape[1]
+            costs = statistics.gradient[:size, :size], statistics.gradient[size:, size:]
+            pairs = [[self._balanced(w, moment, cost)] for w, cost in zip((w_k, w_v), costs, strict=True)]
+        elif self.mode == "latent":
             pairs = [[svd_basis(w, bool(self.rotate))] for w in (w_k, w_v)]
         else:
             heads = w_k.shape[1] // weights.head_dim
             pairs = [[svd_basis(part, bool(self.rotate)) for part in np.split(w, heads, 1)] for w in (w_k, w_v)]
         return [[np.stack(each) for each in zip(*pair, strict=True)] for pair in pairs]
+
+    def _balanced(self, w: np.ndarray, moment: np.ndarray, cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Down and up of a projection W: x W = (x down) up."""
+        u, r = svd_basis(w)
+        to, back = balance(u.T @ moment @ u, r @ cost @ r.T, bool(self.rotate))
+        return u @ to, back @ r
 
 
 @struct.dataclass

@@ -21,6 +21,7 @@ from kvjax.caches.base import CacheShape, CacheSpec, Chunk, KVWeights, LayerShap
 from kvjax.caches.cross_layer import CrossLayerSpec
 from kvjax.caches.fields import derived
 from kvjax.caches.latents import LatentCache, LatentSpec, remat_of
+from kvjax.caches.statistics import Statistics
 from kvjax.caches.stored import BlockStore, StoredSpec, Tensors, TensorSpec, View, Width, read_dtype
 from kvjax.errors import KvjaxError
 from kvjax.ops import attention, store
@@ -28,7 +29,7 @@ from kvjax.ops.reconstruct import reconstruct
 from kvjax.ops.remat import Latents, Remat
 from kvjax.ops.shards import first_token
 from kvjax.quant.affine import Fit
-from kvjax.quant.basis import rotation, svd_basis
+from kvjax.quant.basis import Basis, balance, rotation, svd_basis
 
 ALIGN = 32  # tokens that the accumulator is a multiple of
 
@@ -49,6 +50,9 @@ class XCL(LatentSpec, CrossLayerSpec):
     fold: 1 takes the norm's weight out of X and into W_k and W_v.
     rotate: 1 turns what is quantised by a random rotation.
     fit: how scales are chosen: mse is the least squared error.
+    basis: svd (of the weights), or balanced between the spread of what is quantised and what its errors cost
+      (`quant.basis.balance`), learned from a calibration text; `@latent` with fold=1 only.
+    gain: 1 takes a delta from the layer below times a gain of each channel, learned as the basis is.
     """
 
     bits: Width
@@ -59,6 +63,8 @@ class XCL(LatentSpec, CrossLayerSpec):
     fold: Literal[0, 1] = 0
     rotate: Literal[0, 1] = 0
     fit: Fit = "minmax"
+    basis: Basis = "svd"
+    gain: Literal[0, 1] = 0
     index: int = derived(0)  # in the run, counted up to base + 1
 
     form: ClassVar[str] = "xcl{bits}"
@@ -72,6 +78,7 @@ class XCL(LatentSpec, CrossLayerSpec):
         "xcl3@input(norm=pre,base=0)",
         "xcl3@latent(base=1)",
         "xclr2(group=16,base=0,scale=8)",
+        "xcl2@latent(group=16,sink=4,base=0,per=channel,fold=1,rotate=1,basis=balanced,gain=1)",
     )
     forgets: ClassVar[bool] = False  # layers above it may see more than its window
 
@@ -79,6 +86,8 @@ class XCL(LatentSpec, CrossLayerSpec):
         super().__post_init__()
         if self.norm == "pre" and (self.fold or self.mode == "latent"):
             raise KvjaxError(f"{self}: norm=pre stores X before the norm; expected @input and no fold")
+        if self.calibrated and (self.mode == "input" or not self.fold):
+            raise KvjaxError(f"{self}: basis=balanced and gain are of folded latents; expected @latent and fold=1")
 
     # ---- its place among the layers
 
@@ -152,16 +161,31 @@ class XCL(LatentSpec, CrossLayerSpec):
     def bases_key(self) -> str:
         if self.mode == "input":
             return "xcl-rotation" if self.rotate else ""
-        return f"xcl-basis{'-folded' * self.fold}{'-rotated' * self.rotate}"
+        learned = f"-{self.basis}{'-gained' * self.gain}{'-delta' * self.delta}" * self.calibrated
+        return f"xcl-basis{learned}{'-folded' * self.fold}{'-rotated' * self.rotate}"
 
-    def bases(self, weights: KVWeights, norm: Array) -> Any:
-        """[U], [D, r], orthonormal columns."""
+    @property
+    def calibrated(self) -> bool:
+        return self.basis == "balanced" or self.gain == 1
+
+    def bases(self, weights: KVWeights, norm: Array, statistics: Statistics | None = None) -> Any:
+        """[U], [D, r], orthonormal columns; what is learned has [down, up, gain], [D, r], [r, D] and [D]."""
         if self.mode == "input":
             return [rotation(weights.k.shape[1])]
         w = np.concatenate([np.asarray(w, np.float64).T for w in (weights.k, weights.v)], 1)
         if self.fold:
             w = np.asarray(norm, np.float64)[:, None] * w
-        return [svd_basis(w, bool(self.rotate))[0]]
+        if statistics is None:
+            return [svd_basis(w, bool(self.rotate))[0]]
+        gain = statistics.gain if self.gain else np.ones_like(statistics.gain)
+        if self.basis == "svd":
+            u = svd_basis(w, bool(self.rotate))[0]
+            return [u, u.T, gain]
+        u, r = svd_basis(w)
+        delta = statistics.gained_delta if self.gain else statistics.delta
+        moment = delta if self.delta else statistics.unit
+        to, back = balance(u.T @ moment @ u, r @ statistics.gradient @ r.T, bool(self.rotate))
+        return [u @ to, back @ u.T, gain]
 
 
 @struct.dataclass
@@ -169,11 +193,13 @@ class XCLCache(LatentCache):
     """X, or its delta, on the layer's basis: z = X U is packed as z - X̂ U."""
 
     def append(self, chunk: Chunk, carry: Any) -> tuple[BlockStore, Any]:
-        acc, basis = carry["acc"], chunk.bases[0] if chunk.bases else None
-        after = self.store.append(self.new_tensors(chunk), chunk, Delta(acc, basis) if self.spec.delta else None)
+        (down, up), acc = down_and_up(chunk.bases), carry["acc"]
+        if self.spec.gain and self.spec.delta:
+            acc = acc * chunk.bases[2].astype(acc.dtype)
+        after = self.store.append(self.new_tensors(chunk), chunk, Delta(acc, down) if self.spec.delta else None)
         end, r = chunk.positions[:, 0] + chunk.lengths, self.spec.residual_length
         stop = end if self.store.reads_stored(chunk) else end // r * r
-        return after, {"acc": reconstruct(acc, after.packed[0], basis, self.spec.delta, stop)}
+        return after, {"acc": reconstruct(acc, after.packed[0], up, self.spec.delta, stop)}
 
     def new_tensors(self, chunk: Chunk) -> Tensors:
         x = chunk.x
@@ -181,7 +207,7 @@ class XCLCache(LatentCache):
             x = chunk.h
         elif self.spec.fold:
             x = chunk.weights.normalize(chunk.h)
-        return (project(x, chunk.bases[0] if chunk.bases else None)[:, :, None],)
+        return (project(x, down_and_up(chunk.bases)[0])[:, :, None],)
 
     def remat(self, chunk: Chunk) -> Remat:
         in_weights = self.spec.fold or self.spec.norm == "pre"  # the norm's weight
@@ -189,9 +215,8 @@ class XCLCache(LatentCache):
         return remat_of(chunk, w_k[None], w_v[None])
 
     def rebuild_kv(self, tensors: Tensors, chunk: Chunk) -> tuple[Array, Array]:
-        """Of exact z: z U^T has all of X that W_k and W_v see."""
-        z = tensors[0]
-        x = z @ chunk.bases[0].T.astype(z.dtype) if chunk.bases else z
+        """Of exact z: the way back has all of X that W_k and W_v see."""
+        x = project(tensors[0], down_and_up(chunk.bases)[1])
         return self.keys_and_values((self._normed(x, chunk),) * 2, chunk)
 
     def attend_packed(self, view: View, chunk: Chunk, carry: Any) -> attention.Partial:
@@ -224,6 +249,13 @@ class Delta:
         return Delta(PartitionSpec("batch", "tokens"), PartitionSpec())  # type: ignore[arg-type]
 
 
+def down_and_up(bases: Any) -> tuple[Float[Array, "D r"] | None, Float[Array, "r D"] | None]:
+    """What projects X, and the way back; None twice where X itself is stored."""
+    if not bases:
+        return None, None
+    return bases[0], bases[1] if len(bases) > 1 else bases[0].T
+
+
 def project(x: Float[Array, "... D"], basis: Float[Array, "D r"] | None) -> Float[Array, "... r"]:
-    """X on the columns of a basis; X itself where there is none."""
+    """Rows on a basis; themselves where there is none."""
     return x if basis is None else x @ basis.astype(x.dtype)

@@ -14,6 +14,7 @@ from flax.traverse_util import unflatten_dict
 from kvjax import hosts
 from kvjax.caches.base import CacheSpec, KVWeights
 from kvjax.caches.plan import CachePlan
+from kvjax.calibrate.statistics import load_statistics
 from kvjax.checkpoints.orbax import new_folder
 from kvjax.downloads import cache_folder
 from kvjax.errors import KvjaxError
@@ -28,24 +29,42 @@ METADATA = "bases.json"
 def load_bases(model: Model, plan: CachePlan) -> tuple[Any, ...]:
     """The bases of every layer, in the model's dtype: an argument of `Decoder`, never a constant of a program.
 
-    They are read from $KVJAX_CACHE/bases, where the checksum of the weights that they belong to names them.
+    They are read from $KVJAX_CACHE/bases, where the checksum of the weights that they belong to names them, and that
+    of the calibration text where they are learned.
 
     Raises:
-      KvjaxError: the files there are of other weights, or damaged, or cannot be written.
+      KvjaxError: a method learns from a text and the model is not calibrated; the files there are of other weights,
+        or damaged, or cannot be written.
     """
-    specs = {spec.bases_key: spec for spec in plan.specs if spec.bases_key}
+    check_calibrated(model, plan)
+    specs = {_key(model, spec): spec for spec in plan.specs if spec.bases_key}
     if not specs:
         return ((),) * model.config.layers
     layers = [weights_of(model, i) for i in range(model.config.layers)]
     digest = _digest(layers)
     for key, spec in specs.items():
         if not hosts.on_first(lambda key=key: _found(digest, key)):  # type: ignore[misc]
-            _make(layers, digest, spec)
+            _make(model, layers, digest, spec)
     place = lambda a: model.layout.build(a.shape, model.dtype, WHOLE, a.__getitem__)  # noqa: E731
     read = lambda i, key: hosts.on_first(lambda: _read(folder_of(digest, key), i))  # noqa: E731
     return tuple(
-        jax.tree.map(place, read(i, spec.bases_key)) if spec.bases_key else () for i, spec in enumerate(plan.specs)
+        jax.tree.map(place, read(i, _key(model, spec))) if spec.bases_key else () for i, spec in enumerate(plan.specs)
     )
+
+
+def check_calibrated(model: Model, plan: CachePlan) -> None:
+    """Raises KvjaxError where a method learns from a text and the model is not calibrated on one."""
+    if model.calibration is None and (learns := next((spec for spec in plan.specs if spec.calibrated), None)):
+        raise KvjaxError(
+            f"{learns} learns from a text; expected a model calibrated on one:"
+            " kvjax.calibrated(model, TEXT), or --config.calibration=TEXT"
+        )
+
+
+def _key(model: Model, spec: CacheSpec) -> str:
+    """The name of a spec's bases, with that of what they are learned from."""
+    learned = model.calibration.digest[:16] if spec.calibrated and model.calibration else ""
+    return spec.bases_key + f"-{learned}" * spec.calibrated
 
 
 def folder_of(digest: str, key: str) -> Path:
@@ -68,19 +87,26 @@ def _digest(layers: list[tuple[KVWeights, jax.Array]]) -> str:
     return digest.hexdigest()
 
 
-def _make(layers: list[tuple[KVWeights, jax.Array]], digest: str, spec: CacheSpec) -> None:
+def _make(model: Model, layers: list[tuple[KVWeights, jax.Array]], digest: str, spec: CacheSpec) -> None:
     """Computes the bases and writes them, a layer at a time: in float64 all layers' are as large as their weights."""
-    folder = folder_of(digest, spec.bases_key)
+    key = _key(model, spec)
+    folder = folder_of(digest, key)
     print(f"kvjax: computing bases of {len(layers)} layers ({spec.bases_key}), once, for {folder}", file=sys.stderr)
+
+    def one(i: int, whole: tuple[KVWeights, jax.Array]) -> Any:
+        if spec.calibrated and model.calibration:
+            return spec.bases(*whole, load_statistics(model.calibration.digest, i))
+        return spec.bases(*whole)
+
     try:
         with new_folder(folder) as part:
             for i, layer in enumerate(layers):
                 whole = jax.tree.map(fetch, layer)
-                hosts.on_first(lambda i=i, whole=whole: _write(part, i, spec.bases(*whole)))  # type: ignore[misc]
-            metadata = {"weights": digest, "key": spec.bases_key}
+                hosts.on_first(lambda i=i, whole=whole: _write(part, i, one(i, whole)))  # type: ignore[misc]
+            metadata = {"weights": digest, "key": key}
             hosts.on_first(lambda: write_json(part / METADATA, metadata | {"arrays": digests(part / "arrays")}))
     except KvjaxError:
-        if not hosts.on_first(lambda: _found(digest, spec.bases_key)):
+        if not hosts.on_first(lambda: _found(digest, key)):
             raise  # otherwise another program has made them meanwhile
 
 

@@ -20,7 +20,7 @@ import scipy.special
 from jaxtyping import Array, Float, Int
 
 from kvjax.caches.plan import Cache, CachePlan
-from kvjax.calibrate.bases import load_bases
+from kvjax.calibrate.bases import check_calibrated, load_bases
 from kvjax.checks import check_whole, show
 from kvjax.errors import KvjaxError
 from kvjax.evaluate import vocabulary
@@ -127,10 +127,11 @@ class Scorer:
         self._loaded: dict[CachePlan, Any] = {}
 
     def check(self, plan: CachePlan) -> None:
-        """Raises KvjaxError where the plan does not fit the model or the protocol; nothing is computed."""
+        """Raises KvjaxError where the plan does not fit the model, its calibration or the protocol; nothing runs."""
         plan.init_shapes(self.shape)
         if self.protocol == "parallel":
             plan.require_whole_windows("protocol parallel")
+        check_calibrated(self.model, plan)
 
     def run(
         self, plan: CachePlan, windows: Int[np.ndarray, "w c"], dense: vocabulary.DenseRun | None

@@ -23,8 +23,9 @@ from kvjax.errors import KvjaxError
 from kvjax.evaluate.answers import Answers
 from kvjax.evaluate.gsm8k import GSM8K
 from kvjax.evaluate.ruler import Needle, Tracking
-from kvjax.evaluate.sweep import Row, kept_in, strip_paths
+from kvjax.evaluate.sweep import Row, kept_in
 from kvjax.evaluate.task import Task
+from kvjax.evaluate.text import strip_paths
 from kvjax.models.model import Model, check_model
 
 OWN: tuple[type[Task], ...] = (Needle, Tracking, GSM8K)

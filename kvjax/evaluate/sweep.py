@@ -26,8 +26,9 @@ from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checks import check_path, check_progress, show
 from kvjax.errors import KvjaxError
+from kvjax.evaluate.calibrated import check_judged
 from kvjax.evaluate.perplexity import Score, Scorer, Timing, concatenate, standard_error
-from kvjax.evaluate.text import Text, name_of, read_windows
+from kvjax.evaluate.text import Text, name_of, read_windows, strip_paths
 from kvjax.evaluate.vocabulary import DenseRun, TokenScores
 from kvjax.models.model import Model, check_model
 from kvjax.tables import align_columns, format_figure
@@ -172,6 +173,7 @@ def identity_of(
       windows: of each text; all of `cut` where None.
       offset: tokens that were skipped first.
     """
+    learned = {} if model.calibration is None else {"learned_from": model.calibration.identity}
     return {
         "model": strip_paths(model.name),
         "model_sha256": model.checksum,
@@ -182,12 +184,8 @@ def identity_of(
         "context": cut.shape[1],
         "windows": len(cut) if windows is None else windows,
         "offset": offset,
+        **learned,
     }
-
-
-def strip_paths(names: str) -> str:
-    """Names separated by commas, paths cut: where a file lies says nothing to others; its checksum does."""
-    return ",".join(Path(name).name if Path(name).exists() else name for name in split_list(names))
 
 
 @contextlib.contextmanager
@@ -221,7 +219,8 @@ class Sweep:
     """
 
     def __init__(self, model: Model, windows: Int[np.ndarray, "w c"], identity: dict[str, Any], folder: Path):
-        """Raises KvjaxError for windows or a protocol that cannot be scored."""
+        """Raises KvjaxError for windows or a protocol that cannot be scored, and windows that methods learn from."""
+        check_judged(model, windows)
         self.model, self.windows, self.identity, self.folder = model, windows, identity, folder
         self.scorer = Scorer(model, windows.shape[1], len(windows), identity["protocol"])
         self.dense = CachePlan.parse("dense", model.config)

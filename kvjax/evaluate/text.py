@@ -91,6 +91,11 @@ def name_of(source: Text) -> str:
     return "a literal text" if is_literal(source) else source
 
 
+def strip_paths(names: str) -> str:
+    """Names separated by commas, paths cut: where a file lies says nothing to others; its checksum does."""
+    return ",".join(Path(name).name if Path(name).exists() else name for name in split_list(names))
+
+
 def split_texts(sources: Text) -> list[Text]:
     """The texts of a string of names separated by commas; anything else is one text.
 

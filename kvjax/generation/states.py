@@ -164,6 +164,8 @@ def check_made_by(state: State, model: Model) -> None:
         raise KvjaxError(f"the state is of type {type(state).__name__}; expected what kvjax.prefill gives")
     if _made_by(state.model) != _made_by(model) or state.model.config != model.config:
         raise KvjaxError(f"the state was made by another model, {state.model!r}; this is {model!r}")
+    if _learned_from(state.model, state.plan) != _learned_from(model, state.plan):
+        raise KvjaxError(f"the state's cache of {state.plan} learned from another text than this model's calibration")
     if state.model.layout != model.layout:
         raise KvjaxError(f"the state is where {state.model!r} is; this is {model!r}: save the state and restore it")
 
@@ -185,6 +187,7 @@ def save_state(folder: str | Path, model: Model, state: State) -> None:
         "cache": str(state.plan),
         "max_len": state.max_len,
         "parts": state.cache.shape.parts,
+        "learned_from": _learned_from(model, state.plan),
         "read": [each._asdict() for each in state.read],
     }
     with new_folder(check_path("folder", folder)) as part:
@@ -219,6 +222,8 @@ def restore_state(folder: str | Path, model: Model, cache: str | CacheSpec | Cac
         sums = metadata["arrays"]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise KvjaxError(f"{folder / METADATA} is not one that kvjax wrote: {brief(error)}") from None
+    if (learned := metadata.get("learned_from", "")) != _learned_from(model, plan):
+        raise KvjaxError(f"{folder} holds a cache of {plan}; expected a model with its calibration ({learned[:8]})")
     if cache is not None and CachePlan.cast(cache, model.config) != plan:
         raise KvjaxError(f"{folder} holds a cache of {plan}; expected {cache}")
     check_digests(folder / "arrays", sums)
@@ -255,6 +260,11 @@ def _check_read(read: Read) -> Read:
     if type(read.tokens) is not int or not isinstance(read.last, int | None) or type(read.chat) is not bool:
         raise TypeError(f"read is {read}")
     return read
+
+
+def _learned_from(model: Model, plan: CachePlan) -> str:
+    """The checksum of what the plan's methods learned from; "" where they learn nothing."""
+    return model.calibration.digest if model.calibration and plan.calibrated else ""
 
 
 def _made_by(model: Model) -> dict[str, Any]:

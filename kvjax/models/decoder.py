@@ -256,6 +256,38 @@ def layer_of(config: ModelConfig, layer: int) -> Layer:
     return Layer(config, config.layer_window(layer), config.layer_rope(layer))
 
 
+def run_layer(
+    config: ModelConfig,
+    layer: int,
+    params: Weights,
+    h: Float[Array, "1 N D"],
+    bases: Any,
+    cache: Attends,
+    carry: Any,
+) -> tuple[Float[Array, "1 N D"], Any, Any]:
+    """Runs one layer over a whole window.
+
+    Args:
+      config: config of the model.
+      layer: index of the layer.
+      params: parameters of the layer.
+      h: input of the layer, for N tokens.
+      bases: what the layer's spec computed once per model.
+      cache: any empty cache.
+      carry: what runs across the layers.
+
+    Returns:
+      The output, the cache with the window in it, and the carry for the next layer.
+    """
+    count = h.shape[1]
+    positions = jnp.arange(count, dtype=jnp.int32)[None]
+    module: Any = layer_of(config, layer)
+    rope = make_rope(module.rope, config.head_dim, count)
+    lengths = jnp.full((1,), count, jnp.int32)
+    rotation = rope.table(positions, h.dtype)
+    return module.apply({"params": params}, h, positions, lengths, rope, rotation, bases, cache, carry, "exact")
+
+
 class Decoder(nn.Module):
     """Tokens and a cache in, final hidden states and the cache out; `logits` is a separate step."""
 

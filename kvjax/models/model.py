@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from kvjax.caches.base import CacheShape
 from kvjax.errors import KvjaxError
 from kvjax.mesh import ONE_DEVICE, Layout, describe
+from kvjax.models.calibration import Calibration
 from kvjax.models.config import ModelConfig
 from kvjax.models.params import Params
 from kvjax.models.tokenizer import AnyTokenizer
@@ -35,6 +36,7 @@ class Model:
     dtype: jnp.dtype  # of the parameters
     checksum: str  # sha256 of the source files, or of the name where the weights are random
     layout: Layout = ONE_DEVICE  # where the parameters live, and all that is computed with them
+    calibration: Calibration | None = None  # what its methods learned from, see `kvjax.calibrated`
 
     @property
     def mesh(self) -> Mesh | None:

@@ -20,7 +20,7 @@ _TILE_ELEMENTS = 2**16  # elements of one tile of the accumulator
 def reconstruct(
     acc: Float[Array, "B S D"],
     stored: store.Stored,
-    basis: Float[Array, "D r"] | None,
+    up: Float[Array, "r D"] | None,
     delta: bool,
     stop: Int[Array, "B"],
 ) -> Float[Array, "B S D"]:
@@ -29,7 +29,7 @@ def reconstruct(
     Args:
       acc: X̂ of the layer below.
       stored: z of this layer; with `delta`, its difference from the layer below.
-      basis: orthonormal columns: X̂ = z basis^T. X̂ = z where None.
+      up: the way back from z: X̂ = z up. X̂ = z where None.
       delta: whether the stored part is added to `acc`; otherwise it replaces `acc`.
       stop: per sequence, the position below which tokens are reconstructed.
 
@@ -37,23 +37,25 @@ def reconstruct(
       X̂ of this layer below `stop`, `acc` elsewhere.
     """
 
-    def kernel(name: str, interpret: bool, acc: Array, stored: Any, basis: Any, stop: Array) -> Array:
+    def kernel(name: str, interpret: bool, acc: Array, stored: Any, up: Any, stop: Array) -> Array:
         if not delta:
             raise NotImplementedError("a base layer; kernels reconstruct from deltas")
-        if basis is None:
+        if up is None:
             raise NotImplementedError("deltas of the layer input itself; kernels reconstruct from latents of deltas")
         if acc.dtype == jnp.float64:
             raise NotImplementedError("an accumulator in float64; kernels take float32 and bfloat16")
-        up, packed = basis.T.astype(acc.dtype), store.for_kernels(stored)
+        packed = store.for_kernels(stored)
         here = _held(stop, stored)
-        return remat_attention.reconstruct(acc, packed, up, here, implementation=name, interpret=interpret)
+        return remat_attention.reconstruct(
+            acc, packed, up.astype(acc.dtype), here, implementation=name, interpret=interpret
+        )
 
-    def xla(acc: Array, stored: Any, basis: Any, stop: Array) -> Array:
-        return _rebuild_tiles(acc, stored, basis, delta, _held(stop, stored))
+    def xla(acc: Array, stored: Any, up: Any, stop: Array) -> Array:
+        return _rebuild_tiles(acc, stored, up, delta, _held(stop, stored))
 
     by_token = PartitionSpec("batch", "tokens")
     axes = by_token, store.logical_axes(stored, None), PartitionSpec(), PartitionSpec("batch")
-    return dispatch("remat_attention", kernel, xla, (acc, stored, basis, stop), axes, by_token)
+    return dispatch("remat_attention", kernel, xla, (acc, stored, up, stop), axes, by_token)
 
 
 def _held(stop: Int[Array, "B"], stored: store.Stored) -> Int[Array, "B"]:
@@ -61,7 +63,7 @@ def _held(stop: Int[Array, "B"], stored: store.Stored) -> Int[Array, "B"]:
     return jnp.clip(stop - first_token(stored.tokens), 0, stored.tokens)
 
 
-def _rebuild_tiles(acc, stored, basis, delta, stop):
+def _rebuild_tiles(acc, stored, up, delta, stop):
     """`reconstruct` in XLA."""
     pack_size = store.capacity(1, stored.format)
     size = 1 << max((_TILE_ELEMENTS // acc.shape[2]).bit_length() - 1, 0)
@@ -72,7 +74,7 @@ def _rebuild_tiles(acc, stored, basis, delta, stop):
         start = jnp.minimum(i * size, stored.tokens - size)
         z = store.read_tile(stored, start, size, acc.dtype).dequantize()[:, 0]
         below = jax.lax.dynamic_slice_in_dim(acc, start, size, 1)
-        here = (z if basis is None else z @ basis.T.astype(z.dtype)) + (below if delta else 0)
+        here = (z if up is None else z @ up.astype(z.dtype)) + (below if delta else 0)
         index = start + jnp.arange(size)
         new = (index >= i * size) & (index < stop[:, None])
         return jax.lax.dynamic_update_slice_in_dim(acc, jnp.where(new[..., None], here, below), start, 1)

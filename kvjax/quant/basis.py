@@ -5,8 +5,13 @@ Computed in numpy, in float64.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from jaxtyping import Float
+
+Basis = Literal["svd", "balanced"]
+RIDGE = 1e-3  # of the mean eigenvalue, added to second moments of few tokens
 
 
 def svd_basis(
@@ -28,6 +33,44 @@ def svd_basis(
         return u, r
     turn = rotation(u.shape[1])
     return u @ turn, turn.T @ r
+
+
+def balance(
+    moment: Float[np.ndarray, "r r"], fisher: Float[np.ndarray, "r r"], rotate: bool = False
+) -> tuple[Float[np.ndarray, "r r"], Float[np.ndarray, "r r"]]:
+    """Finds a basis A in which rounding rows z A costs least: A A^T = Σ^-1 # H, the geometric mean.
+
+    Rounding to a fixed number of levels has errors in proportion to the spread of what is rounded, and an error e of
+    z costs ½ e H e^T. In this basis both, A^T Σ A and A^-1 H A^-T, are the same matrix (up to a factor); the product
+    of their traces is then the least there is. A rotation keeps it, and spreads it over the channels.
+
+    Args:
+      moment: Σ, the second moment of z.
+      fisher: H, that of the gradient of the log-likelihood with respect to z.
+      rotate: multiplies A by a random rotation.
+
+    Returns:
+      A, scaled to keep the mean square of z, and its inverse.
+    """
+    moment, fisher = _regular(moment), _regular(fisher)
+    root, inverse = _powers(moment)
+    mean = inverse @ _powers(root @ fisher @ root)[0] @ inverse
+    mean *= np.trace(moment) / np.trace(mean @ moment)
+    t, back = _powers(mean)
+    turn = rotation(len(t)) if rotate else np.eye(len(t))
+    return t @ turn, turn.T @ back
+
+
+def _regular(matrix: Float[np.ndarray, "r r"]) -> Float[np.ndarray, "r r"]:
+    """A symmetric matrix with a part of its mean eigenvalue added to each."""
+    return (matrix + matrix.T) / 2 + RIDGE * np.trace(matrix) / len(matrix) * np.eye(len(matrix))
+
+
+def _powers(matrix: Float[np.ndarray, "r r"]) -> tuple[Float[np.ndarray, "r r"], Float[np.ndarray, "r r"]]:
+    """The square root of a positive definite matrix, and its inverse."""
+    values, vectors = np.linalg.eigh(matrix)
+    root = np.sqrt(np.maximum(values, np.finfo(np.float64).tiny))
+    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
 
 
 def rotation(size: int) -> Float[np.ndarray, "n n"]:

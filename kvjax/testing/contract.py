@@ -75,7 +75,9 @@ def plan_of(text: str) -> CachePlan:
 @functools.cache
 def bases_of(text: str, layers: Callable[[], tuple[Layer, ...]] = stack) -> list[Any]:
     """What each layer's spec computes once per model."""
-    return [spec.bases(layer.weights, layer.norm) for spec, layer in zip(plan_of(text).specs, layers(), strict=False)]
+    pairs = zip(plan_of(text).specs, layers(), strict=False)
+    learned = lambda spec, layer: [layer.statistics] if spec.calibrated else []  # noqa: E731
+    return [spec.bases(layer.weights, layer.norm, *learned(spec, layer)) for spec, layer in pairs]
 
 
 def chunks_of(
@@ -345,8 +347,10 @@ def test_saved_restored_and_grown(text: str, tmp_path: Any) -> None:
 
 
 def tiny_model(text: str) -> Model:
-    """A random model with the layers of the plan."""
-    return _tiny(len(plan_of(text).specs))
+    """A random model with the layers of the plan, calibrated where the plan needs it."""
+    plan = plan_of(text)
+    model = _tiny(len(plan.specs))
+    return kvjax.calibrated(model, list(range(64)), context=32, windows=2) if plan.calibrated else model
 
 
 @functools.cache

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax.caches.base import CacheShape, Chunk, KVWeights, LayerCache, visible
+from kvjax.caches.statistics import Statistics
 from kvjax.models.config import ModelConfig, RopeConfig
 from kvjax.models.rope import make_rope
 
@@ -65,6 +66,35 @@ class Layer:
         k = normalize(k.reshape(len(x), -1, len(self.k_norm))) * self.k_norm
         k, v = (a.reshape(len(x), KV_HEADS, HEAD_DIM) for a in (k, v))
         return k, v
+
+    @property
+    def statistics(self) -> Statistics:
+        """As if the layer had been calibrated on its inputs, with random gradients."""
+        rng, unit = np.random.default_rng(2), self.unit.reshape(-1, DIM)
+        k, v = self.kv(self.x.reshape(-1, DIM))
+        q = self.q.reshape(-1, KV_HEADS, HEAD_DIM)
+        of_k, of_v, of_q = (np.einsum("nkd,nke->kde", rows, rows) / len(rows) for rows in (k, v, q))
+        g = rng.standard_normal((4 * DIM, 2 * KV_HEADS * HEAD_DIM)) * rng.uniform(0.1, 3, 2 * KV_HEADS * HEAD_DIM)
+        step, moment, gain = rng.standard_normal(unit.shape), unit.T @ unit / len(unit), rng.uniform(0.5, 1.5, DIM)
+        delta, fisher = step.T @ step / len(step), g.T @ g / len(g)
+        means = unit.mean(0), k.mean(0), v.mean(0)
+        return Statistics(
+            unit_mean=means[0],
+            unit=moment,
+            gain=gain,
+            delta=delta,
+            gained_delta=delta / 2,
+            query=of_q,
+            key_mean=means[1],
+            key=of_k,
+            turned_mean=means[1],
+            turned=of_k,
+            value_mean=means[2],
+            value=of_v,
+            seen_value=of_v,
+            gradient=fisher,
+            turned_gradient=of_q,
+        )
 
     @property
     def weights(self) -> KVWeights:

@@ -43,6 +43,7 @@ def make_card(search: Search, rows: list[Row], seconds: float, judge: Evaluation
         "model_sha256": identity["model_sha256"],
         **({"plugins": plugins} if plugins else {}),
         "calibration": {key: identity[key] for key in CALIBRATION},
+        **({"learned_from": identity["learned_from"]} if plan.calibrated else {}),
         "search": {
             **{key: getattr(settings, key) for key in ("method", "objective", "error", "seed")},
             "candidates": [str(spec) for spec in search.candidates],

@@ -5,19 +5,16 @@ Several processes may share a folder: whichever comes first evaluates a plan, an
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from kvjax import hosts
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
-from kvjax.files import is_local, read_json, write_json
+from kvjax.files import locked, read_json, write_json
 
 Figures = dict[str, Any]  # numbers by name, or lists and objects of them
 
@@ -87,35 +84,3 @@ class Evaluations:
     @staticmethod
     def _key(identity: Any, cache: Any) -> str:
         return json.dumps([identity, cache], sort_keys=True)
-
-
-@contextlib.contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Holds the lock of a file inside a `with` block, then removes the file.
-
-    The system releases the lock when the process ends, even if it is killed. Of several processes that work together
-    the first holds it for all. Remote files have no locks: no two runs may share a remote folder.
-
-    Args:
-      file: the lock file, created where needed.
-    """
-    if hosts.index() or not is_local(file):
-        yield
-        return
-    while True:
-        with file.open("w") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            if not _is_at(stream, file):
-                continue  # the process that held the lock removed the file
-            try:
-                yield
-            finally:
-                file.unlink(missing_ok=True)
-            return
-
-
-def _is_at(stream: IO[str], file: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(stream.fileno()), file.stat())
-    except FileNotFoundError:
-        return False

@@ -10,12 +10,12 @@ from jaxtyping import Int
 
 from kvjax.caches.plan import CachePlan
 from kvjax.checks import check_whole
+from kvjax.evaluate.calibrated import calibration, check_judged, names_of
 from kvjax.evaluate.perplexity import Score
 from kvjax.evaluate.sweep import identity_of
 from kvjax.evaluate.text import Text, check_disjoint, check_unseen
 from kvjax.models.model import Model
 from kvjax.tuner.evaluations import Evaluations
-from kvjax.tuner.search import calibration, names_of
 from kvjax.tuner.simulate import Simulator
 
 FIGURES = ("kld", "nll", "top1")  # what cards state; what is judged has more
@@ -49,6 +49,7 @@ def make_judge(
     check_unseen(judged, calibrated)
     cut = calibration(model, judged, context, windows, 0)
     check_disjoint(cut, seen)
+    check_judged(model, cut)
     return _evaluations(model, judged, cut, windows, 0, folder)
 
 

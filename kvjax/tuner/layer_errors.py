@@ -13,8 +13,8 @@ from kvjax import hosts, records
 from kvjax.caches.base import CacheShape
 from kvjax.caches.cross_layer import Place
 from kvjax.caches.plan import CachePlan
+from kvjax.files import locked
 from kvjax.tuner import sensitivity
-from kvjax.tuner.evaluations import locked
 from kvjax.tuner.simulate import Simulator
 
 SAMPLES = 2  # draws of every token's prediction, for the prediction of KL

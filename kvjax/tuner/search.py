@@ -23,10 +23,10 @@ from kvjax.caches.base import REAL_DTYPE, CacheShape, CacheSpec
 from kvjax.caches.cross_layer import Place
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
+from kvjax.calibrate.bases import check_calibrated
 from kvjax.checks import check_progress
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score
-from kvjax.evaluate.text import Text, name_of, read_windows, split_texts
 from kvjax.models.model import Model
 from kvjax.tuner.evaluations import Evaluations
 from kvjax.tuner.evolve import evolve
@@ -41,27 +41,6 @@ from kvjax.tuner.space import Bits, cluster, default_candidates, halving_order, 
 FINALISTS = 5  # plans that are compared on the validation windows
 Progress = Callable[[str, int, int], None]
 """progress(stage, done, total): a stage may have more to say after a comma, as in `refining, kld 0.01`."""
-
-
-def calibration(model: Model, text: Text, context: int, windows: int, offset: int) -> Int[np.ndarray, "w n"]:
-    """The windows of all texts.
-
-    Args:
-      model: whose tokenizer counts.
-      text: see `kvjax.evaluate.text.read_ids`; names of several are separated by commas.
-      context: tokens a window.
-      windows: of each text.
-      offset: tokens of each text that are skipped first.
-
-    Raises:
-      KvjaxError: a text that cannot be read or is too short.
-    """
-    return np.concatenate([read_windows(each, model, context, windows, offset) for each in split_texts(text)])
-
-
-def names_of(text: Text) -> str:
-    """What result rows call the texts of a search."""
-    return ",".join(map(name_of, split_texts(text)))
 
 
 class Search:
@@ -126,6 +105,7 @@ class Search:
     def _check_candidates(self) -> None:
         for plan in self.uniform:
             plan.require_whole_windows("a search")
+            check_calibrated(self.model, plan)
         budget, least = self.bits.budget, min(self.bits.of_plan(plan) for plan in self.uniform)
         if least > budget + 1e-9:
             raise KvjaxError(f"budget={budget} {self.bits}; expected at least {least:g}, the least of the candidates")

@@ -38,16 +38,16 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.caches.base import CacheShape, CacheSpec, Chunk, ModelSizes, visible
 from kvjax.caches.cross_layer import CrossLayerSpec, Place
 from kvjax.caches.plan import CachePlan
+from kvjax.calibrate.fisher import pull_head
 from kvjax.errors import KvjaxError
 from kvjax.mesh import fetch
-from kvjax.models.decoder import final_states
+from kvjax.models.decoder import run_layer
 from kvjax.ops import attention
 from kvjax.ops.rotate import rotate_heads
-from kvjax.tuner.simulate import Simulator, Streamed, Trace, levels_of, run_layer
+from kvjax.tuner.simulate import Simulator, Streamed, Trace, levels_of
 
 TINY = 1e-8  # added to norms that are divided by
 AT_ONCE = 16  # candidates of one form that one call compares
-ROWS = 128  # tokens whose logits are held at a time
 RELATIVE = "norms per token and head"  # what rows say of e_k, e_v and e_o
 ERRORS = ("e_k", "e_v", "e_a", "e_o", "predicted")
 
@@ -331,33 +331,14 @@ def gradients(simulator: Simulator, window: int, samples: int, seed: int) -> Flo
     """
     _check_sinks(simulator)
     config, params = simulator.model.config, simulator.model.params
-    trace, dense = simulator.keep(simulator.dense_plan)[window], simulator.dense(window)
-    key = jax.random.fold_in(jax.random.key(seed), window)
-    g = _pull_head(
-        config, simulator.model.head, params["norm"], trace.h[-1], dense.mean, jax.random.split(key, samples)
-    )
+    trace = simulator.keep(simulator.dense_plan)[window]
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), window), samples)
+    g = pull_head(config, simulator.model.head, params["norm"], trace.h[-1], keys)
     found = []
     for layer in reversed(range(config.layers)):
         g, moved = _pull_layer(config, simulator.program(layer), params[f"layer_{layer}"], trace.h[layer], g)
         found.append(fetch(moved))
     return np.stack(found[::-1])
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _pull_head(config, head, norm, h, mean, keys):
-    hidden, pull = jax.vjp(lambda h: final_states(config, norm, h), h)
-    drawn = jax.vmap(lambda key: _draw(hidden[0, :-1], head, key))(keys)  # [S, N - 1]
-    g = jnp.pad(head[drawn] - mean.astype(h.dtype), ((0, 0), (0, 1), (0, 0)))  # the last token predicts nothing
-    return jax.vmap(lambda g: pull(g[None])[0])(g)
-
-
-def _draw(hidden: Float[Array, "n D"], head: Float[Array, "V D"], key: Array) -> Int[Array, "n"]:
-    """Draws a next token at every position from the model's predictions."""
-    count = hidden.shape[0]
-    size = min(ROWS, count)
-    rows = jnp.pad(hidden, ((0, -count % size), (0, 0))).reshape(-1, size, hidden.shape[1])
-    keys = jax.random.split(key, rows.shape[0])
-    return jax.lax.map(lambda x: jax.random.categorical(x[1], x[0] @ head.T), (rows, keys)).reshape(-1)[:count]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layer"))

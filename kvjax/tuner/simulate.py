@@ -19,16 +19,14 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from kvjax.caches import cross_layer
-from kvjax.caches.base import Attends, CacheShape, CacheSpec, Chunk, LayerCache, ModelSizes
+from kvjax.caches.base import CacheShape, CacheSpec, Chunk, LayerCache, ModelSizes
 from kvjax.caches.plan import CachePlan
 from kvjax.calibrate.bases import load_bases
 from kvjax.errors import KvjaxError
 from kvjax.evaluate import vocabulary
 from kvjax.mesh import fetch
-from kvjax.models.config import ModelConfig
-from kvjax.models.decoder import embed, final_states, layer_of
+from kvjax.models.decoder import embed, final_states, layer_of, run_layer
 from kvjax.models.model import Model
-from kvjax.models.rope import make_rope
 from kvjax.ops import attention, store
 from kvjax.ops.rotate import rotate_heads
 
@@ -93,38 +91,6 @@ class Streamed:
         cache = with_levels(self.form.init(self.shape), self.levels)
         k, v, positions, _, carry = cache.materialize(dataclasses.replace(chunk, read="stored"), carry)
         return k, v, positions, self, carry
-
-
-def run_layer(
-    config: ModelConfig,
-    layer: int,
-    params: Any,
-    h: Float[Array, "1 N D"],
-    bases: Any,
-    cache: Attends,
-    carry: Any,
-) -> tuple[Float[Array, "1 N D"], Any, Any]:
-    """Runs one layer over a whole window.
-
-    Args:
-      config: config of the model.
-      layer: index of the layer.
-      params: parameters of the layer.
-      h: input of the layer, for N tokens.
-      bases: what the layer's spec computed once per model.
-      cache: any empty cache.
-      carry: what runs across the layers.
-
-    Returns:
-      The output, the cache with the window in it, and the carry for the next layer.
-    """
-    count = h.shape[1]
-    positions = jnp.arange(count, dtype=jnp.int32)[None]
-    module: Any = layer_of(config, layer)
-    rope = make_rope(module.rope, config.head_dim, count)
-    lengths = jnp.full((1,), count, jnp.int32)
-    rotation = rope.table(positions, h.dtype)
-    return module.apply({"params": params}, h, positions, lengths, rope, rotation, bases, cache, carry, "exact")
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layer", "form", "shape"))

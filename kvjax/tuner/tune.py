@@ -11,6 +11,7 @@ import numpy as np
 
 from kvjax.caches.plan import CachePlan
 from kvjax.checks import check_path
+from kvjax.evaluate.calibrated import calibration, names_of
 from kvjax.evaluate.sweep import identity_of, kept_in
 from kvjax.evaluate.text import Text
 from kvjax.models.model import Model, check_model
@@ -18,7 +19,7 @@ from kvjax.tuner.card import make_card, write_plan
 from kvjax.tuner.evaluations import Evaluations
 from kvjax.tuner.judge import make_judge, make_validation
 from kvjax.tuner.layer_errors import Row
-from kvjax.tuner.search import Progress, Search, calibration, names_of
+from kvjax.tuner.search import Progress, Search
 from kvjax.tuner.settings import SearchSettings
 
 

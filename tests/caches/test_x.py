@@ -19,6 +19,7 @@ from kvjax.caches.base import CacheShape
 from kvjax.caches.plan import CachePlan
 from kvjax.caches.x import X
 from kvjax.caches.xcl import XCL
+from kvjax.errors import KvjaxError
 from kvjax.ops import remat
 from kvjax.quant.basis import rotation
 from kvjax.testing.layers import (
@@ -48,8 +49,9 @@ def plan_of(text: str) -> CachePlan:
 
 @functools.cache
 def bases_of(text: str):
-    layers = stack()
-    return [s.bases(layer.weights, layer.norm) for s, layer in zip(plan_of(text).specs, layers, strict=False)]
+    pairs = zip(plan_of(text).specs, stack(), strict=False)
+    learned = lambda spec, layer: [layer.statistics] if spec.calibrated else []  # noqa: E731
+    return [spec.bases(layer.weights, layer.norm, *learned(spec, layer)) for spec, layer in pairs]
 
 
 @functools.cache
@@ -118,14 +120,15 @@ def seen_cl(specs: list[XCL], bases, layers, i, b, before, end, read):
     below = np.zeros((end, DIM))
     for j in range(i + 1):
         spec, layer, basis = specs[j], layers[j], bases[j][0] if bases[j] else np.eye(DIM)
+        up, gain = bases[j][1:] if spec.calibrated else (basis.T, 1)
         x = {"pre": layer.h, "post": layer.x}[spec.norm][b, :end]
         x = layer.unit[b, :end] if spec.fold else x
-        prev = below if j > spec.base else np.zeros_like(below)
+        prev = gain * below if j > spec.base else np.zeros_like(below)
         z = ((x - prev) @ basis)[:, None]
         bits = spec.bits if j > spec.base else spec.base_bits
         group = spec.group or 64
         stored = by_blocks(z, spec, blocks_of(spec, before, end, read), bits, spec.per, group)[:, 0]
-        below = prev + stored @ basis.T
+        below = prev + stored @ up
     exact = np.ones(end, bool)
     for start, stop in blocks_of(spec, before, end, read):
         exact[start:stop] = False
@@ -160,6 +163,7 @@ MATRIX = [
     "x4@latent(group=8,rotate=1)",
     "x16@latent",
     "x4@head(group=16)",
+    "x3@latent(group=16,sink=5,rotate=1,basis=balanced)",
     "x2@head(group=8,residual=16,sink=3,outlier=1)",
     "xcl3@input",
     "xcl2@input(group=16,sink=3,base=1,base_bits=8,rotate=1)",
@@ -167,6 +171,9 @@ MATRIX = [
     "xcl3@latent",
     "xcl2@latent(per=channel,group=16,fold=1,sink=4)",
     "xcl16@latent(base_bits=16)",
+    "xcl2@latent(per=channel,group=16,fold=1,rotate=1,sink=4,basis=balanced,gain=1)",
+    "xcl3@latent(fold=1,base=0,basis=balanced)",
+    "xcl16@latent(base_bits=16,fold=1,gain=1)",
 ]
 RUNS = [(1, None, "exact"), (7, 20, "stored"), (TOKENS, None, "exact")]
 
@@ -259,6 +266,16 @@ def test_closed_loop_errors_do_not_add_up() -> None:
     np.testing.assert_allclose(closed_loop[0], open_loop[0])
     assert max(closed_loop[1:]) < 1.1 * min(closed_loop[1:])  # the error of one delta, whatever the depth
     assert open_loop[-1] > 4 * open_loop[1] and open_loop[-1] > 4 * closed_loop[-1]
+
+
+def test_nothing_is_learned_from_nothing() -> None:
+    for text, says in {
+        "x4@head(basis=balanced)": "expected @latent",
+        "xcl3@latent(gain=1)": "expected @latent and fold=1",
+        "xcl3@input(fold=1,basis=balanced)": "expected @latent and fold=1",
+    }.items():
+        with pytest.raises(KvjaxError, match=says):
+            plan_of(text)
 
 
 def test_the_rotation_is_orthogonal() -> None:

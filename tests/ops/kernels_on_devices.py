@@ -72,7 +72,7 @@ def remat_attention(groups: int) -> tuple[Callable, list[Any], list[Any]]:
 
 def reconstruction() -> tuple[Callable, list[Any], list[Any]]:
     def op(acc, stored, basis, stop):
-        return reconstruct(acc, stored, basis, True, stop)
+        return reconstruct(acc, stored, basis.T, True, stop)
 
     stored = history(TOKEN, 1, M)
     axes = [PartitionSpec("batch", "tokens"), store.logical_axes(stored, None), WHOLE, BATCH]

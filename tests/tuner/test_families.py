@@ -14,11 +14,12 @@ import kvjax
 from kvjax import records
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
+from kvjax.evaluate.calibrated import calibration
 from kvjax.models.model import Model
 from kvjax.tuner import judge
 from kvjax.tuner.card import CALIBRATION
 from kvjax.tuner.evaluations import Evaluations
-from kvjax.tuner.search import FINALISTS, Search, calibration
+from kvjax.tuner.search import FINALISTS, Search
 from kvjax.tuner.settings import SearchSettings
 from kvjax.tuner.simulate import Simulator
 

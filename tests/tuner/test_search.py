@@ -24,6 +24,7 @@ from kvjax.caches.cross_layer import Place
 from kvjax.caches.kv import KV
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
+from kvjax.evaluate.calibrated import calibration
 from kvjax.models.model import Model
 from kvjax.tuner import search as searches
 from kvjax.tuner.layer_errors import LayerErrors
@@ -289,7 +290,7 @@ def searching(model: Model, text: str, monkeypatch: pytest.MonkeyPatch, tmp_path
 
     nothing_around(monkeypatch)
     monkeypatch.setattr(LayerErrors, "_measure", measure)
-    windows = searches.calibration(model, text, offset=0, **PLACE)
+    windows = calibration(model, text, offset=0, **PLACE)
     return lambda **settings: Search(SearchSettings.of(settings), model, windows, {}, tmp_path)
 
 

@@ -13,11 +13,12 @@ from reference import CONFIG, Seen, attention, by_channel, by_token, forward, ra
 from kvjax.caches.base import CacheSpec
 from kvjax.caches.cross_layer import Place
 from kvjax.caches.plan import CachePlan
+from kvjax.calibrate import fisher
 from kvjax.evaluate.perplexity import Scorer
 from kvjax.models.model import Model
-from kvjax.tuner import sensitivity
 from kvjax.tuner.sensitivity import (
     ERRORS,
+    Carries,
     carries,
     gradients,
     head_errors,
@@ -38,7 +39,7 @@ WINDOWS = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (2, TOKENS))
 def is_decode_shape() -> Iterator[None]:
     """Several passes over the rows of a window, the last not full."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sensitivity, "ROWS", 16)
+        patch.setattr(fisher, "ROWS", 16)
         yield
 
 
@@ -70,7 +71,7 @@ def place_of(text: str, layer: int) -> Place:
     return Place.of(spec_of(text, layer), spec_of(text, layer - 1) if layer else None)
 
 
-def entering(layer: int, places: Sequence[Place], plan: CachePlan | None = None) -> sensitivity.Carries:
+def entering(layer: int, places: Sequence[Place], plan: CachePlan | None = None) -> Carries:
     """The carries of one layer, around the dense run or a plan."""
     belows = [[place.below for place in places if place.below]] * CONFIG.layers
     return list(carries(simulator(), plan or simulator().dense_plan, belows))[layer]

@@ -1,0 +1,56 @@
+"""What methods learn from: second moments of a layer's activations and gradients on a calibration text."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import ArrayLike
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Means over the tokens of a text, of one layer, in float64.
+
+    u is the layer input divided by its root mean square, before the norm's weight; D model_dim, K kv heads, d
+    head_dim, C = K d. The second moment of rows x is the mean of x^T x. A gradient is that of Σ_t log p(y_t), with
+    all y_t drawn from the model's predictions, so that its second moment is the Fisher information: an error e of one
+    token costs ½ e H e^T nats.
+
+    Attributes:
+      unit_mean, unit: the mean and the second moment of u.
+      gain: of each channel, what times the recalled u of the layer below comes nearest to u. Recalled is what the
+        latents of the layers so far give back, unquantised, as in XQuant-CL.
+      delta: the second moment of u less the recalled u of the layer below.
+      gained_delta: the same less gain times that; recalled likewise.
+      query: of queries after RoPE, of all query heads of a kv head.
+      key_mean, key: of keys after bias and qk-norm, before RoPE.
+      turned_mean, turned: of keys after RoPE.
+      value_mean, value: of values.
+      seen_value: of values, weighted by what queries make of their keys, k Σ(q^T q) k^T (OSCAR, arXiv 2605.17757, as
+        its code has it).
+      gradient: of the gradient with respect to [x W_k, x W_v], before biases and qk-norm.
+      turned_gradient: of the gradient with respect to keys after RoPE.
+    """
+
+    unit_mean: Float[np.ndarray, "D"]
+    unit: Float[np.ndarray, "D D"]
+    gain: Float[np.ndarray, "D"]
+    delta: Float[np.ndarray, "D D"]
+    gained_delta: Float[np.ndarray, "D D"]
+    query: Float[np.ndarray, "K d d"]
+    key_mean: Float[np.ndarray, "K d"]
+    key: Float[np.ndarray, "K d d"]
+    turned_mean: Float[np.ndarray, "K d"]
+    turned: Float[np.ndarray, "K d d"]
+    value_mean: Float[np.ndarray, "K d"]
+    value: Float[np.ndarray, "K d d"]
+    seen_value: Float[np.ndarray, "K d d"]
+    gradient: Float[np.ndarray, "2C 2C"]
+    turned_gradient: Float[np.ndarray, "K d d"]
+
+    def scaled_unit(self, norm: ArrayLike) -> Float[np.ndarray, "D D"]:
+        """The second moment of the layer input after a norm of this weight."""
+        scale = np.asarray(norm, np.float64)
+        return scale[:, None] * self.unit * scale
