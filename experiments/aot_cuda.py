@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ TARGETS = {
 def kernels_of(target: str) -> Kernels:
     """jax-triton asks a device what it can do, unless it is told."""
     major, minor = _device(target).capability
-    attention = {
+    attention: dict[str, Callable] = {
         "packed_attention": packed_attention.packed_attention,
         "packed_attention_jax_triton": functools.partial(by_jax_triton, compute_capability=10 * major + minor),
     }
