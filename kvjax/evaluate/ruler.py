@@ -36,6 +36,7 @@ cottage curtain desert dragon engine feather fiddle forest fountain garden glaci
 kettle ladder lantern meadow mirror mountain needle orchard paddle pebble pencil pillow planet pocket quarry rabbit
 ribbon river saddle shadow spider statue temple thunder tunnel turtle valley village walnut whistle window
 """
+ROOM = 64  # tokens of an answer, the same for both tasks: one program writes them
 MOST = 1000  # of samples, chains and variables
 KEYS = [f"{adjective}-{noun}" for adjective in ADJECTIVES.split() for noun in NOUNS.split()]
 
@@ -73,7 +74,6 @@ class Needle(Task):
     haystack: Literal["noise", "essays", "needles"] = "noise"
     samples: int = 20
     seed: int = 0
-    room: ClassVar[int] = 32  # tokens of an answer
 
     def __post_init__(self) -> None:
         """Raises KvjaxError for settings that make no sample."""
@@ -121,7 +121,6 @@ class Tracking(Task):
     hops: int = 4
     samples: int = 20
     seed: int = 0
-    room: ClassVar[int] = 64
 
     def __post_init__(self) -> None:
         """Raises KvjaxError for settings that make no sample."""
@@ -191,7 +190,7 @@ def _insert(filler: Sequence[str], sentences: Sequence[str], places: Sequence[fl
 def _figures(task: Needle | Tracking, answers: Answers, make: Callable[[random.Random, int], Sample]) -> list[Figure]:
     samples = fitted(task, answers.encode, make, answers.model.config.max_positions)
     prompts = [answers.encode(sample.question, sample.answer) for sample in samples]
-    found = marks(answers.texts(prompts, Writing(task.room)), samples)
+    found = marks(answers.texts(prompts, Writing(ROOM)), samples)
     return [Figure.of(str(task), "found", np.array([found]))]
 
 
@@ -204,7 +203,7 @@ def fitted(
     """The samples, each as long as the context allows.
 
     Args:
-      task: how many samples, their seed, context and room for an answer.
+      task: how many samples, their seed and context.
       encode: token ids of a question and the beginning of its answer.
       make: a sample of a source of draws and a number of sentences.
       most: tokens that the model reads.
@@ -217,7 +216,7 @@ def fitted(
 
     def sample(number: int, sentences: int) -> tuple[Sample, int]:
         made = make(random.Random(f"{task.form} {task.seed} {number}"), sentences)
-        return made, len(encode(made.question, made.answer)) + task.room
+        return made, len(encode(made.question, made.answer)) + ROOM
 
     least, above = 0, task.context
     while least + 1 < above:  # the first sample is searched by halves, the others are about as long

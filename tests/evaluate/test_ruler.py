@@ -13,7 +13,7 @@ import pytest
 import kvjax
 from kvjax.evaluate import ruler, suite
 from kvjax.evaluate.answers import Answers
-from kvjax.evaluate.ruler import Needle, Sample, Tracking, fitted, marks
+from kvjax.evaluate.ruler import ROOM, Needle, Sample, Tracking, fitted, marks
 from kvjax.models.model import Model
 
 
@@ -36,7 +36,7 @@ def test_the_number_of_the_key_lies_in_the_text(haystack: str) -> None:
         assert len(numbers) == len(said) and (len(said) > 20 if haystack == "needles" else len(said) == 3)
         key = re.search(r"number for (\S+) mentioned", sample.answer)[1]
         assert sample.wanted == [numbers[key]] and sample.question.count(key) == 2
-        assert 3000 - 90 < len(sample.question + sample.answer) + task.room <= 3000
+        assert 3000 - 90 < len(sample.question + sample.answer) + ROOM <= 3000
 
 
 def test_chains_can_be_followed() -> None:
@@ -51,7 +51,7 @@ def test_chains_can_be_followed() -> None:
             number = re.search(r"assigned the value (\d+) in", text)[1]
             names = [name for name, value in values.items() if value == number]
             assert len(names) == 5 and set(names) == set(wanted or re.findall(r"[A-Z]{5}", text.split("are:")[1]))
-        assert len(sample.question + sample.answer) + task.room <= 4000
+        assert len(sample.question + sample.answer) + ROOM <= 4000
 
 
 def test_samples_follow_the_seed_and_needles_the_depth() -> None:
