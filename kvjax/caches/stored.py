@@ -199,7 +199,7 @@ class BlockStore:
             return [view(origin, 0, origin >= 0) for origin in origins]
         # `first` is static in kernels, so what begins with the sinks takes a view of its own.
         begins = (jnp.stack(origins) == 0).any(0)
-        return [view(origin, 0, origin > 0) for origin in origins] + [view(0 * stop, self.sink, begins)]
+        return [view(origin, 0, origin > 0) for origin in origins] + [view(jnp.zeros_like(stop), self.sink, begins)]
 
     def kept(self, after: BlockStore, chunk: Chunk) -> tuple[tuple[Array, ...], Int[Array, "B N"]]:
         """Sinks and residual that the chunk's queries read beside the packed tokens; positions are -1 where absent.
@@ -476,12 +476,13 @@ class StoredCache(LayerCache):
 
     def _room_for(self, chunk: Chunk) -> BlockStore:
         """A store for the chunk's tokens alone, and those that wait to be packed with them."""
-        mine, before = self.store, chunk.positions[:, 0]
+        mine, block = self.store, self.store.residual_length or 1
         (batch, tokens, heads, head_dim), dtype = chunk.q.shape, mine.residual[0].dtype
-        block = mine.residual_length or 1
-        origin = jnp.where(before < mine.sink, 0, before // block * block)
-        most = tokens + max(block, mine.sink)
-        shape = CacheShape(batch, most, heads, chunk.k.shape[2], head_dim, chunk.h.shape[2], dtype)
+        origin = chunk.positions[:, 0] // block * block
+        origin = jnp.where(origin < mine.sink, 0, origin)  # sinks are told by their slots
+        shape = CacheShape(
+            batch, tokens + block + mine.sink, heads, chunk.k.shape[2], head_dim, chunk.h.shape[2], dtype
+        )
         empty = BlockStore.init(shape, self.spec.tensors(shape), mine.residual_length, mine.sink)
         return dataclasses.replace(empty, residual=mine.residual, sinks=mine.sinks, origin=origin)
 

@@ -17,9 +17,9 @@ KIB = 2**10
 
 
 @functools.cache
-def decode_step(text, layers, max_len=MAX_LEN):
+def decode_step(text, layers, max_len=MAX_LEN, window=None):
     """The memory of one compiled step of one token (3 kv heads, head_dim 64, float32), and the cache's bytes."""
-    config = ModelConfig("llama", 64, 64, 64, layers, 9, 3, 64, max_len)
+    config = ModelConfig("llama", 64, 64, 64, layers, 9, 3, 64, max_len, window=window)
     shape = CacheShape.of(config, batch=1, max_len=max_len, dtype=jnp.float32)
     plan, decoder = CachePlan.parse(text, config), Decoder(config)
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
@@ -54,6 +54,15 @@ def test_workspace_does_not_grow_with_the_history(text):
     short, long = (decode_step(text, 1, max_len)[0] for max_len in (MAX_LEN, 2 * MAX_LEN))
     assert long.temp_size_in_bytes - short.temp_size_in_bytes <= KIB
     assert long.alias_size_in_bytes > 1.9 * short.alias_size_in_bytes
+
+
+@pytest.mark.parametrize("text", ["dense", "k4v4@kivi(sink=4)"])
+def test_window_layers_hold_a_window(text):
+    (memory, cache), (longer, more) = (decode_step(text, 1, max_len, 512) for max_len in (MAX_LEN, 16 * MAX_LEN))
+    length = 4
+    assert memory.alias_size_in_bytes == longer.alias_size_in_bytes == cache + length  # updated in place
+    assert more == cache <= 2 * 3 * 64 * 4 * (512 + 32)
+    assert longer.temp_size_in_bytes - memory.temp_size_in_bytes <= KIB
 
 
 ROPE_TABLE = MAX_LEN * 64 * 2 * 4  # cos and sin of every position, for keys that are rebuilt; one for all layers

@@ -38,7 +38,7 @@ METHODS = {  # what they read
     "k3v16@token(group=8,sink=5,rope=pre)": "exact",
     "k4v2@token(rotate=hadamard,center=bias)": "stored",
     "k2v5@kivi(group=8,residual=16,sink=21)": "exact",
-    "k4v4@kivi(group=8,sink=3)": "stored",
+    "k4v4@kivi(group=8,sink=11)": "stored",
     "x2@latent(group=16,sink=5,outlier=1)": "exact",
     "int8(residual=16)": "exact",
 }
@@ -58,9 +58,9 @@ def shape_of(window: int | None, max_len: int = TOKENS) -> CacheShape:
 
 
 def ragged() -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """(start, lengths, width) of chunks until ENDS: a short one, a long one, then short ones; some are not full."""
+    """(start, lengths, width) of chunks until ENDS: two short ones, a long one, then short ones; some not full."""
     rng, at = np.random.default_rng(0), np.zeros(BATCH, int)
-    for width in itertools.chain([SHORT, LONG], itertools.repeat(SHORT)):
+    for width in itertools.chain([SHORT, SHORT, LONG], itertools.repeat(SHORT)):
         lengths = np.minimum(width, ENDS - at)
         lengths = np.where(rng.random(BATCH) < 0.2, rng.integers(0, lengths + 1), lengths)
         yield at.copy(), lengths, width
