@@ -116,6 +116,17 @@ def test_more_than_the_buffer_counts_as_the_buffer(name: str) -> None:
     assert not np.asarray(nothing[0]).any() and (np.asarray(nothing[1]) <= MASKED / 2).all()
 
 
+@pytest.mark.skipif("mosaic_tpu" not in NAMES, reason="another device's")
+def test_bits_on_tpu_do_not_depend_on_the_batch() -> None:
+    case = Case(4, 4, "channel", group=32, stops=(150, 96), tokens=160)
+    args = case.tensors()
+    both = run("mosaic_tpu", case, args)
+    for b in range(2):
+        alone = run("mosaic_tpu", case, jax.tree.map(lambda a: a[b : b + 1], args))  # noqa: B023
+        for one, many in zip(alone, both, strict=True):
+            np.testing.assert_array_equal(one[0], many[b])
+
+
 REMAT_CASES = {
     "apart": RematCase(4, stops=(150, 96), first=32, window=64, tokens=160),
     "shared": RematCase(3, shared=True, per="token", stops=(150, 70), first=5, tokens=160),
