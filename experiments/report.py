@@ -133,8 +133,8 @@ def beside(rows: list[Row]) -> str:
     lines = []
     for cache in dict.fromkeys(row["cache"] for row in rows):
         cells = [f"`{cache}`"]
-        for found in (own.get(cache) for own in models.values()):
-            cells += _figures(found) if found else [""] * len(figures)
+        for own in models.values():
+            cells += _figures(own[cache]) if cache in own else [""] * len(figures)
         lines.append(cells)
     header = ("cache", *(f"{name}: {figure}" for name in models for figure in figures))
     return f"{describe_source(rows)}\n\n" + table(header, lines)
