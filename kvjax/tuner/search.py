@@ -116,7 +116,7 @@ class Search:
         )
         self._simulator: Simulator | None = None
         self.layer_errors = LayerErrors(
-            *(folder, identity, settings.seed, self._shape(self.context)),
+            *(folder, identity, settings.seed, windows.size, self._shape(self.context)),
             *(lambda: self.simulator, lambda *counts: self.progress("sensitivity", *counts)),
         )
         self._errors: Rows = {}
