@@ -72,7 +72,7 @@ class LayerErrors:
     def _around(self, plan: CachePlan, places: list[list[Place]], error: str) -> Rows:
         file, layers = self._folder / "sensitivity.jsonl", len(places)
         common = self._common | {"around": str(plan)}
-        needed = {"layer", "cache", "bits_asymptotic", "e_o", "predicted", error}
+        needed = {"layer", "cache", "bits_asymptotic", "e_o", "predicted", "joint", error}
         rows = hosts.on_first(lambda: records.read_rows(file))
         rows = [row for row in rows if common.items() <= row.items() and needed <= row.keys()]
         found = {(row["layer"], row["cache"]): row for row in rows}
