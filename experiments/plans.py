@@ -95,6 +95,7 @@ def _search(
                 continue
             if shared:
                 search.share(shared)
+                search.layer_errors.share(shared.layer_errors)
             shared = search
             with Bars() as search.progress:
                 plan = search.choose([*search.plans(), *search.uniform])

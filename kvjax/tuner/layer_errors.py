@@ -17,7 +17,7 @@ from kvjax.files import locked
 from kvjax.tuner import sensitivity
 from kvjax.tuner.simulate import Simulator
 
-SAMPLES = 2  # draws of every token's prediction, for the prediction of KL
+DRAWS = 8192  # next tokens that are drawn in all: few of them decide a prediction of KL, and layers must not be lucky
 Row = dict[str, Any]
 Rows = dict[tuple[int, str], Row]
 """By the layer, and the label of the place."""
@@ -31,6 +31,7 @@ class LayerErrors:
         folder: Path,
         identity: dict[str, Any],
         seed: int,
+        tokens: int,
         shape: CacheShape,
         simulator: Callable[[], Simulator],
         advance: Callable[[int, int], None],
@@ -41,14 +42,20 @@ class LayerErrors:
           folder: where the rows are kept.
           identity: what two searches must share for their windows to be the same.
           seed: of the draws.
+          tokens: of all windows.
           shape: sizes of a cache, for the bits that rows state.
           simulator: gives the simulator; called when something is measured.
           advance: hears how many of the layers are measured.
         """
         self._folder, self._shape, self._simulator, self._advance = folder, shape, simulator, advance
-        self._common = {"experiment": "sensitivity", **identity, "samples": SAMPLES, "seed": seed}
+        self._common = {"experiment": "sensitivity", **identity, "samples": -(-DRAWS // tokens), "seed": seed}
         self._common["relative_errors"] = sensitivity.RELATIVE
         self._slopes: list[Float[np.ndarray, "L S N H d"]] = []
+
+    def share(self, other: LayerErrors) -> None:
+        """Takes over the gradients of another search on the same windows, if it has them."""
+        if other._common["seed"] == self._common["seed"]:
+            self._slopes = other._slopes
 
     def around(self, plan: CachePlan, places: Sequence[Iterable[Place]], error: str) -> Rows:
         """The errors of the places of every layer, on the layer inputs and the carries that a plan leads to.
@@ -65,7 +72,7 @@ class LayerErrors:
     def _around(self, plan: CachePlan, places: list[list[Place]], error: str) -> Rows:
         file, layers = self._folder / "sensitivity.jsonl", len(places)
         common = self._common | {"around": str(plan)}
-        needed = {"layer", "cache", "bits_asymptotic", "e_o", "predicted", error}
+        needed = {"layer", "cache", "bits_asymptotic", "e_o", "predicted", "joint", error}
         rows = hosts.on_first(lambda: records.read_rows(file))
         rows = [row for row in rows if common.items() <= row.items() and needed <= row.keys()]
         found = {(row["layer"], row["cache"]): row for row in rows}
@@ -89,8 +96,8 @@ class LayerErrors:
 
     def _gradients(self) -> list[Float[np.ndarray, "L S N H d"]]:
         """Of every window."""
-        simulator, seed = self._simulator(), self._common["seed"]
-        return [sensitivity.gradients(simulator, window, SAMPLES, seed) for window in range(len(simulator.windows))]
+        simulator, draws = self._simulator(), (self._common["samples"], self._common["seed"])
+        return [sensitivity.gradients(simulator, window, *draws) for window in range(len(simulator.windows))]
 
     def _carries(self, plan: CachePlan, places: Sequence[Sequence[Place]]) -> Iterable[sensitivity.Carries]:
         belows = [[place.below for place in some if place.below] for some in places]

@@ -94,10 +94,11 @@ class Search:
         )
         self._simulator: Simulator | None = None
         self.layer_errors = LayerErrors(
-            *(folder, identity, settings.seed, self._shape(self.context)),
+            *(folder, identity, settings.seed, windows.size, self._shape(self.context)),
             *(lambda: self.simulator, lambda *counts: self.progress("sensitivity", *counts)),
         )
         self._errors: Rows = {}
+        self._joint: dict[CacheSpec, float] = {}
 
     def _shape(self, tokens: int) -> CacheShape:
         return CacheShape.of(self.model.config, 1, tokens, REAL_DTYPE)
@@ -140,7 +141,10 @@ class Search:
 
     def errors(self) -> Rows:
         """A row for every layer and each place that a plan may have there, from disk where it is there."""
-        self._errors = self._errors or self._errors_around(self.dense, self._everywhere(self.candidates))
+        if not self._errors:
+            choices = self._everywhere(self.candidates)
+            self._errors = self._errors_around(self.dense, choices)
+            self._joint = _joint_shares(self._errors, choices)
         return self._errors
 
     def _errors_around(self, plan: CachePlan, choices: Sequence[Sequence[CacheSpec]]) -> Rows:
@@ -154,8 +158,13 @@ class Search:
         return [self._row(layer, spec) | {"cache": str(spec)} for layer in layers for spec in self.candidates]
 
     def error(self, layer: int, spec: CacheSpec, below: CacheSpec | None) -> float:
-        """The error of one layer with the spec in its place, stacked on the one below."""
-        return self.errors()[layer, Place.of(spec, below).label][self.settings.error]
+        """The error of one layer with the spec in its place, stacked on the one below.
+
+        A predicted one is scaled by what tokens have in common, so that errors of several methods compare.
+        """
+        place = Place.of(spec, below)
+        error = self.errors()[layer, place.label][self.settings.error]
+        return error * self._joint[place.spec.program_form] if self.settings.error == "predicted" else error
 
     # ---- the methods
 
@@ -315,3 +324,13 @@ class Search:
             return None
         pairs = zip(plan.specs, (None, *plan.specs), strict=False)
         return sum(self.error(layer, *pair) for layer, pair in enumerate(pairs))
+
+
+def _joint_shares(rows: Rows, choices: Sequence[Sequence[CacheSpec]]) -> dict[CacheSpec, float]:
+    """What `joint` is of `predicted`, for each form of cache: the mean over its layers and places."""
+    ratios: dict[CacheSpec, list[float]] = {}
+    for layer, pairs in enumerate(reachable(choices)):
+        for place in {Place.of(*pair) for pair in pairs}:
+            row, own = rows[layer, place.label], ratios.setdefault(place.spec.program_form, [])
+            own += [row["joint"] / row["predicted"]] if row["predicted"] > 0 else []
+    return {form: float(np.mean(own or [1.0])) for form, own in ratios.items()}

@@ -18,7 +18,8 @@ mean, ranks layers better, and has the magnitudes of the paper's Table 9.
 Σ_t log p(y_t) with respect to the layer's attention output, with y_t drawn from the predictions of the dense run, and
 let δ be the change of that output by quantisation under `streaming`. Then KL ≈ ½ E Σ_t (g_t·δ_t)² / N, because the
 Fisher information is the curvature of KL. Cross terms between the δ of different tokens are left out: the estimate
-is then slightly too low, but has far less noise.
+is then too low, since queries share the errors of what they read, but has far less noise. `joint` has these terms:
+its mean over many layers and candidates says by how much.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from kvjax.tuner.simulate import Simulator, Streamed, Trace, levels_of
 TINY = 1e-8  # added to norms that are divided by
 AT_ONCE = 16  # candidates of one form that one call compares
 RELATIVE = "norms per token and head"  # what rows say of e_k, e_v and e_o
-ERRORS = ("e_k", "e_v", "e_a", "e_o", "predicted")
+ERRORS = ("e_k", "e_v", "e_a", "e_o", "predicted", "joint")
 
 Carries = dict[CacheSpec | None, list[Any]]
 """Of every window, the carry that a spec at the layer below leaves."""
@@ -262,6 +263,7 @@ class _Probe:
                 "e_o": relative_errors(o[0], o_hat[0]),
                 "largest_weight": a.max(-1).mean((0, 2)),
                 "predicted": 0.5 * (moved**2).sum(1).mean() / (moved.shape[1] - 1),
+                "joint": 0.5 * (moved.sum(1) ** 2).mean() / (moved.shape[1] - 1),
             }
 
         def add(i, found):

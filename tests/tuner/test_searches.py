@@ -45,7 +45,7 @@ def invented(monkeypatch: pytest.MonkeyPatch) -> None:
         specs = [place.spec for place in places]
         bits = [{"bits_nominal": spec.bits_nominal, "bits_asymptotic": spec.bits_nominal} for spec in specs]
         k, v = (np.array([4.0 ** -getattr(spec, f"{name}_bits") for spec in specs]) for name in ("key", "value"))
-        errors = [{"e_o": x + 2 * y, "predicted": 3 * x + y} for x, y in zip(k, v, strict=True)]
+        errors = [{"e_o": x + 2 * y, "predicted": 3 * x + y, "joint": 3 * x + y} for x, y in zip(k, v, strict=True)]
         named = [{"layer": layer, "cache": str(spec)} for spec in specs]
         return [one | two | three for one, two, three in zip(named, bits, errors, strict=True)]
 

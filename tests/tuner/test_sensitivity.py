@@ -160,6 +160,7 @@ def definitions(text: str, layer: int, window: int, g: np.ndarray) -> dict[str, 
         "e_a": np.abs(a - a_hat)[:, late][:, visible].mean(),
         "e_o": relative_norms(o[late], o_hat[late]),
         "predicted": 0.5 * (along**2).sum(1).mean() / (TOKENS - 1),
+        "joint": 0.5 * (along.sum(1) ** 2).mean() / (TOKENS - 1),
     }
 
 
