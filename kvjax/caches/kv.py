@@ -47,7 +47,8 @@ class KV(StoredSpec):
       the whole head for `@token`, 32 for `@kivi` (shrunk to the largest multiple of 8 that divides the head).
     residual: 0 for `@token`, the token group for `@kivi` where None.
     rope: whether keys are stored after RoPE ("post") or before it ("pre").
-    fit: how scales are chosen: mse is the least squared error, keys that of keys alone.
+    fit: how scales are chosen: mse is the least squared error, keys that of keys alone, unbiased the same with values
+      as large as they were on average.
     scale: bits of a scale, and of a zero point, 16 or 8.
     rotate: hadamard turns every head of keys and values by a Hadamard matrix before they are quantised, values does
       so with values alone.
@@ -79,7 +80,7 @@ class KV(StoredSpec):
         "k3v2@token(group=8,fit=mse,scale=8)",
         "k2v16@kivi(group=8,residual=16,sink=5,rope=pre)",
         "k4v3@kivi(sink=3,rotate=hadamard)",
-        "k3v2@kivi(group=8,sink=3,rotate=values,fit=mse)",
+        "k3v2@kivi(group=8,sink=3,rotate=values,fit=unbiased)",
         "k3v4@token(rope=pre,rotate=hadamard,center=bias)",
     )
 
