@@ -41,7 +41,7 @@ KIVI_GROUP = 32
 class KV(StoredSpec):
     """Keys of `key_bits` and values of `value_bits` (1, 2, 3, 4, 5, 6, 8; 16 is unquantised).
 
-    `k{b}v{b}` is the papers' form. `kr{b}v{b}` is a better one: kivi, 4 sinks, keys fitted.
+    `k{b}v{b}` is the papers' form. `kr{b}v{b}` is a better one: kivi, 4 sinks, values turned, fitted.
 
     group: elements that share a scale: tokens for `@kivi` keys, channels for the rest. None is the default:
       the whole head for `@token`, 32 for `@kivi` (shrunk to the largest multiple of 8 that divides the head).
@@ -70,7 +70,7 @@ class KV(StoredSpec):
     modes: ClassVar[tuple[str, ...]] = ("kivi", "token")
     # What was found to be better than the papers' forms has a name of its own (docs/decisions.md).
     aliases: ClassVar[dict[str, dict[str, Any]]] = {
-        "kr{key_bits}v{value_bits}": {"mode": "kivi", "sink": 4, "fit": "keys"}
+        "kr{key_bits}v{value_bits}": {"mode": "kivi", "sink": 4, "fit": "unbiased", "rotate": "values"}
     }
     examples: ClassVar[tuple[str, ...]] = (
         "k4v2@token",

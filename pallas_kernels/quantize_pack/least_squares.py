@@ -158,7 +158,7 @@ def unbiased(
     along = divide(found.ce - divide(found.c * found.e, count), full(part))
     rest = divide(found.squared, full(squared_part)) - divide(found.e * found.e, count * part**2)
     covariance = jnp.where(spread + along > 0, spread + along, 1.0)  # of x and c, over s; the variance over s^2
-    variance = jnp.where(spread + along > 0, jnp.clip(spread + 2 * along + rest, covariance, 2 * covariance), 1.0)
+    variance = jnp.where(spread + along > 0, jnp.clip(spread + 2 * along + rest, covariance / 2, 2 * covariance), 1.0)
     wide = divide(scale * variance, covariance)
     shift = divide(scale * found.e, count * part) - divide((wide - scale) * found.c, count)
     return wide, zero + jnp.where(spread + along > 0, shift, 0.0)
