@@ -40,13 +40,14 @@ KIVI_GROUP = 32
 class KV(StoredSpec):
     """Keys of `key_bits` and values of `value_bits` (1, 2, 3, 4, 5, 6, 8; 16 is unquantised).
 
-    `k{b}v{b}` is the papers' form. `kr{b}v{b}` is a better one: kivi, 4 sinks, keys fitted.
+    `k{b}v{b}` is the papers' form. `kr{b}v{b}` is a better one: kivi, 4 sinks, values turned, fitted.
 
     group: elements that share a scale: tokens for `@kivi` keys, channels for the rest. None is the default:
       the whole head for `@token`, 32 for `@kivi` (shrunk to the largest multiple of 8 that divides the head).
     residual: 0 for `@token`, the token group for `@kivi` where None.
     rope: whether keys are stored after RoPE ("post") or before it ("pre").
-    fit: how scales are chosen: mse is the least squared error, keys that of keys alone.
+    fit: how scales are chosen: mse is the least squared error, keys that of keys alone, unbiased the same with values
+      as large as they were on average.
     scale: bits of a scale, and of a zero point, 16 or 8.
     rotate: hadamard turns every head of keys and values by a Hadamard matrix before they are quantised, values does
       so with values alone.
@@ -68,7 +69,7 @@ class KV(StoredSpec):
     modes: ClassVar[tuple[str, ...]] = ("kivi", "token")
     # What was found to be better than the papers' forms has a name of its own (docs/decisions.md).
     aliases: ClassVar[dict[str, dict[str, Any]]] = {
-        "kr{key_bits}v{value_bits}": {"mode": "kivi", "sink": 4, "fit": "keys"}
+        "kr{key_bits}v{value_bits}": {"mode": "kivi", "sink": 4, "fit": "unbiased", "rotate": "values"}
     }
     examples: ClassVar[tuple[str, ...]] = (
         "k4v2@token",
@@ -78,7 +79,7 @@ class KV(StoredSpec):
         "k3v2@token(group=8,fit=mse,scale=8)",
         "k2v16@kivi(group=8,residual=16,sink=5,rope=pre)",
         "k4v3@kivi(sink=3,rotate=hadamard)",
-        "k3v2@kivi(group=8,sink=3,rotate=values,fit=mse)",
+        "k3v2@kivi(group=8,sink=3,rotate=values,fit=unbiased)",
         "k3v4@token(rope=pre,rotate=hadamard,center=bias)",
     )
 

@@ -324,12 +324,14 @@ class BlockStore:
 
 Width = Literal[1, 2, 3, 4, 5, 6, 8, 16]  # bits of a code; 16 is unquantised
 ScaleWidth = Literal[8, 16]  # bits of a scale, and of a zero point
-PairFit = Literal["minmax", "mse", "keys"]  # how scales of keys and of values are chosen: "keys" fits keys alone
+PairFit = Literal["minmax", "mse", "unbiased", "keys"]  # see `fits_of`
 
 
 def fits_of(pair: PairFit) -> tuple[Fit, Fit]:
     """How scales of keys and of values are chosen."""
-    return ("mse", "minmax") if pair == "keys" else (pair, pair)
+    if pair == "keys":
+        return "mse", "minmax"
+    return ("mse", "unbiased") if pair == "unbiased" else (pair, pair)
 
 
 def largest_divisor(group: int, width: int) -> int:

@@ -34,7 +34,8 @@ class X(LatentSpec):
     residual: 0 for `@input`, else the group where None.
     outlier: 1 keeps channel 0 of the latents of keys in 16 bits (table B.1).
     rotate: 1 turns the latents by a random rotation.
-    fit: how scales are chosen: mse is the least squared error, keys that of the latents of keys alone.
+    fit: how scales are chosen: mse is the least squared error, keys that of the latents of keys alone, unbiased the
+      same with latents of values as large as they were on average.
     scale: see `LatentSpec`.
     basis: svd (of the weights), or balanced between the spread of latents and what their errors cost
       (`quant.basis.balance`), learned from a calibration text; `@latent` only.
@@ -60,8 +61,8 @@ class X(LatentSpec):
         super().__post_init__()
         if self.mode == "input" and (self.outlier or self.rotate):
             raise KvjaxError(f"{self}: outlier and rotate are for latents only")
-        if self.mode == "input" and self.fit == "keys":
-            raise KvjaxError(f"{self}: fit=keys; expected mse, because X serves keys and values")
+        if self.mode == "input" and self.fit in ("keys", "unbiased"):
+            raise KvjaxError(f"{self}: fit={self.fit}; expected mse, because X serves keys and values")
         if self.basis == "balanced" and self.mode not in (None, "latent"):
             raise KvjaxError(f"{self}: basis=balanced; expected @latent")
 

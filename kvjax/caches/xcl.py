@@ -28,7 +28,6 @@ from kvjax.ops import attention, store
 from kvjax.ops.reconstruct import reconstruct
 from kvjax.ops.remat import Latents, Remat
 from kvjax.ops.shards import first_token
-from kvjax.quant.affine import Fit
 from kvjax.quant.basis import Basis, balance, rotation, svd_basis
 
 ALIGN = 32  # tokens that the accumulator is a multiple of
@@ -62,7 +61,7 @@ class XCL(LatentSpec, CrossLayerSpec):
     norm: Literal["post", "pre"] = "post"
     fold: Literal[0, 1] = 0
     rotate: Literal[0, 1] = 0
-    fit: Fit = "minmax"
+    fit: Literal["minmax", "mse"] = "minmax"
     basis: Basis = "svd"
     gain: Literal[0, 1] = 0
     index: int = derived(0)  # in the run, counted up to base + 1

@@ -20,11 +20,11 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Float16, UInt8
 
 from kvjax.errors import KvjaxError
-from kvjax.quant.fit import least_squares
+from kvjax.quant.fit import least_squares, unbiased
 from kvjax.quant.scales import divide, storable
 
 BITS = (1, 2, 3, 4, 5, 6, 8)
-Fit = Literal["minmax", "mse"]  # how the scale and the zero point of a group are chosen
+Fit = Literal["minmax", "mse", "unbiased"]  # how the scale and the zero point of a group are chosen
 
 
 @struct.dataclass
@@ -63,7 +63,8 @@ def quantize(
       group: neighbours that share a scale and a zero point; divides the axis.
       mask: broadcastable to x. Entries where it is False do not count towards minima and maxima, and their codes mean
         nothing.
-      fit: "minmax", or "mse" for the least squared error that `least_squares` finds.
+      fit: "minmax"; "mse" for the least squared error that `least_squares` finds; "unbiased" for the same codes with
+        the scales of `unbiased`.
       scale_bits: 16, or 8 for scales and zero points that take 8 bits each.
 
     Returns:
@@ -109,11 +110,13 @@ def quantize_to(
     grouped = _split(x.astype(jnp.float32), axis, group)
     counted = None if mask is None else _split(jnp.broadcast_to(mask, x.shape), axis, group)
     scale, zero = _from_range(grouped, counted, levels, axis, scale_bits)
-    if fit == "mse":
+    if fit != "minmax":
         scale, zero = least_squares(grouped, counted, levels, axis, scale, zero, scale_bits)
     s, z = scale.astype(jnp.float32), zero.astype(jnp.float32)
     codes = jnp.round(divide(grouped - z, jnp.where(s == 0, 1.0, s)))
     codes = jnp.where(s == 0, 0.0, jnp.clip(codes, 0, levels)).astype(jnp.uint8)
+    if fit == "unbiased":
+        scale, zero = unbiased(grouped, counted, levels, axis, scale, zero, scale_bits)
     return Quantized(codes.reshape(x.shape), scale.squeeze(axis), zero.squeeze(axis))
 
 

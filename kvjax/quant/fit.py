@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float16
@@ -33,18 +35,58 @@ def least_squares(
     Returns:
       Scales and zero points, likewise; the given ones where no candidate has a smaller error.
     """
+    sums, count = _sums_of(x, counted, levels, axis)
+    given = scale.astype(jnp.float32), zero.astype(jnp.float32)
+    stored = lambda s, z: storable(s, z, levels, scale_bits)  # noqa: E731
+    found = search.search(sums, *given, count, levels, x.shape[axis], divide, stored)
+    return found[0].astype(jnp.float16), found[1].astype(jnp.float16)
+
+
+def unbiased(
+    x: Float[Array, "..."],
+    counted: Bool[Array, "..."] | None,
+    levels: Float[Array, ""],
+    axis: int,
+    scale: Float16[Array, "..."],
+    zero: Float16[Array, "..."],
+    scale_bits: int = 16,
+) -> tuple[Float16[Array, "..."], Float16[Array, "..."]]:
+    """Scales and zero points to store beside codes that are taken with those of `least_squares`.
+
+    Args:
+      x: as in `least_squares`, like all others.
+      counted: which entries count.
+      levels: the largest code.
+      axis: the axis of a group's entries.
+      scale: scales that codes are taken with.
+      zero: their zero points.
+      scale_bits: 16 or 8.
+
+    Returns:
+      Scales and zero points with which what is read is as large as x on average (`least_squares.py`).
+    """
+    sums, count = _sums_of(x, counted, levels, axis)
+    s, z = scale.astype(jnp.float32), zero.astype(jnp.float32)
+    stretched = search.unbiased(s, z, sums(s, z), count, x.shape[axis], divide)
+    wide, shifted = storable(*stretched, levels, scale_bits)
+    fits = jnp.isfinite(wide) & jnp.isfinite(shifted)
+    return jnp.where(fits, wide, s).astype(jnp.float16), jnp.where(fits, shifted, z).astype(jnp.float16)
+
+
+def _sums_of(
+    x: Float[Array, "..."], counted: Bool[Array, "..."] | None, levels: Float[Array, ""], axis: int
+) -> tuple[Callable[[Array, Array], search.Sums], Float[Array, "..."]]:
+    """What adds up the groups' entries under a scale and a zero point, and how many entries count."""
     size = x.shape[axis]
     counted = jnp.ones(x.shape, bool) if counted is None else jnp.broadcast_to(counted, x.shape)
 
     def sums(s: Array, z: Array) -> search.Sums:
-        each = tuple(search.entries(x, counted, s, z, levels, size, divide, jnp.round))
+        each = search.entries(x, counted, s, z, levels, size, divide, jnp.round)
         add = lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True))  # noqa: E731
-        # One reduction of all five: XLA's CPU backend computes the entries anew for each that stands alone.
-        found = jax.lax.reduce(each, (jnp.float32(0),) * len(each), add, (x.ndim + axis,))
-        return search.Sums(*(jnp.expand_dims(a, axis) for a in found))
+        # Whole numbers, so that a CPU's vector units may add them in any order. One reduction of all five: XLA's CPU
+        # backend computes the entries anew for each that stands alone.
+        whole = tuple(a.astype(jnp.int32) for a in each)
+        found = jax.lax.reduce(whole, (jnp.int32(0),) * len(whole), add, (x.ndim + axis,))
+        return search.Sums(*(jnp.expand_dims(a.astype(jnp.float32), axis) for a in found))
 
-    count = counted.sum(axis, keepdims=True).astype(jnp.float32)
-    given = scale.astype(jnp.float32), zero.astype(jnp.float32)
-    stored = lambda s, z: storable(s, z, levels, scale_bits)  # noqa: E731
-    found = search.search(sums, *given, count, levels, size, divide, stored)
-    return found[0].astype(jnp.float16), found[1].astype(jnp.float16)
+    return sums, counted.sum(axis, keepdims=True).astype(jnp.float32)

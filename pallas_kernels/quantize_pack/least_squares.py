@@ -124,3 +124,41 @@ def search(
     start = (full(jnp.inf), scale, zero, scale, zero)
     _, scale, zero, _, _ = jax.lax.fori_loop(0, CANDIDATES + REFITS, step, start)
     return scale, zero
+
+
+def unbiased(
+    scale: Float32[Array, "*s"],
+    zero: Float32[Array, "*s"],
+    found: Sums,
+    count: Float32[Array, "*s"],
+    size: int,
+    divide: Divide,
+) -> tuple[Float32[Array, "*s"], Float32[Array, "*s"]]:
+    """Stretches what codes stand for, so that what is read is not smaller than the values on average.
+
+    The least squared error makes it smaller: its error is orthogonal to what is read, so that values x come back as
+    x (1 - error / variance) on average, and such errors do not average out over tokens. With s' = var(x) / cov(x, c),
+    about the same mean, what is read has a regression on x of slope 1.
+
+    Args:
+      scale: scales s under which values have their codes c.
+      zero: zero points, likewise.
+      found: sums of every group under them.
+      count: how many entries of the group count.
+      size: entries of a group.
+      divide: the true quotient of two arrays of one shape.
+
+    Returns:
+      Scales and zero points to store beside the codes; the given ones where a group has one code only.
+    """
+    part, squared_part = _parts(size)
+    count = jnp.maximum(count, 1.0)
+    full = lambda a: jnp.broadcast_to(jnp.float32(a), scale.shape)  # noqa: E731
+    spread = found.cc - divide(found.c * found.c, count)
+    along = divide(found.ce - divide(found.c * found.e, count), full(part))
+    rest = divide(found.squared, full(squared_part)) - divide(found.e * found.e, count * part**2)
+    covariance = jnp.where(spread + along > 0, spread + along, 1.0)  # of x and c, over s; the variance over s^2
+    variance = jnp.where(spread + along > 0, jnp.clip(spread + 2 * along + rest, covariance / 2, 2 * covariance), 1.0)
+    wide = divide(scale * variance, covariance)
+    shift = divide(scale * found.e, count * part) - divide((wide - scale) * found.c, count)
+    return wide, zero + jnp.where(spread + along > 0, shift, 0.0)

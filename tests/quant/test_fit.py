@@ -20,9 +20,9 @@ def quantize(x, bits, axis, group, mask=None, fit="mse"):
     return affine.quantize(x, bits, axis, group, mask, fit)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def width_as_data(x, levels, axis, group, mask):
-    return affine.quantize_to(x, levels, axis, group, mask, "mse")
+@functools.partial(jax.jit, static_argnums=(2, 3, 5))
+def width_as_data(x, levels, axis, group, mask, fit):
+    return affine.quantize_to(x, levels, axis, group, mask, fit)
 
 
 def by_group(a, axis, group):
@@ -148,18 +148,38 @@ def test_groups_that_float16_cannot_hold_read_back_as_nan():
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_unbiased_codes_stand_for_values_of_the_right_size(bits):
+    """The codes are those of the least squared error; what is read has the mean of x, and a slope of 1 on x."""
+    x = values(bits, (40, 64), 1, 0.0)
+    mask = np.random.default_rng(bits).random(x.shape) < 0.9
+    q, least = (quantize(x, bits, -1, 64, mask, fit) for fit in ("unbiased", "mse"))
+    np.testing.assert_array_equal(q.codes, least.codes)
+    scale, zero = (np.asarray(a, np.float64) for a in (q.scale, q.zero))
+    codes, count = np.asarray(q.codes, np.float64), mask.sum(1, keepdims=True)
+    mean = lambda a: np.where(mask, a, 0).sum(1, keepdims=True) / count  # noqa: E731
+    slope = mean((codes - mean(codes)) * (x - mean(x))) / mean((x - mean(x)) ** 2)
+    np.testing.assert_allclose(scale * slope, 1, atol=1 / 128)  # distances are parts of a step
+    if bits == 2:
+        assert np.mean(np.asarray(least.scale) * slope) < 0.95
+    off = mean(codes) * scale + zero - mean(x)
+    assert (np.abs(off) <= scale * (2.0**bits * 2.0**-11 + 1 / 64) + np.abs(zero) * 2.0**-10).all()
+
+
+@pytest.mark.parametrize("fit", ["mse", "unbiased"])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("group", [24, 64])
-def test_order_and_company_change_no_bit(bits, group):
+def test_order_and_company_change_no_bit(bits, group, fit):
     """Entries in another order, groups alone or among others, per token or per channel."""
     x = values(bits, (40, group), 1, 0.05)
     order = np.random.default_rng(bits).permutation(group)
-    q = quantize(x, bits, -1, group)
+    quantized = lambda x, axis=-1: quantize(x, bits, axis, group, None, fit)  # noqa: E731
+    q = quantized(x)
     others = [
-        quantize(x[:, order], bits, -1, group),
-        quantize(np.ascontiguousarray(x.T), bits, -2, group),
-        jax.tree.map(lambda *a: np.concatenate(a), *[quantize(x[i : i + 1], bits, -1, group) for i in range(40)]),
-        width_as_data(x, np.float32(2**bits - 1), -1, group, None),
-        affine.quantize(jnp.asarray(x), bits, -1, group, fit="mse"),
+        quantized(x[:, order]),
+        quantized(np.ascontiguousarray(x.T), -2),
+        jax.tree.map(lambda *a: np.concatenate(a), *[quantized(x[i : i + 1]) for i in range(40)]),
+        width_as_data(x, np.float32(2**bits - 1), -1, group, None, fit),
+        affine.quantize(jnp.asarray(x), bits, -1, group, None, fit),
     ]
     for other in others:
         np.testing.assert_array_equal(np.ravel(other.scale), np.ravel(q.scale))
