@@ -120,7 +120,7 @@ def seen_cl(specs: list[XCL], bases, layers, i, b, before, end, read):
     below = np.zeros((end, DIM))
     for j in range(i + 1):
         spec, layer, basis = specs[j], layers[j], bases[j][0] if bases[j] else np.eye(DIM)
-        up, gain = bases[j][1:] if spec.calibrated else (basis.T, 1)
+        up, gain = bases[j][1] if spec.calibrated else basis.T, bases[j][2] if spec.gain else 1
         x = {"pre": layer.h, "post": layer.x}[spec.norm][b, :end]
         x = layer.unit[b, :end] if spec.fold else x
         prev = gain * below if j > spec.base else np.zeros_like(below)
