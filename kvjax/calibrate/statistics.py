@@ -30,7 +30,7 @@ from kvjax.errors import KvjaxError
 from kvjax.files import check_digests, digests, locked, read_json, write_json
 from kvjax.mesh import fetch
 from kvjax.models.calibration import Calibration
-from kvjax.models.decoder import embed, kv_weights, layer_of, project_kv, run_layer
+from kvjax.models.decoder import embed, first_alike, kv_weights, project_kv, run_layer
 from kvjax.models.model import Model
 from kvjax.ops import attention
 from kvjax.ops.rotate import rotate_heads
@@ -67,6 +67,7 @@ def calibrated(model: Model, text: str, windows: Int[np.ndarray, "w n"]) -> Mode
                 _gather(model, windows, _Folder(folder))
             what = {"digest": digest, **found.identity}
             hosts.on_first(lambda: write_json(folder / METADATA, what | {"arrays": digests(folder / "arrays")}))
+            hosts.on_first(lambda: shutil.rmtree(folder / "waiting", ignore_errors=True))
     return dataclasses.replace(model, calibration=found)
 
 
@@ -162,7 +163,6 @@ def _gather(model: Model, windows: Int[np.ndarray, "w n"], folder: _Folder) -> N
         folder.hand_on("gradient", i, g)
         folder.drop("gradient", i + 1)
         folder.drop("input", i + 1)
-    hosts.on_first(lambda: shutil.rmtree(folder.path / "waiting"))
 
 
 def _go_up(model: Model, windows: Int[np.ndarray, "w n"], folder: _Folder) -> None:
@@ -198,7 +198,7 @@ def _up(
     gains = np.stack([np.ones(config.model_dim), _gain(units, recalled)]) * (layer > BASE)
     seen = _seen(params, model.config.model_dim)
     found = [_recall(*pair, gains.astype(np.float32), seen) for pair in zip(units, recalled, strict=True)]
-    outputs = [_observe(config, _kind(model, layer), params, _cast(model, rows)) for rows in h]
+    outputs = [_observe(config, first_alike(model.config, layer), params, _cast(model, rows)) for rows in h]
     delta, gained = _mean([moments for _, moments in found])
     sums = _mean([own for _, own in outputs]) | {"gain": gains[1], "delta": delta, "gained_delta": gained}
     return sums, [fetch(out) for out, _ in outputs], [fetch(each) for each, _ in found]
@@ -242,15 +242,9 @@ def _heads(model: Model, h: list[np.ndarray]) -> list[np.ndarray]:
 
 def _down(model: Model, layer: int, h: list[np.ndarray], g: list[np.ndarray]) -> tuple[Sums, list[np.ndarray]]:
     """The statistics of a layer's gradients, and those with respect to its input."""
-    args = model.config, _kind(model, layer), model.params[f"layer_{layer}"]
+    args = model.config, first_alike(model.config, layer), model.params[f"layer_{layer}"]
     pulled = [_pull(*args, _cast(model, rows), _cast(model, own)) for rows, own in zip(h, g, strict=True)]
     return _mean([sums for _, sums in pulled]), [fetch(below) for below, _ in pulled]
-
-
-def _kind(model: Model, layer: int) -> int:
-    """The first layer that differs from this one only in weights: the two share a program."""
-    own = layer_of(model.config, layer)
-    return next(i for i in range(layer + 1) if layer_of(model.config, i) == own)
 
 
 def _cast(model: Model, a: np.ndarray) -> Array:
