@@ -94,7 +94,7 @@ def _check(model: Model, windows: Int[np.ndarray, "w n"]) -> None:
 
 
 def _digest(model: Model, windows: Int[np.ndarray, "w n"]) -> str:
-    digest = hashlib.sha256(f"{windows.shape} {SAMPLES} {SKIPPED}".encode())
+    digest = hashlib.sha256(f"{windows.shape} {SAMPLES} {SKIPPED} {BASE}".encode())
     for leaf in jax.tree.leaves(model.params):
         digest.update(fetch(leaf).tobytes())
     digest.update(windows.astype(np.int32).tobytes())
