@@ -38,7 +38,7 @@ from kvjax.records import load_arrays, save_arrays
 
 SAMPLES = 2  # draws of every token's prediction
 SKIPPED = 4  # tokens of each window that do not count: the first are unlike all others, and sinks keep them exact
-BASE = 2  # up to this layer, the default of XQuant-CL, nothing is predicted
+BASE = 2  # up to this layer, as in XQuant-CL by default, what is recalled starts anew
 METADATA = "statistics.json"
 Sums = dict[str, Any]
 
@@ -195,9 +195,10 @@ def _up(
     """The statistics of a layer's activations, its outputs, and what its latents recall of its input."""
     config, params = model.config, model.params[f"layer_{layer}"]
     units = [fetch(_unit(config, params, _cast(model, rows)))[0] for rows in h]
-    gains = np.stack([np.ones(config.model_dim), _gain(units, recalled)]) * (layer > BASE)
+    gains = np.stack([np.ones(config.model_dim), _gain(units, recalled)])
     seen = _seen(params, model.config.model_dim)
-    found = [_recall(*pair, gains.astype(np.float32), seen) for pair in zip(units, recalled, strict=True)]
+    learned = gains.astype(np.float32), seen, layer > BASE
+    found = [_recall(*pair, *learned) for pair in zip(units, recalled, strict=True)]
     outputs = [_observe(config, first_alike(model.config, layer), params, _cast(model, rows)) for rows in h]
     delta, gained = _mean([moments for _, moments in found])
     sums = _mean([own for _, own in outputs]) | {"gain": gains[1], "delta": delta, "gained_delta": gained}
@@ -226,11 +227,15 @@ def _seen(params: Any, dim: int) -> Float[np.ndarray, "D r"]:
 
 @jax.jit
 @jax.default_matmul_precision("highest")
-def _recall(unit, below, gains, seen):
-    """What latents give back of a layer's input, [2, N, D], and the second moments of what they add."""
+def _recall(unit, below, gains, seen, closed):
+    """What latents give back of a layer's input, [2, N, D], and the second moments of its deltas.
+
+    What the layers below recall counts towards it where `closed`.
+    """
     predicted = gains[:, None] * below
-    delta = unit - predicted
-    return predicted + (delta @ seen) @ seen.T, jax.vmap(lambda rows: moments(_counted(rows)))(delta)
+    known = jnp.where(closed, predicted, 0)
+    recalled = known + ((unit - known) @ seen) @ seen.T
+    return recalled, jax.vmap(lambda rows: moments(_counted(rows)))(unit - predicted)
 
 
 def _heads(model: Model, h: list[np.ndarray]) -> list[np.ndarray]:
