@@ -21,7 +21,7 @@ class Statistics:
     Attributes:
       unit_mean, unit: the mean and the second moment of u.
       gain: of each channel, what times the recalled u of the layer below comes nearest to u. Recalled is what the
-        latents of the layers so far give back, unquantised, as in XQuant-CL.
+        latents of the layers so far give back, unquantised, as in XQuant-CL; of layers 0 to 2, their own latents.
       delta: the second moment of u less the recalled u of the layer below.
       gained_delta: the same less gain times that; recalled likewise.
       query: of queries after RoPE, of all query heads of a kv head.

@@ -168,7 +168,7 @@ class XCL(LatentSpec, CrossLayerSpec):
         return self.basis == "balanced" or self.gain == 1
 
     def bases(self, weights: KVWeights, norm: Array, statistics: Statistics | None = None) -> Any:
-        """[U], [D, r], orthonormal columns; what is learned has [down, up, gain], [D, r], [r, D] and [D]."""
+        """[U], [D, r], orthonormal columns; what is learned has [down, up], [D, r] and [r, D], and the gain [D]."""
         if self.mode == "input":
             return [rotation(weights.k.shape[1])]
         w = np.concatenate([np.asarray(w, np.float64).T for w in (weights.k, weights.v)], 1)
@@ -176,15 +176,15 @@ class XCL(LatentSpec, CrossLayerSpec):
             w = np.asarray(norm, np.float64)[:, None] * w
         if statistics is None:
             return [svd_basis(w, bool(self.rotate))[0]]
-        gain = statistics.gain if self.gain else np.ones_like(statistics.gain)
+        gain = [statistics.gain] * self.gain
         if self.basis == "svd":
             u = svd_basis(w, bool(self.rotate))[0]
-            return [u, u.T, gain]
+            return [u, u.T, *gain]
         u, r = svd_basis(w)
         delta = statistics.gained_delta if self.gain else statistics.delta
         moment = delta if self.delta else statistics.unit
         to, back = balance(u.T @ moment @ u, r @ statistics.gradient @ r.T, bool(self.rotate))
-        return [u @ to, back @ u.T, gain]
+        return [u @ to, back @ u.T, *gain]
 
 
 @struct.dataclass
@@ -193,12 +193,11 @@ class XCLCache(LatentCache):
 
     def append(self, chunk: Chunk, carry: Any) -> tuple[BlockStore, Any]:
         (down, up), acc = down_and_up(chunk.bases), carry["acc"]
-        if self.spec.gain and self.spec.delta:
-            acc = acc * chunk.bases[2].astype(acc.dtype)
-        after = self.store.append(self.new_tensors(chunk), chunk, Delta(acc, down) if self.spec.delta else None)
+        gain = chunk.bases[2] if self.spec.gain and self.spec.delta else None
+        after = self.store.append(self.new_tensors(chunk), chunk, Delta(acc, down, gain) if self.spec.delta else None)
         end, r = chunk.positions[:, 0] + chunk.lengths, self.spec.residual_length
         stop = end if self.store.reads_stored(chunk) else end // r * r
-        return after, {"acc": reconstruct(acc, after.packed[0], up, self.spec.delta, stop)}
+        return after, {"acc": reconstruct(acc, after.packed[0], up, self.spec.delta, stop, gain)}
 
     def new_tensors(self, chunk: Chunk) -> Tensors:
         x = chunk.x
@@ -234,18 +233,20 @@ class XCLCache(LatentCache):
 
 @struct.dataclass
 class Delta:
-    """Packs the difference from the accumulator, the reconstruction of the layer below."""
+    """Packs the difference from the accumulator, the reconstruction of the layer below, times its gain."""
 
     acc: Float[Array, "B S D"]
     basis: Float[Array, "D r"] | None
+    gain: Float[Array, "D"] | None
 
     def __call__(self, tensors: Tensors, positions: Int[Array, "B N"]) -> Tensors:
         at = positions - first_token(self.acc.shape[1])
         below = jnp.take_along_axis(self.acc, jnp.clip(at, 0, self.acc.shape[1] - 1)[:, :, None], 1)
-        return (tensors[0] - project(below, self.basis)[:, :, None],)
+        predicted = below if self.gain is None else below * self.gain.astype(below.dtype)
+        return (tensors[0] - project(predicted, self.basis)[:, :, None],)
 
     def logical_axes(self) -> Delta:
-        return Delta(PartitionSpec("batch", "tokens"), PartitionSpec())  # type: ignore[arg-type]
+        return Delta(PartitionSpec("batch", "tokens"), PartitionSpec(), PartitionSpec())  # type: ignore[arg-type]
 
 
 def down_and_up(bases: Any) -> tuple[Float[Array, "D r"] | None, Float[Array, "r D"] | None]:

@@ -30,7 +30,7 @@ from kvjax.errors import KvjaxError
 from kvjax.files import check_digests, digests, locked, read_json, write_json
 from kvjax.mesh import fetch
 from kvjax.models.calibration import Calibration
-from kvjax.models.decoder import embed, kv_weights, layer_of, project_kv, run_layer
+from kvjax.models.decoder import embed, first_alike, kv_weights, project_kv, run_layer
 from kvjax.models.model import Model
 from kvjax.ops import attention
 from kvjax.ops.rotate import rotate_heads
@@ -38,7 +38,7 @@ from kvjax.records import load_arrays, save_arrays
 
 SAMPLES = 2  # draws of every token's prediction
 SKIPPED = 4  # tokens of each window that do not count: the first are unlike all others, and sinks keep them exact
-BASE = 2  # up to this layer, the default of XQuant-CL, nothing is predicted
+BASE = 2  # up to this layer, as in XQuant-CL by default, what is recalled starts anew
 METADATA = "statistics.json"
 Sums = dict[str, Any]
 
@@ -67,6 +67,7 @@ def calibrated(model: Model, text: str, windows: Int[np.ndarray, "w n"]) -> Mode
                 _gather(model, windows, _Folder(folder))
             what = {"digest": digest, **found.identity}
             hosts.on_first(lambda: write_json(folder / METADATA, what | {"arrays": digests(folder / "arrays")}))
+            hosts.on_first(lambda: shutil.rmtree(folder / "waiting", ignore_errors=True))
     return dataclasses.replace(model, calibration=found)
 
 
@@ -93,7 +94,7 @@ def _check(model: Model, windows: Int[np.ndarray, "w n"]) -> None:
 
 
 def _digest(model: Model, windows: Int[np.ndarray, "w n"]) -> str:
-    digest = hashlib.sha256(f"{windows.shape} {SAMPLES} {SKIPPED}".encode())
+    digest = hashlib.sha256(f"{windows.shape} {SAMPLES} {SKIPPED} {BASE}".encode())
     for leaf in jax.tree.leaves(model.params):
         digest.update(fetch(leaf).tobytes())
     digest.update(windows.astype(np.int32).tobytes())
@@ -162,7 +163,6 @@ def _gather(model: Model, windows: Int[np.ndarray, "w n"], folder: _Folder) -> N
         folder.hand_on("gradient", i, g)
         folder.drop("gradient", i + 1)
         folder.drop("input", i + 1)
-    hosts.on_first(lambda: shutil.rmtree(folder.path / "waiting"))
 
 
 def _go_up(model: Model, windows: Int[np.ndarray, "w n"], folder: _Folder) -> None:
@@ -195,10 +195,11 @@ def _up(
     """The statistics of a layer's activations, its outputs, and what its latents recall of its input."""
     config, params = model.config, model.params[f"layer_{layer}"]
     units = [fetch(_unit(config, params, _cast(model, rows)))[0] for rows in h]
-    gains = np.stack([np.ones(config.model_dim), _gain(units, recalled)]) * (layer > BASE)
+    gains = np.stack([np.ones(config.model_dim), _gain(units, recalled)])
     seen = _seen(params, model.config.model_dim)
-    found = [_recall(*pair, gains.astype(np.float32), seen) for pair in zip(units, recalled, strict=True)]
-    outputs = [_observe(config, _kind(model, layer), params, _cast(model, rows)) for rows in h]
+    learned = gains.astype(np.float32), seen, layer > BASE
+    found = [_recall(*pair, *learned) for pair in zip(units, recalled, strict=True)]
+    outputs = [_observe(config, first_alike(model.config, layer), params, _cast(model, rows)) for rows in h]
     delta, gained = _mean([moments for _, moments in found])
     sums = _mean([own for _, own in outputs]) | {"gain": gains[1], "delta": delta, "gained_delta": gained}
     return sums, [fetch(out) for out, _ in outputs], [fetch(each) for each, _ in found]
@@ -226,11 +227,15 @@ def _seen(params: Any, dim: int) -> Float[np.ndarray, "D r"]:
 
 @jax.jit
 @jax.default_matmul_precision("highest")
-def _recall(unit, below, gains, seen):
-    """What latents give back of a layer's input, [2, N, D], and the second moments of what they add."""
+def _recall(unit, below, gains, seen, closed):
+    """What latents give back of a layer's input, [2, N, D], and the second moments of its deltas.
+
+    What the layers below recall counts towards it where `closed`.
+    """
     predicted = gains[:, None] * below
-    delta = unit - predicted
-    return predicted + (delta @ seen) @ seen.T, jax.vmap(lambda rows: moments(_counted(rows)))(delta)
+    known = jnp.where(closed, predicted, 0)
+    recalled = known + ((unit - known) @ seen) @ seen.T
+    return recalled, jax.vmap(lambda rows: moments(_counted(rows)))(unit - predicted)
 
 
 def _heads(model: Model, h: list[np.ndarray]) -> list[np.ndarray]:
@@ -242,15 +247,9 @@ def _heads(model: Model, h: list[np.ndarray]) -> list[np.ndarray]:
 
 def _down(model: Model, layer: int, h: list[np.ndarray], g: list[np.ndarray]) -> tuple[Sums, list[np.ndarray]]:
     """The statistics of a layer's gradients, and those with respect to its input."""
-    args = model.config, _kind(model, layer), model.params[f"layer_{layer}"]
+    args = model.config, first_alike(model.config, layer), model.params[f"layer_{layer}"]
     pulled = [_pull(*args, _cast(model, rows), _cast(model, own)) for rows, own in zip(h, g, strict=True)]
     return _mean([sums for _, sums in pulled]), [fetch(below) for below, _ in pulled]
-
-
-def _kind(model: Model, layer: int) -> int:
-    """The first layer that differs from this one only in weights: the two share a program."""
-    own = layer_of(model.config, layer)
-    return next(i for i in range(layer + 1) if layer_of(model.config, i) == own)
 
 
 def _cast(model: Model, a: np.ndarray) -> Array:

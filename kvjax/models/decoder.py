@@ -256,6 +256,12 @@ def layer_of(config: ModelConfig, layer: int) -> Layer:
     return Layer(config, config.layer_window(layer), config.layer_rope(layer))
 
 
+def first_alike(config: ModelConfig, layer: int) -> int:
+    """The first layer that differs from this one only in weights, so that the two share a program."""
+    own = layer_of(config, layer)
+    return next(i for i in range(layer + 1) if layer_of(config, i) == own)
+
+
 def run_layer(
     config: ModelConfig,
     layer: int,

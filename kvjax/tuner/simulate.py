@@ -25,7 +25,7 @@ from kvjax.calibrate.bases import load_bases
 from kvjax.errors import KvjaxError
 from kvjax.evaluate import vocabulary
 from kvjax.mesh import fetch
-from kvjax.models.decoder import embed, final_states, layer_of, run_layer
+from kvjax.models.decoder import embed, final_states, first_alike, run_layer
 from kvjax.models.model import Model
 from kvjax.ops import attention, store
 from kvjax.ops.rotate import rotate_heads
@@ -273,5 +273,4 @@ class Simulator:
 
     def program(self, layer: int) -> int:
         """Returns the first layer that differs from this one only in weights, so that the two share a program."""
-        config = self.model.config
-        return next(i for i in range(layer + 1) if layer_of(config, i) == layer_of(config, layer))
+        return first_alike(self.model.config, layer)

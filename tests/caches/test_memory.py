@@ -1,6 +1,7 @@
 """What the compiled decode step of a model allocates: one cache, donated, and a small workspace."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,9 @@ def decode_step(text, layers, max_len=MAX_LEN, window=None):
     params = jax.eval_shape(decoder.init, jax.random.key(0), token, dense)
     rng = np.random.default_rng(0)
     weights = KVWeights(*rng.standard_normal((2, 192, 64)), norm_eps=1e-6, head_dim=64)
-    bases = [jax.tree.map(jnp.float32, spec.bases(weights, np.ones(64))) for spec in plan.specs]
+    moments = {"unit": np.eye(64), "gained_delta": np.eye(64), "gradient": np.eye(384)}
+    learned = [SimpleNamespace(gain=np.ones(64), delta=None, **moments)] if plan.calibrated else []
+    bases = [jax.tree.map(jnp.float32, spec.bases(weights, np.ones(64), *learned)) for spec in plan.specs]
 
     def step(params, token, cache, bases):
         return decoder.apply(params, token, cache, bases=bases)
@@ -77,7 +80,10 @@ def test_keys_and_values_are_never_rebuilt_whole(text):
     assert decode_step(text, 2)[0].temp_size_in_bytes - memory.temp_size_in_bytes <= 512 * KIB  # weights, rearranged
 
 
-@pytest.mark.parametrize("text", ["xcl3@latent(base=0)", "xcl2@input(base=0,per=channel,sink=4)"])
+GAINED = "xcl2@latent(base=0,per=channel,sink=4,fold=1,basis=balanced,gain=1)"
+
+
+@pytest.mark.parametrize("text", ["xcl3@latent(base=0)", "xcl2@input(base=0,per=channel,sink=4)", GAINED])
 def test_one_accumulator_for_all_layers(text):
     """The cache is updated in place, and the reconstruction runs through the layers in one buffer."""
     accumulator = MAX_LEN * 64 * 4

@@ -94,7 +94,7 @@ def by_blocks(z, spec, blocks, bits, per, group):
     return out
 
 
-def seen_x(spec: X, layer: Layer, bases, b, before, end, read):
+def seen_x(spec: X, layer: CacheLayer, bases, b, before, end, read):
     x, blocks = layer.x[b, :end], blocks_of(spec, before, end, read)
     if spec.mode == "input":
         z = by_blocks(x[:, None], spec, blocks, spec.bits, "token", spec.group or 64)[:, 0]
@@ -120,7 +120,7 @@ def seen_cl(specs: list[XCL], bases, layers, i, b, before, end, read):
     below = np.zeros((end, DIM))
     for j in range(i + 1):
         spec, layer, basis = specs[j], layers[j], bases[j][0] if bases[j] else np.eye(DIM)
-        up, gain = bases[j][1:] if spec.calibrated else (basis.T, 1)
+        up, gain = bases[j][1] if spec.calibrated else basis.T, bases[j][2] if spec.gain else 1
         x = {"pre": layer.h, "post": layer.x}[spec.norm][b, :end]
         x = layer.unit[b, :end] if spec.fold else x
         prev = gain * below if j > spec.base else np.zeros_like(below)

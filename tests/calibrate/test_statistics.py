@@ -177,13 +177,10 @@ def test_deltas_are_of_what_latents_recall() -> None:
         seen = np.concatenate([np.asarray(params[name]).T for name in "kv"], 1)
         seen = np.asarray(params["attention_norm"])[:, None] * seen
         project = seen @ np.linalg.pinv(seen)
-        if layer <= 2:
-            gains = np.zeros((2, DIM))
-        else:
-            fits = [np.linalg.lstsq(a[:, None], b, rcond=None)[0][0] for a, b in zip(recalled[1].T, u.T, strict=True)]
-            gains = np.stack([np.ones(DIM), fits])
+        fits = [np.linalg.lstsq(a[:, None], b, rcond=None)[0][0] for a, b in zip(recalled[1].T, u.T, strict=True)]
+        gains = np.stack([np.ones(DIM), fits])
         deltas = [u - gain * below for gain, below in zip(gains, recalled, strict=True)]
-        recalled = [u - delta + delta @ project for delta in deltas]
+        recalled = [u @ project if layer <= 2 else u - delta + delta @ project for delta in deltas]
         np.testing.assert_allclose(found.gain, gains[1], atol=1e-5)
         np.testing.assert_allclose(found.delta, moment(deltas[0]), atol=1e-5)
         np.testing.assert_allclose(found.gained_delta, moment(deltas[1]), atol=1e-5)
