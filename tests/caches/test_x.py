@@ -94,7 +94,7 @@ def by_blocks(z, spec, blocks, bits, per, group):
     return out
 
 
-def seen_x(spec: X, layer: CacheLayer, bases, b, before, end, read):
+def seen_x(spec: X, layer, bases, b, before, end, read):
     x, blocks = layer.x[b, :end], blocks_of(spec, before, end, read)
     if spec.mode == "input":
         z = by_blocks(x[:, None], spec, blocks, spec.bits, "token", spec.group or 64)[:, 0]
