@@ -3,8 +3,8 @@
     python -m experiments.quality --config=configs/quality.py --config.texts=wikitext-2,demo --workdir=runs/quality
 
 `stored` gives no family an exact token: no sinks, and each token is read as it is stored (protocol parallel). `exact`
-gives all of them 4 sinks and a residual of 64 tokens, read as decoding reads them (protocol streaming). An hour on
-two CPU cores; what is done already is not done again. The first tokens of both texts are left out, because other
+gives all of them 4 sinks and a residual of 64 tokens, read as decoding reads them (protocol streaming). Two hours
+on two CPU cores; what is done already is not done again. The first tokens of both texts are left out, because other
 studies choose by them.
 """
 
@@ -13,16 +13,18 @@ from ml_collections import config_dict
 from configs import perplexity
 
 CONDITIONS = {"stored": ("parallel", ""), "exact": ("streaming", "residual=64,sink=4")}  # protocol, fields
-KEYS_AND_VALUES = ("fit=keys", "fit=mse", "rotate=hadamard", "rotate=hadamard,fit=mse")
 FAMILIES = {  # a family's plain form, {b} its bits, and the fields of its other forms
-    "K and V per token": ("k{b}v{b}@token", KEYS_AND_VALUES),
-    "KIVI": ("k{b}v{b}@kivi", KEYS_AND_VALUES),
-    "KIVI before RoPE": ("k{b}v{b}@kivi(rope=pre)", KEYS_AND_VALUES[:2]),
-    "X latents": ("x{b}@latent", ("fit=mse", "rotate=1", "rotate=1,fit=mse")),
+    "K and V per token": ("k{b}v{b}@token", ("fit=keys", "fit=mse", "rotate=hadamard", "fit=mse,rotate=hadamard")),
+    "KIVI": (
+        "k{b}v{b}@kivi",
+        ("fit=keys", "fit=mse", "fit=unbiased,rotate=values", "fit=unbiased,rotate=values,scale=8"),
+    ),
+    "KIVI before RoPE": ("k{b}v{b}@kivi(rope=pre)", ("fit=keys", "fit=unbiased,rotate=values")),
+    "X latents": ("x{b}@latent", ("fit=mse", "rotate=1", "fit=mse,rotate=1", "fit=unbiased,rotate=1")),
     "XQuant-CL per token": ("xcl{b}@latent", ("fit=mse",)),
     "XQuant-CL per channel": (
         "xcl{b}@latent(per=channel)",
-        ("fit=mse", "fold=1,rotate=1", "fold=1,rotate=1,fit=mse"),
+        ("fit=mse", "fold=1,rotate=1", "fit=mse,fold=1,rotate=1", "fit=mse,fold=1,rotate=1,scale=8"),
     ),
 }
 

@@ -24,6 +24,7 @@ from experiments import (
     loading_memory,
     pareto,
     plans,
+    quality,
     similarity,
     tune_pictures,
 )
@@ -147,6 +148,18 @@ def _figures(row: Row) -> list[str]:
 def beyond(rows: list[Row]) -> str:
     lines = [[f"`{r['cache']}`", *_bits(r), f"{r['kld']:.4f}", f"{r['nll']:.4f}"] for r in rows]
     return f"{describe_source(rows)}\n\n" + table(("cache", *BITS, "KL", "nll"), lines)
+
+
+def at_equal_conditions(rows: list[Row]) -> str:
+    """Families of caches under the same conditions, a table for each text and condition."""
+    parts = [describe_source(rows)]
+    for text, condition in dict.fromkeys((row["text"], row["condition"]) for row in rows):
+        own = [row for row in rows if (row["text"], row["condition"]) == (text, condition)]
+        title = (
+            f"{text}, {condition} ({own[0]['protocol']}), {own[0]['windows']} windows of {own[0]['context']} tokens:"
+        )
+        parts += [title, table(quality.HEADER, [quality.line(row) for row in own])]
+    return "\n\n".join(parts)
 
 
 PAPER = {  # the KV column of XQuant's tables 1 and 4
@@ -545,7 +558,7 @@ TABLES: dict[str, Tables] = {
     },
     "docs/decisions.md": {
         "xquant-beyond": ("xquant-beyond.jsonl", beyond),
-        "fit": ("fit.jsonl", xquant),
+        "quality": ("quality.jsonl", at_equal_conditions),
         "accounting": (None, lambda _: accounting()),
     },
 }
