@@ -37,6 +37,16 @@ def own_bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_a_file() -> Iterator[None]:
+    """Frees what a file compiled: each program takes memory maps, and Linux allows a process 65,530 of them.
+
+    Beyond that the compiler crashes.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What programs that tests start compile does not go to the user's cache folder."""
