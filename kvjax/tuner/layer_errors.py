@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from kvjax import hosts, records
 from kvjax.caches.base import CacheShape
 from kvjax.caches.cross_layer import Place
 from kvjax.caches.plan import CachePlan
+from kvjax.errors import KvjaxError
 from kvjax.files import locked
 from kvjax.tuner import sensitivity
 from kvjax.tuner.simulate import Simulator
@@ -116,5 +118,7 @@ class LayerErrors:
             row = {"layer": layer, "cache": place.label, **bits, **figures}
             if error == "kld":
                 row["kld"] = sensitivity.measured(simulator, layer, place, entering)
+            if not all(map(math.isfinite, figures.values())):
+                raise KvjaxError(f"layer {layer} under {place.label}: its errors are not finite")
             rows.append(row)
         return rows

@@ -451,7 +451,7 @@ CASES = (
     _tune("a budget without end", "expected bits above 0", "--config.budget=inf"),
     _tune("an unknown count of bits", "expected one of nominal, asymptotic, real", "--config.budget_of=mean"),
     _tune("real bits of no tokens", "budget_context=0; expected at least 1", "--config.budget_context=0"),
-    _tune("windows that validate below 0", "validation=-1; expected at least 0", "--config.validation=-1"),
+    _tune("windows that validate below 0", "validation=-1; expected 0 or more", "--config.validation=-1"),
     _tune("an unknown search", "expected one of knapsack, nsga2, refine", "--config.method=random"),
     _tune("an unknown mode of candidates", "expected one of kivi, token", "--config.mode=block"),
     _tune("an unknown error of layers", "expected one of predicted, kld, e_o", "--config.error=e_k"),
