@@ -28,6 +28,7 @@ from kvjax.hosts import init_distributed as init_distributed  # part of what is 
 AXES = ("data", "seq", "tensor")
 AUTO = (AxisType.Auto,) * len(AXES)
 PIECE = 2**25  # bytes of an array that are read at once
+ALIGNMENT = 64  # bytes
 RULES: Mapping[str, str] = MappingProxyType(
     {
         **{"batch": "data", "tokens": "seq"},
@@ -277,18 +278,26 @@ class Layout:
 def _read_in_pieces(
     read: Callable[[Index], np.ndarray], index: Index, shape: Sequence[int], dtype: DTypeLike, together: int
 ) -> np.ndarray:
-    """The values at an index, in memory of their own.
+    """The values at an index, in memory of their own, which JAX takes over without a copy on CPU.
 
     What reading holds beside them (dequantised values, two fused tensors) is that of a piece.
     """
     ranges = [each.indices(size) for each, size in zip(index, shape, strict=True)]
-    whole = np.empty([stop - start for start, stop, _ in ranges], dtype)
+    whole = _aligned([stop - start for start, stop, _ in ranges], dtype)
     start, stop, _ = ranges[0]
     step = together * max(1, PIECE // max(1, whole[:together].nbytes))
     for first in range(start, stop, step):
         last = min(first + step, stop)
         whole[first - start : last - start] = read((slice(first, last), *index[1:]))
     return whole
+
+
+def _aligned(shape: Sequence[int], dtype: DTypeLike) -> np.ndarray:
+    """An array without values, where XLA on CPU wants its buffers."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _over(f: Callable[[PartitionSpec, Any], Any], axes: Any, arrays: Any) -> Any:
