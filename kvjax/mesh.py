@@ -263,7 +263,7 @@ class Layout:
         """
         where = self.sharding(axes, shape)
         if where is None:
-            return jnp.asarray(_read_in_pieces(read, (slice(None),) * len(shape), shape, dtype, together))
+            return jax.device_put(_read_in_pieces(read, (slice(None),) * len(shape), shape, dtype, together))
         made: dict[tuple[int | None, ...], np.ndarray] = {}
 
         def part(index: Any) -> np.ndarray:
