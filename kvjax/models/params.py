@@ -203,7 +203,8 @@ def build_params(
 
     def build(path: ParamPath, shape: Shape) -> jax.Array:
         read_part = functools.partial(read, path, names.of(path))
-        return layout.build(shape, dtype, param_axes(path), read_part, config.head_dim)  # heads are turned whole
+        together = config.head_dim if len(shape) < 3 else 1  # heads are turned whole; experts are read one by one
+        return layout.build(shape, dtype, param_axes(path), read_part, together)
 
     return config, unflatten_dict({path: build(path, shape) for path, shape in param_shapes(config).items()})
 
