@@ -72,7 +72,7 @@ def test_what_cannot_be_written(store: Store, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_journal_needs_a_local_folder(store: Store, model: kvjax.Model) -> None:
-    ids = [(7 * i * i + 3 * i) % 128 for i in range(32)]
+    ids = [(7 * i * i + 3 * i) % 128 for i in range(64)]
     asked: dict[str, Any] = {"context": 32, "windows": 1, "candidates": "k8v8@token,k4v4@token", "folder": FOLDER}
     with pytest.raises(KvjaxError, match="journal needs locks; expected a local folder"):
         kvjax.tune(model, ids, 8.0, **asked, method="nsga2", prune="none", cluster="none")

@@ -171,7 +171,8 @@ def head_errors(simulator: Simulator, layer: int, specs: Sequence[CacheSpec]) ->
     nothing = np.zeros((config.layers, 0, tokens, config.heads, config.head_dim), simulator.model.dtype)
     traces, places = simulator.keep(simulator.dense_plan), [Place.of(spec, None) for spec in specs]
     found = _errors(simulator, layer, places, traces, {}, [nothing] * windows)
-    return [{name: each for name, each in errors.items() if name != "predicted"} for errors in found]
+    of_heads = lambda name: name not in ("predicted", "joint")  # noqa: E731
+    return [{name: each for name, each in errors.items() if of_heads(name)} for errors in found]
 
 
 def _errors(

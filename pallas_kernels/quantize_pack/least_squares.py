@@ -100,7 +100,7 @@ def search(
     Returns:
       Scales and zero points that float16 holds; the given ones where no candidate has a smaller error.
     """
-    part, _ = _parts(size)
+    part, squared_part = _parts(size)
     count = jnp.maximum(count, 1.0)
     full = lambda a: jnp.broadcast_to(jnp.asarray(a, jnp.float32), scale.shape)  # noqa: E731
 
@@ -109,7 +109,9 @@ def search(
         narrowed = scale * divide(25 - cut, full(25)), zero + divide(scale * divide(cut, full(25)) * levels, full(2))
         s, z = stored(*(jnp.where(i < CANDIDATES, *pair) for pair in zip(narrowed, best[3:], strict=True)))
         found = sums(s, z)
-        error = s * s * found.squared
+        # Where float16 rounds the zero point by steps, distances are cut and cannot be compared: the range stays.
+        rounded_by_steps = (i == 0) & (found.squared > count * squared_part)
+        error = jnp.where(rounded_by_steps, 0.0, s * s * found.squared)
         # NaN is in no order: what cannot be stored is never better.
         better = (error < best[0]) & (s >= scale * 0.5) & (z - z == 0.0)
         return tuple(jnp.where(better, *pair) for pair in zip((error, s, z, *refit(s, z, found)), best, strict=True))

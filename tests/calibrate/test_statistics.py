@@ -295,7 +295,8 @@ def test_cards_name_the_text() -> None:
     made_with = dict.fromkeys(("device", "versions", "git"))
     bits = SimpleNamespace(budget=4, kind="nominal")
     search: Any = SimpleNamespace(
-        identity=identity, settings=SearchSettings(), model=calibrated(), candidates=[], bits=bits
+        **{"identity": identity, "settings": SearchSettings(), "model": calibrated(), "bits": bits},
+        **{"candidates": [], "validation": None},
     )
     for cache, named in ((LEARNED, True), ("k4v4", False)):
         row = chosen | made_with | {"cache": str(kvjax.plan(model(), cache))}

@@ -233,9 +233,9 @@ def test_methods_share_what_was_measured(three: dict[str, dict[Path, bytes]]) ->
     for before, after in itertools.pairwise(METHODS):
         kept = [file for file in three[before] if file.parent.name == "evaluations" or file.suffix == ".jsonl"]
         kept = [file for file in kept if file.name != "front.jsonl"]
-        assert all(three[after][file] == three[before][file] for file in kept)
+        assert all(three[after][file].startswith(three[before][file]) for file in kept)  # rows are added
         grown.append(len(three[after]) - len(three[before]))
-    assert min(grown) > 0
+    assert min(grown) >= 0 and grown[-1] > 0
     left = {file.name for file in three["nsga2"] if file.parent.name != "evaluations"}
     assert {"front.png", "sensitivity.png", "clusters.png", "journal.log"} < left
     assert not any("lock" in name for name in left)

@@ -14,6 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 from ml_collections import config_dict
 
+import kvjax
 from configs.searches import get_config
 from experiments import searches
 from experiments.searches import SEARCHES, course, draw, spread, summary
@@ -108,7 +109,7 @@ def test_a_row_per_search_and_seed_of_equal_evaluations(
 def test_choices_are_made_on_the_calibrated_text_and_judged_on_the_other(
     config: config_dict.ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = searches.load(config.model, config.dtype)
+    model = kvjax.load(config.model, config.dtype)
     for row in run(config, tmp_path / "out", monkeypatch):
         assert (row["text"], row["judged_on"]) == ("text.txt", "judged_on.txt")
         assert row["judged_tokens_sha256"] != row["tokens_sha256"]
@@ -148,7 +149,7 @@ def test_goes_on_where_it_was_killed(
 def test_the_cost_of_sensitivity_is_timed_once(
     config: config_dict.ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = searches.load(config.model, config.dtype)
+    model = kvjax.load(config.model, config.dtype)
     first = searches.make_search(config, model, searches.calibration(config, model), tmp_path)
     seconds = iter((10.0, 10.5))
     monkeypatch.setattr(searches.time, "perf_counter", lambda: next(seconds))
