@@ -101,7 +101,8 @@ def test_no_value_is_further_than_half_a_step(bits, seed, middle):
     q = quantize(x, bits)
     scale, zero = (np.asarray(a, np.float64) for a in (q.scale, q.zero))
     off = np.abs(np.asarray(q.codes) * scale + zero - x)
-    assert (off <= scale * 0.5 + np.abs(zero) * 2.0**-11 + np.abs(x) * 2.0**-20).all()  # z is read in float16
+    rounded = np.abs(zero) * 2.0**-11 + scale * 2.0 ** (bits - 11)  # z to float16, and the range's own scale
+    assert (off <= scale * 0.5 + rounded + np.abs(x) * 2.0**-20).all()
 
 
 @pytest.mark.parametrize("bits", [2, 4])
