@@ -75,6 +75,13 @@ def quick_compilation() -> Iterator[None]:
         jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(scope="module")
+def quick_float64(quick_compilation: None) -> Iterator[None]:
+    """Float64, and programs that compile sooner."""
+    with jax.enable_x64(True):
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Model:
     """The real model, in float32."""

@@ -1,18 +1,21 @@
-"""Float64, and programs that compile quickly, for the modules that ask for them."""
+"""What the tests of searches share: a tiny model, and a text to search on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from pathlib import Path
 
-import jax
 import pytest
+
+import kvjax
 
 
 @pytest.fixture(scope="module")
-def quick_float64() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        with jax.enable_x64(True):
-            yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+def model(goldens: Path) -> kvjax.Model:
+    return kvjax.load(str(goldens / "llama-llama3"), "float32")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    return str(file)

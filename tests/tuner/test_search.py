@@ -7,11 +7,10 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import jax
 import pytest
 import yaml
 
@@ -33,28 +32,9 @@ from kvjax.tuner.settings import SearchSettings
 from kvjax.tuner.tune import Tuning
 
 Row = dict[str, Any]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 PLACE: Row = {"context": 64, "windows": 1}
 ASKED: Row = {"budget": 3.5, "candidates": "k4v4,k4v2,k2v2", "points": 3}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """Programs that compile quickly."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def model(goldens: Path) -> Model:
-    return kvjax.load(str(goldens / "llama-llama3"), "float32")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("the quick brown fox jumps over the lazy dog. " * 20)
-    return str(file)
 
 
 @pytest.fixture(scope="module")

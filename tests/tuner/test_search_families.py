@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -28,28 +27,9 @@ FAMILIES = {
     "latents": "x2@input,x4@input,x8@input",
     "deltas": "xcl2(base=0),xcl3(base=0),xcl5(base=0)",
 }
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 PLACE: dict[str, Any] = {"context": 64, "windows": 1}
 Row = dict[str, Any]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """Programs that compile quickly."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def model(goldens: Path) -> Model:
-    return kvjax.load(str(goldens / "llama-llama3"), "float32")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("the quick brown fox jumps over the lazy dog. " * 20)
-    return str(file)
 
 
 @pytest.fixture(scope="module")
