@@ -66,7 +66,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
             if hosts.on_first(functools.partial(records.find_row, file, point)) is None:
                 row = _run(first, name, seed, _sensitivity(first, workdir / "costs.jsonl"), judge, budgets)
                 hosts.on_first(functools.partial(records.append_row, file, point | row | records.provenance()))
-    rows = [row for row in hosts.on_first(lambda: records.read_rows(file)) if asked.items() <= row.items()]
+    rows = hosts.on_first(lambda: records.find_rows(file, asked))
     hosts.on_first(lambda: draw(rows, workdir / "searches.png"))
     Console(width=200).print(_table(rows))
 

@@ -95,20 +95,25 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def find_row(file: Path, point: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Finds the row of a point that is measured already.
+def find_rows(file: Path, point: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Finds the rows of a point that is measured already.
 
     Args:
       file: the results file.
       point: values that identify the point.
 
     Returns:
-      The first row that has all values of `point`; None where there is none.
+      The rows that have all values of `point`.
 
     Raises:
       KvjaxError: a line of the file is not a JSON object.
     """
-    return next((row for row in read_rows(file) if point.items() <= row.items()), None)
+    return [row for row in read_rows(file) if point.items() <= row.items()]
+
+
+def find_row(file: Path, point: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The first of `find_rows`; None where there is none."""
+    return next(iter(find_rows(file, point)), None)
 
 
 def append_row(file: Path, row: Mapping[str, Any]) -> None:

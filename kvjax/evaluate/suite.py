@@ -129,7 +129,7 @@ def _point(model: Model, task: Task, plan: CachePlan, chat: bool, prefill_chunk:
 
 def _found_or_asked(file: Path, point: Row, task: Task, answers: Answers) -> list[Row]:
     """The rows of a point, from the file where they are there, else appended to it, all together."""
-    if found := hosts.on_first(lambda: [row for row in records.read_rows(file) if point.items() <= row.items()]):
+    if found := hosts.on_first(lambda: records.find_rows(file, point)):
         return found
     plan = answers.plan
     told = {

@@ -75,9 +75,8 @@ class LayerErrors:
         file, layers = self._folder / "sensitivity.jsonl", len(places)
         common = self._common | {"around": str(plan)}
         needed = {"layer", "cache", "bits_asymptotic", "e_o", "predicted", "joint", error}
-        rows = hosts.on_first(lambda: records.read_rows(file))
-        rows = [row for row in rows if common.items() <= row.items() and needed <= row.keys()]
-        found = {(row["layer"], row["cache"]): row for row in rows}
+        rows = hosts.on_first(lambda: records.find_rows(file, common))
+        found = {(row["layer"], row["cache"]): row for row in rows if needed <= row.keys()}
         missing = [[place for place in some if (i, place.label) not in found] for i, some in enumerate(places)]
         left = [layer for layer, some in enumerate(missing) if some]
         self._advance(layers - len(left), layers)
