@@ -30,8 +30,7 @@ from kvjax import records
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import load
-from kvjax.evaluate.perplexity import cut_windows
-from kvjax.evaluate.text import load_text
+from kvjax.evaluate.text import read_windows
 from kvjax.tables import align_columns
 from kvjax.tuner.sensitivity import RELATIVE, head_errors
 from kvjax.tuner.simulate import Simulator
@@ -47,8 +46,7 @@ Row = dict[str, Any]
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     file, model = workdir / "head_errors.jsonl", load(config.model, "float32")
-    ids = model.tokenizer.encode(load_text(config.text))
-    windows = cut_windows(ids, config.context, config.windows, config.offset)
+    windows = read_windows(config.text, model, config.context, config.windows, config.offset)
     point = {"experiment": "head_errors", **config.to_dict(), "relative_errors": RELATIVE}
     del point["caches"]
     plans = [CachePlan.parse(name, model.config) for name in split_list(config.caches)]
@@ -62,7 +60,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         for i, plan in enumerate(left):
             own = {name: _rounded([layer[i][name] for layer in errors]) for name in ERRORS}
             records.append_row(file, point | _scores(simulator, plan) | own | records.provenance())
-    rows = [row for row in records.read_rows(file) if point.items() <= row.items()]
+    rows = records.find_rows(file, point)
     print(align_columns([HEADER, *pair_lines(rows)], left=1))
     if lines := key_lines(rows):
         print("\n" + align_columns([KEYS_HEADER, *lines], left=1))

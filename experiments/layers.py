@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib.pyplot as plt
 from ml_collections import config_dict
 
 import kvjax
-from experiments import bars, program
-from experiments.pareto import save_figure
+from experiments import bars, curves, program
 from kvjax import hosts
 from kvjax.caches.grammar import join_layers, split_list
 from kvjax.caches.plan import CachePlan
@@ -36,7 +34,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     plans = {name: alone(name, model_config.layers) for name in split_list(config.caches)}
     for name in (each for texts in plans.values() for each in texts):
         CachePlan.parse(name, model_config)  # one that does not fit is refused before weights are loaded
-    model = kvjax.load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
+    model = program.load(config, config.text)
     names = [each for name, texts in plans.items() for each in (name, *texts)]
     sizes = {key: config[key] for key in ("protocol", "context", "windows", "offset")}
     with bars.shown("windows") as tell:
@@ -46,7 +44,8 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     row_of = lambda name: found[str(kvjax.plan(model, name))]  # noqa: E731
     each = {name: [row_of(text) for text in texts] for name, texts in plans.items()}
     print(table(each, {name: row_of(name) for name in plans}))
-    hosts.on_first(lambda: draw(each, workdir / "layers.png"))
+    lines = {name: (range(len(rows)), rows) for name, rows in each.items()}
+    hosts.on_first(lambda: curves.draw(lines, "the layer that has the cache", workdir / "layers.png"))
     print(f"rows: {workdir / 'results.jsonl'}\nplot: {workdir / 'layers.png'}")
 
 
@@ -66,21 +65,6 @@ def table(each: Mapping[str, Sequence[Row]], whole: Mapping[str, Row]) -> str:
     lines.append(["their sum", *(f"{sum(row['kld'] for row in rows):.5f}" for rows in each.values())])
     lines.append(["all at once", *(format_with_error(whole[name], "kld", ".5f") for name in each)])
     return align_columns(lines, left=1)
-
-
-def draw(each: Mapping[str, Sequence[Row]], file: Path) -> None:
-    """KL divergence by layer, one line a cache."""
-    figure, axis = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
-    for name, rows in each.items():
-        kld, errors = ([row[key] for row in rows] for key in ("kld", "kld_se"))
-        axis.errorbar(range(len(rows)), kld, errors, fmt="o-", ms=3, lw=1, capsize=2, label=name)
-    first = next(iter(each.values()))[0]
-    title = "{model}, {text}, {windows} windows of {context} tokens, {protocol}; bars: one standard error"
-    axis.set(xlabel="the layer that has the cache", ylabel="KL divergence (nats per token)", yscale="log")
-    axis.set_title(title.format(**first), fontsize=9)
-    axis.grid(alpha=0.3, which="both")
-    axis.legend()
-    save_figure(figure, file)
 
 
 if __name__ == "__main__":

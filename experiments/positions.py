@@ -15,22 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Float
 from ml_collections import config_dict
 
-import kvjax
-from experiments import bars, program
-from experiments.pareto import save_figure
+from experiments import bars, curves, program
 from kvjax import hosts, records
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import read_config
 from kvjax.checks import check_whole
-from kvjax.evaluate.perplexity import cut_windows, standard_error
+from kvjax.evaluate.perplexity import standard_error
 from kvjax.evaluate.sweep import Sweep, identity_of
-from kvjax.evaluate.text import name_of, read_ids
+from kvjax.evaluate.text import name_of, read_windows
 from kvjax.evaluate.vocabulary import TokenScores
 from kvjax.tables import align_columns, format_with_error
 
@@ -42,9 +39,8 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         jax.config.update("jax_enable_x64", True)
     model_config = read_config(config.model)
     plans = [CachePlan.parse(name, model_config) for name in split_list(config.caches)]
-    model = kvjax.load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
-    ids = read_ids(config.text, model.tokenizer, model.config.vocab_size)
-    cut = cut_windows(ids, config.context, config.windows, config.offset)
+    model = program.load(config, config.text)
+    cut = read_windows(config.text, model, config.context, config.windows, config.offset)
     parts = check_whole("parts", config.parts, 1, config.context - 1)
     identity = identity_of(model, name_of(config.text), cut, config.protocol, offset=config.offset)
     sweep = Sweep(model, cut, identity, workdir)
@@ -62,7 +58,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
 
 def _found_or_scored(sweep: Sweep, plan: CachePlan, point: Row, file: Path, tell: bars.Tell) -> list[Row]:
     """The rows of a plan, from the file where they are there, else appended to it, all together."""
-    if found := hosts.on_first(lambda: [row for row in records.read_rows(file) if point.items() <= row.items()]):
+    if found := hosts.on_first(lambda: records.find_rows(file, point)):
         return found
     total = len(sweep.windows)
 
@@ -115,18 +111,10 @@ def table(rows: Sequence[Row]) -> str:
 
 def draw(rows: Sequence[Row], file: Path) -> None:
     """KL divergence by position, one line a cache."""
-    figure, axis = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
-    for cache in dict.fromkeys(row["cache"] for row in rows):
-        own = [row for row in rows if row["cache"] == cache]
-        middles = [(row["first"] + row["last"]) / 2 for row in own]
-        kld, errors = ([row[key] for row in own] for key in ("kld", "kld_se"))
-        axis.errorbar(middles, kld, errors, fmt="o-", ms=3, lw=1, capsize=2, label=cache)
-    title = "{model}, {text}, {windows} windows of {context} tokens, {protocol}; bars: one standard error"
-    axis.set(xlabel="position in the window", ylabel="KL divergence (nats per token)", yscale="log")
-    axis.set_title(title.format(**rows[0]), fontsize=9)
-    axis.grid(alpha=0.3, which="both")
-    axis.legend()
-    save_figure(figure, file)
+    own = {cache: [row for row in rows if row["cache"] == cache] for cache in dict.fromkeys(r["cache"] for r in rows)}
+    middles = lambda rows: [(row["first"] + row["last"]) / 2 for row in rows]  # noqa: E731
+    lines = {cache: (middles(rows), rows) for cache, rows in own.items()}
+    curves.draw(lines, "position in the window", file)
 
 
 if __name__ == "__main__":

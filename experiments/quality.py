@@ -21,11 +21,11 @@ from experiments import program
 from kvjax import hosts, records
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
-from kvjax.checkpoints.load import load, read_config
+from kvjax.checkpoints.load import read_config
 from kvjax.errors import KvjaxError
-from kvjax.evaluate.perplexity import Score, cut_windows, mean_and_interval
+from kvjax.evaluate.perplexity import Score, mean_and_interval
 from kvjax.evaluate.sweep import Sweep, identity_of
-from kvjax.evaluate.text import name_of, read_ids
+from kvjax.evaluate.text import name_of, read_windows
 from kvjax.models.config import ModelConfig
 from kvjax.models.model import Model
 
@@ -44,7 +44,7 @@ class Case(NamedTuple):
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     found = cases(config, read_config(config.model))  # refused before weights are loaded
-    model = load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
+    model = program.load(config, config.texts)
     rows = [
         row
         for text in split_list(config.texts)
@@ -86,8 +86,7 @@ def _rows(
     config: config_dict.ConfigDict, model: Model, text: str, protocol: str, found: list[Case], workdir: Path
 ) -> list[Row]:
     """The rows of one text under one condition, from disk where they are there."""
-    ids = read_ids(text, model.tokenizer, model.config.vocab_size)
-    cut = cut_windows(ids, config.context, config.windows, config.offset)
+    cut = read_windows(text, model, config.context, config.windows, config.offset)
     sweep = Sweep(model, cut, identity_of(model, name_of(text), cut, protocol, offset=config.offset), workdir)
     dense = CachePlan.parse("dense", model.config)
     contexts = list(map(_whole, config.contexts.split(",")))

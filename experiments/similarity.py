@@ -26,8 +26,7 @@ from experiments import program
 from experiments.pareto import save_figure
 from kvjax import records
 from kvjax.checkpoints.load import load
-from kvjax.evaluate.perplexity import cut_windows
-from kvjax.evaluate.text import load_text
+from kvjax.evaluate.text import read_windows
 from kvjax.models.decoder import Weights, normed, project
 from kvjax.quant.basis import svd_basis
 from kvjax.tuner.simulate import Simulator
@@ -39,7 +38,7 @@ Row = dict[str, Any]
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     model = load(config.model, "float32")
-    ids = cut_windows(model.tokenizer.encode(load_text(config.text)), config.tokens, 1)
+    ids = read_windows(config.text, model, config.tokens, 1, 0)
     simulator = Simulator(model, ids)
     dense = simulator.keep(simulator.dense_plan)[0]
     rows: list[Row] = []
