@@ -278,9 +278,9 @@ class Layout:
 def _read_in_pieces(
     read: Callable[[Index], np.ndarray], index: Index, shape: Sequence[int], dtype: DTypeLike, together: int
 ) -> np.ndarray:
-    """The values at an index, in memory of their own, which JAX takes over without a copy on CPU.
+    """The values at an index, in memory of their own. On CPU, JAX keeps that memory and copies nothing.
 
-    What reading holds beside them (dequantised values, two fused tensors) is that of a piece.
+    They are read a piece at a time, so that what a read needs besides, such as dequantised values, is small.
     """
     ranges = [each.indices(size) for each, size in zip(index, shape, strict=True)]
     whole = _aligned([stop - start for start, stop, _ in ranges], dtype)
@@ -293,7 +293,7 @@ def _read_in_pieces(
 
 
 def _aligned(shape: Sequence[int], dtype: DTypeLike) -> np.ndarray:
-    """An array without values, where XLA on CPU wants its buffers."""
+    """An array without values that begins where XLA's CPU buffers must begin, so that JAX need not copy it."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
