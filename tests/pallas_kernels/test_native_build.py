@@ -101,7 +101,8 @@ def test_what_fails_is_one_line(source: Path, tmp_path, monkeypatch, message: st
 
 def test_a_compiler_that_makes_no_library(source: Path, tmp_path, monkeypatch) -> None:
     """It says that all is well and writes something else, or nothing."""
-    monkeypatch.setenv("CXX", compiler(tmp_path, 'for last; do :; done; echo garbage > "$last"'))
+    script = 'test "$1" = --version && exit; for last; do :; done; echo garbage > "$last"'
+    monkeypatch.setenv("CXX", compiler(tmp_path, script))
     assert "cannot keep a library" in reason(source)
     monkeypatch.setenv("CXX", compiler(tmp_path, "exit 0"))
     assert "cannot keep a library" in reason(source)
