@@ -23,6 +23,7 @@ from rich.table import Table
 
 from experiments import program, tune_pictures
 from kvjax import hosts, records
+from kvjax.caches import modelopt
 from kvjax.caches.kv import KV
 from kvjax.caches.plan import CachePlan
 from kvjax.evaluate import calibrated as evaluated
@@ -131,10 +132,14 @@ def draw(search: Search, rows: list[Row], workdir: Path) -> None:
 
 
 def _write_presets(plan: CachePlan, workdir: Path) -> None:
-    """KVTuner's YAML of the plan, where it can say it."""
+    """KVTuner's YAML of the plan and ModelOpt's JSON, where they can say it."""
+    quantisation = workdir / "hf_quant_config.json"
+    quantisation.unlink(missing_ok=True)  # of an earlier plan
+    if modelopt.says(plan.specs):
+        write_atomically(quantisation, plan.modelopt().encode())
     for mode, name in {"token": "kvtuner_pertoken.yaml", "kivi": "kvtuner_kivi.yaml"}.items():
         file = workdir / name
-        file.unlink(missing_ok=True)  # of an earlier plan
+        file.unlink(missing_ok=True)
         if all(type(spec) is KV and spec == KV(spec.key_bits, spec.value_bits, mode) for spec in plan.specs):
             write_atomically(file, plan.preset().encode())
 

@@ -7,7 +7,7 @@ from kvjax.caches.registry import BUILT_IN
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
-MOST_LINES = {"fp8": 25, "int8": 60}
+MOST_LINES = {"e5m2": 25, "int8": 60}
 
 
 def test_examples_on_the_page_are_the_files() -> None:

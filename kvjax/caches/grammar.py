@@ -4,6 +4,7 @@
     0:k8v8;1-2+29:k4v4;3-28:k4v2@kivi                                       per layer; gaps and overlaps are errors
     sliding:dense;full:k4v2                                                 by whether a layer has a sliding window
     path/plan.yaml   PRESET.yaml@token                                      a file: ours, or one of KVTuner's presets
+    path/hf_quant_config.json   path/config.json                           what NVIDIA ModelOpt writes for vLLM
     kvtuner:llama-3.1-8b-instruct-3.25   kvtuner:qwen2.5-7b-instruct-4.00@kivi   a plan that KVTuner ships
 
 Plans in a list are separated by commas outside parentheses.

@@ -14,12 +14,13 @@ from flax import struct
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Int
 
-from kvjax.caches import cross_layer, presets
+from kvjax.caches import cross_layer, modelopt, presets
 from kvjax.caches.base import REAL_DTYPE, CacheShape, CacheSpec, LayerCache, ModelShapes, ModelSizes
 from kvjax.caches.grammar import format_layers, join_layers, split_layers
 from kvjax.caches.registry import parse_spec
 from kvjax.checks import check_whole, show
 from kvjax.errors import KvjaxError
+from kvjax.files import read_json
 from kvjax.mesh import BATCH, Layout, part_nbytes
 from kvjax.tables import align_columns, format_ratio
 
@@ -48,6 +49,8 @@ class CachePlan:
             return cls._complete(presets.shipped_plan(**match.groupdict()), model, f"plan {text}")
         if match := presets.FILE.fullmatch(text):
             return cls._of_file(Path(match["path"]), match["mode"], match["fields"], model)
+        if match := modelopt.FILE.fullmatch(text):
+            return cls._of_modelopt(Path(match["path"]), model)
         if ":" not in text and ";" not in text:
             return cls.of((parse_spec(text),) * model.layers, model)
         segments = split_layers(text, model.layers, ModelSizes.of(model).kinds)
@@ -118,6 +121,14 @@ class CachePlan:
         except KvjaxError as error:
             raise KvjaxError(f"plan {path}: {error}") from None
 
+    @classmethod
+    def _of_modelopt(cls, path: Path, model: ModelShapes) -> CachePlan:
+        data = read_json(path)
+        try:
+            return cls._complete(modelopt.read(data, model.layers), model, "the file")
+        except KvjaxError as error:
+            raise KvjaxError(f"plan {path}: {error}") from None
+
     def __str__(self) -> str:
         """Canonical form: names every mode, and parses back."""
         methods: dict[str, list[int]] = {}
@@ -131,6 +142,10 @@ class CachePlan:
     def preset(self) -> str:
         """KVTuner's YAML of this plan. Raises KvjaxError where a layer's cache is not quantised KV."""
         return presets.to_preset(self.specs)
+
+    def modelopt(self) -> str:
+        """ModelOpt's hf_quant_config.json of this plan. Raises KvjaxError where a layer has none of its formats."""
+        return modelopt.to_json(self.specs)
 
     # ---- caches
 

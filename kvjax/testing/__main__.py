@@ -45,7 +45,7 @@ def main() -> int:
         @staticmethod
         def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             if "text" in metafunc.fixturenames:
-                metafunc.module.NAMES.update(names=names, plugins=own.plugins)
+                metafunc.module.SETTINGS.update(plugins=own.plugins)
                 metafunc.parametrize("text", names)
 
     suite = Path(__file__).with_name("contract.py")

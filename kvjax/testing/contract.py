@@ -293,23 +293,28 @@ def test_kernels_read_the_same(text: str) -> None:
         np.testing.assert_allclose(a, b, atol=2e-4 * np.abs(b).max())
 
 
-def test_sharded_over_devices(text: str) -> None:
-    """Batch over two devices and kv heads over two: the same outputs and caches."""
-    assert sharded_results().get(text) == "equal", sharded_results().get(text, sharded_results().get("", "no answer"))
+def test_sharded_over_devices(text: str, sharded: dict[str, str]) -> None:
+    """Batch, kv heads or tokens over four devices: the same outputs and caches."""
+    assert sharded.get(text) == "equal", sharded.get(text, sharded[""])
 
 
-@functools.cache
-def sharded_results() -> dict[str, str]:
+@pytest.fixture(scope="session")
+def sharded(request: pytest.FixtureRequest) -> dict[str, str]:
+    """What `run_sharded` says of the names that this run is about."""
+    chosen = (item for item in request.session.items if "sharded" in getattr(item, "fixturenames", ()))
+    return run_sharded([item.callspec.params["text"] for item in chosen])  # type: ignore[attr-defined]
+
+
+def run_sharded(names: Iterable[str], *flags: str) -> dict[str, str]:
     """What `kvjax.testing.sharded` says of every name, in a process with four devices; its errors under ""."""
-    names, plugins = NAMES["names"], NAMES["plugins"]
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "kvjax.testing.sharded", plugins, *names]
+    command = [sys.executable, "-m", "kvjax.testing.sharded", *flags, SETTINGS["plugins"], *names]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     found = dict(line.split("\t", 1)[::-1] for line in done.stdout.splitlines() if "\t" in line)
     return {**found, "": done.stderr[-2000:]}
 
 
-NAMES: dict[str, Any] = {"names": [], "plugins": ""}  # of this run, for the process of `sharded_results`
+SETTINGS = {"plugins": ""}  # of this run, for processes that it starts
 
 
 # ---- bytes and files

@@ -2,9 +2,9 @@
 
 The contract suite runs it in a process of its own:
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=4 python -m kvjax.testing.sharded PLUGINS NAME ...
+    XLA_FLAGS=--xla_force_host_platform_device_count=4 python -m kvjax.testing.sharded [--windows] PLUGINS NAME ...
 
-prints `equal` or what differs, a tab and the name, for each.
+prints `equal` or what differs, a tab and the name, for each. With --windows the layers have sliding windows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from kvjax.testing.contract import WINDOW, bases_of, plan_of
 from kvjax.testing.layers import BATCH, CONFIG, SHAPE, attend, make_chunk, quick_jit, same_trees, stack
 
 WIDTH = 37
-MESHES = (("data=2,tensor=2", None), ("seq=2,tensor=2", None), ("seq=2,tensor=2", WINDOW))  # and sliding windows
+MESHES = "data=2,tensor=2", "seq=2,tensor=2"
+WINDOWS = "--windows"
 FIRST, SECOND = np.array([37, 20, 0, 31]), np.array([36, 37, 33, 32])  # tokens of two chunks of ragged sequences
 AXES = {  # of what a chunk holds, whole on every device where not named
     **dict.fromkeys(("h", "x", "positions", "lengths", "rotation"), PartitionSpec("data")),
@@ -137,15 +138,17 @@ def check_exchanges(many: Feeder) -> None:
             assert not found, f"{found and found[2]} of {found and found[1]} in a step of {width} tokens, {read}"
 
 
-def main(plugins: str, *names: str) -> None:
+def main(*arguments: str) -> None:
     """Checks every name."""
+    window = WINDOW if WINDOWS in arguments else None
+    plugins, *names = (argument for argument in arguments if argument != WINDOWS)
     jax.config.update("jax_enable_x64", True)
     load_plugins(plugins)
-    meshes = [(parse(mesh), window) for mesh, window in MESHES]
+    meshes = [parse(mesh) for mesh in MESHES]
     assert BATCH % 2 == 0 and CONFIG.kv_heads % 2 == 0
     for text in names:
         try:
-            for mesh, window in meshes:
+            for mesh in meshes:
                 check(text, mesh, window)
         except AssertionError as error:
             print(" ".join(str(error).split())[:500], text, sep="\t")

@@ -396,15 +396,16 @@ def test_several_texts(common: Row, home: Path, tmp_path: Path, model: Model) ->
 
 
 @pytest.mark.usefixtures("invented")
-def test_kvtuners_form_is_there_where_it_says_all(common: Row, model: Model, tmp_path: Path) -> None:
+def test_others_forms_are_there_where_they_say_all(common: Row, model: Model, tmp_path: Path) -> None:
     for candidates, names in {
         "k4v4,k2v2": ["kvtuner_kivi.yaml"],
         "k4v4@token,k2v2@token": ["kvtuner_pertoken.yaml"],
         "k4v4@token(sink=4),k2v2@token(sink=4)": [],  # which it has no word for
         "dense,k2v2": [],
+        "fp8,nvfp4": ["hf_quant_config.json"],
     }.items():
         search(tmp_path, common, candidates=candidates, points=1, budget=9.0)
-        assert [file.name for file in tmp_path.glob("kvtuner*")] == names
+        assert [file.name for kind in ("kvtuner*", "hf_*") for file in tmp_path.glob(kind)] == names
         plan = CachePlan.parse(str(tmp_path / "plan.yaml"), model.config)
         assert all(CachePlan.parse(str(tmp_path / name), model.config) == plan for name in names)
 
