@@ -47,7 +47,7 @@ class KV(StoredSpec):
     residual: 0 for `@token`, the token group for `@kivi` where None.
     rope: whether keys are stored after RoPE ("post") or before it ("pre").
     fit: how scales are chosen: mse is the least squared error, keys that of keys alone, unbiased the same with values
-      as large as they were on average.
+      as large as they were on average; integer makes zero points whole numbers of scales, as KVTuner's code does.
     scale: bits of a scale, and of a zero point, 16 or 8.
     rotate: hadamard turns every head of keys and values by a Hadamard matrix before they are quantised, values does
       so with values alone.
@@ -60,7 +60,7 @@ class KV(StoredSpec):
     mode: str = "kivi"
     group: int | None = None
     rope: Literal["pre", "post"] = "post"
-    fit: PairFit = "minmax"
+    fit: PairFit | Literal["integer"] = "minmax"
     scale: ScaleWidth = 16
     rotate: Literal["none", "hadamard", "values"] = "none"
     center: Literal["none", "bias"] = "none"
@@ -78,7 +78,7 @@ class KV(StoredSpec):
         "k4v3@kivi(group=8,sink=3,scale=8)",
         "k3v2@token(group=8,fit=mse,scale=8)",
         "k2v16@kivi(group=8,residual=16,sink=5,rope=pre)",
-        "k4v3@kivi(sink=3,rotate=hadamard)",
+        "k4v3@kivi(sink=3,rotate=hadamard,fit=integer)",
         "k3v2@kivi(group=8,sink=3,rotate=values,fit=unbiased)",
         "k3v4@token(rope=pre,rotate=hadamard,center=bias)",
     )

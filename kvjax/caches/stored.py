@@ -327,7 +327,7 @@ ScaleWidth = Literal[8, 16]  # bits of a scale, and of a zero point
 PairFit = Literal["minmax", "mse", "unbiased", "keys"]  # see `fits_of`
 
 
-def fits_of(pair: PairFit) -> tuple[Fit, Fit]:
+def fits_of(pair: PairFit | Literal["integer"]) -> tuple[Fit, Fit]:
     """How scales of keys and of values are chosen."""
     if pair == "keys":
         return "mse", "minmax"

@@ -24,7 +24,7 @@ from kvjax.quant.fit import least_squares, unbiased
 from kvjax.quant.scales import divide, storable
 
 BITS = (1, 2, 3, 4, 5, 6, 8)
-Fit = Literal["minmax", "mse", "unbiased"]  # how the scale and the zero point of a group are chosen
+Fit = Literal["minmax", "mse", "unbiased", "integer"]  # how the scale and the zero point of a group are chosen
 
 
 @struct.dataclass
@@ -64,7 +64,8 @@ def quantize(
       mask: broadcastable to x. Entries where it is False do not count towards minima and maxima, and their codes mean
         nothing.
       fit: "minmax"; "mse" for the least squared error that `least_squares` finds; "unbiased" for the same codes with
-        the scales of `unbiased`.
+        the scales of `unbiased`; "integer" for zero points that are whole numbers of scales, min(x) / s rounded, as
+        in KVTuner's public code.
       scale_bits: 16, or 8 for scales and zero points that take 8 bits each.
 
     Returns:
@@ -110,7 +111,11 @@ def quantize_to(
     grouped = _split(x.astype(jnp.float32), axis, group)
     counted = None if mask is None else _split(jnp.broadcast_to(mask, x.shape), axis, group)
     scale, zero = _from_range(grouped, counted, levels, axis, scale_bits)
-    if fit != "minmax":
+    if fit == "integer":
+        s, z = scale.astype(jnp.float32), zero.astype(jnp.float32)
+        whole = jnp.where(s == 0, z, jnp.round(divide(z, jnp.where(s == 0, 1.0, s))) * s)
+        scale, zero = (a.astype(jnp.float16) for a in storable(s, whole, levels, scale_bits))
+    elif fit != "minmax":
         scale, zero = least_squares(grouped, counted, levels, axis, scale, zero, scale_bits)
     s, z = scale.astype(jnp.float32), zero.astype(jnp.float32)
     codes = jnp.round(divide(grouped - z, jnp.where(s == 0, 1.0, s)))

@@ -166,7 +166,28 @@ def test_unbiased_codes_stand_for_values_of_the_right_size(bits):
     assert (np.abs(off) <= scale * (2.0**bits * 2.0**-11 + 1 / 64) + np.abs(zero) * 2.0**-10).all()
 
 
-@pytest.mark.parametrize("fit", ["mse", "unbiased"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("shift", [0.0, 3.0])
+def test_integer_zero_points_are_kvtuners(bits, shift):
+    """The formulas of its public code, with codes from -2^(b-1) there and from 0 here."""
+    x = values(bits, (40, 64), 1, 0.05) + np.float32(shift)
+    x[0] = 1.5  # a group without a range
+    q = quantize(x, bits, -1, 64, None, "integer")
+    low, least = x.min(1, keepdims=True), -(2 ** (bits - 1))
+    s = np.asarray(q.scale, np.float32)  # theirs is not rounded to float16
+    np.testing.assert_allclose(s[1:], (np.ptp(x, 1, keepdims=True) / (2**bits - 1))[1:], rtol=2**-10)
+    s, low = s[1:], low[1:].astype(np.float16).astype(np.float32)
+    z = np.rint(low / s) - least
+    codes = np.clip(np.rint(x[1:] / s - z), least, -least - 1)
+    read = np.asarray(q.codes[1:], np.float32) * s + np.asarray(q.zero[1:], np.float32)
+    rounding = np.abs(np.asarray(q.zero[1:], np.float32)) * 2.0**-11 + 1e-6
+    off = np.abs(read - (codes + z) * s)
+    assert (off <= rounding + s * (off > s / 2)).all()  # a value between two codes may take either,
+    assert np.mean(off > rounding) < 0.01 + 0.1 * 2.0 ** (bits - 8)  # where float16 moves a zero point of 2^7 scales
+    np.testing.assert_array_equal(np.asarray(q.zero[0], np.float32), 1.5)
+
+
+@pytest.mark.parametrize("fit", ["mse", "unbiased", "integer"])
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("group", [24, 64])
 def test_order_and_company_change_no_bit(bits, group, fit):
