@@ -20,6 +20,7 @@ from kvjax.evaluate.roofline import roofline
 from kvjax.evaluate.sweep import Rows, score, sweep
 from kvjax.generation.generate import Generation, generate, logits, plan, prefill, stream
 from kvjax.generation.states import State, restore_state, save_state
+from kvjax.learning.learn import learn
 from kvjax.models.model import Model
 from kvjax.tuner.tune import Tuning, tune
 
@@ -41,6 +42,7 @@ __all__ = [
     "__version__",
     "calibrated",
     "generate",
+    "learn",
     "load",
     "load_plugins",
     "logits",

@@ -15,6 +15,7 @@ LAYERS = [
     "kvjax.testing",
     "kvjax.tuner",
     "kvjax.evaluate",
+    "kvjax.learning",
     "kvjax.generation",
     "kvjax.calibrate",
     "kvjax.checkpoints",

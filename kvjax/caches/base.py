@@ -305,6 +305,11 @@ class CacheSpec(abc.ABC):
         """Whether `bases` learns from a calibration text."""
         return False
 
+    @property
+    def trained(self) -> bool:
+        """Whether `kvjax.learn` trains what `bases` begins with, on the calibration text."""
+        return False
+
     def bases(self, weights: KVWeights, norm: Array, statistics: Statistics | None = None) -> Any:
         """What is computed once per model, from a layer's K/V weights and the weight of the norm before them.
 

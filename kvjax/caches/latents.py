@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import hashlib
 
 from flax import struct
 from jaxtyping import Array, Float
@@ -79,6 +80,11 @@ class LatentCache(StoredCache):
         remat = self.remat(chunk)
         of_keys, of_values = (x.swapaxes(1, 2) for x in latents)
         return remat.keys(of_keys).swapaxes(1, 2), remat.values(of_values).swapaxes(1, 2)
+
+
+def trained_key(spec: LatentSpec) -> str:
+    """The `bases_key` of a trained spec: its own, the same in all layers of a plan with this spec alone."""
+    return f"learned-{hashlib.sha256(str(spec).encode()).hexdigest()[:16]}"
 
 
 def remat_of(chunk: Chunk, key: Float[Array, "G r m"], value: Float[Array, "G s m"]) -> Remat:

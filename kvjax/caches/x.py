@@ -16,7 +16,7 @@ from flax import struct
 from jaxtyping import Array
 
 from kvjax.caches.base import Chunk, KVWeights, LayerShapes
-from kvjax.caches.latents import LatentCache, LatentSpec, remat_of
+from kvjax.caches.latents import LatentCache, LatentSpec, remat_of, trained_key
 from kvjax.caches.statistics import Statistics
 from kvjax.caches.stored import PairFit, Tensors, TensorSpec, View, Width, fits_of
 from kvjax.errors import KvjaxError
@@ -38,7 +38,7 @@ class X(LatentSpec):
       same with latents of values as large as they were on average.
     scale: see `LatentSpec`.
     basis: svd (of the weights), or balanced between the spread of latents and what their errors cost
-      (`quant.basis.balance`), learned from a calibration text; `@latent` only.
+      (`quant.basis.balance`) on a calibration text, or learned: trained from there by `kvjax.learn`; `@latent` only.
     """
 
     bits: Width
@@ -63,8 +63,8 @@ class X(LatentSpec):
             raise KvjaxError(f"{self}: outlier and rotate are for latents only")
         if self.mode == "input" and self.fit in ("keys", "unbiased"):
             raise KvjaxError(f"{self}: fit={self.fit}; expected mse, because X serves keys and values")
-        if self.basis == "balanced" and self.mode not in (None, "latent"):
-            raise KvjaxError(f"{self}: basis=balanced; expected @latent")
+        if self.calibrated and self.mode not in (None, "latent"):
+            raise KvjaxError(f"{self}: basis={self.basis}; expected @latent")
 
     @property
     def cache_type(self) -> type[XCache]:
@@ -99,13 +99,19 @@ class X(LatentSpec):
 
     @property
     def bases_key(self) -> str:
+        if self.trained:
+            return trained_key(self)
         return (
             "" if self.mode == "input" else f"x-{self.mode}{'-balanced' * self.calibrated}{'-rotated' * self.rotate}"
         )
 
     @property
     def calibrated(self) -> bool:
-        return self.basis == "balanced"
+        return self.basis != "svd"
+
+    @property
+    def trained(self) -> bool:
+        return self.basis == "learned"
 
     def bases(self, weights: KVWeights, norm: Array, statistics: Statistics | None = None) -> Any:
         """[[down, up] of keys, [down, up] of values]: U [G, D, r] and R [G, r, m], or those of a balanced basis."""

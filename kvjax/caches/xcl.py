@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.caches.base import CacheShape, CacheSpec, Chunk, KVWeights, LayerShapes
 from kvjax.caches.cross_layer import CrossLayerSpec
 from kvjax.caches.fields import derived
-from kvjax.caches.latents import LatentCache, LatentSpec, remat_of
+from kvjax.caches.latents import LatentCache, LatentSpec, remat_of, trained_key
 from kvjax.caches.statistics import Statistics
 from kvjax.caches.stored import BlockStore, StoredSpec, Tensors, TensorSpec, View, Width, read_dtype
 from kvjax.errors import KvjaxError
@@ -50,7 +50,8 @@ class XCL(LatentSpec, CrossLayerSpec):
     rotate: 1 turns what is quantised by a random rotation.
     fit: how scales are chosen: mse is the least squared error.
     basis: svd (of the weights), or balanced between the spread of what is quantised and what its errors cost
-      (`quant.basis.balance`), learned from a calibration text; `@latent` with fold=1 only.
+      (`quant.basis.balance`) on a calibration text, or learned, which `kvjax.learn` trains from there, in plans where
+      all layers have this spec; `@latent` with fold=1 only.
     gain: 1 takes a delta from the layer below times a gain of each channel, learned as the basis is.
     """
 
@@ -86,7 +87,7 @@ class XCL(LatentSpec, CrossLayerSpec):
         if self.norm == "pre" and (self.fold or self.mode == "latent"):
             raise KvjaxError(f"{self}: norm=pre stores X before the norm; expected @input and no fold")
         if self.calibrated and (self.mode == "input" or not self.fold):
-            raise KvjaxError(f"{self}: basis=balanced and gain are of folded latents; expected @latent and fold=1")
+            raise KvjaxError(f"{self}: what is learned are folded latents; expected @latent and fold=1")
 
     # ---- its place among the layers
 
@@ -160,12 +161,18 @@ class XCL(LatentSpec, CrossLayerSpec):
     def bases_key(self) -> str:
         if self.mode == "input":
             return "xcl-rotation" if self.rotate else ""
+        if self.trained:
+            return trained_key(self)
         learned = f"-{self.basis}{'-gained' * self.gain}{'-delta' * self.delta}" * self.calibrated
         return f"xcl-basis{learned}{'-folded' * self.fold}{'-rotated' * self.rotate}"
 
     @property
     def calibrated(self) -> bool:
-        return self.basis == "balanced" or self.gain == 1
+        return self.basis != "svd" or self.gain == 1
+
+    @property
+    def trained(self) -> bool:
+        return self.basis == "learned"
 
     def bases(self, weights: KVWeights, norm: Array, statistics: Statistics | None = None) -> Any:
         """[U], [D, r], orthonormal columns; what is learned has [down, up], [D, r] and [r, D], and the gain [D]."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +49,7 @@ def load_bases(model: Model, plan: CachePlan) -> tuple[Any, ...]:
         if not hosts.on_first(lambda key=key: _found(digest, key)):  # type: ignore[misc]
             _make(model, layers, digest, spec)
     place = lambda a: model.layout.build(a.shape, model.dtype, WHOLE, a.__getitem__)  # noqa: E731
-    read = lambda i, key: hosts.on_first(lambda: _read(folder_of(digest, key), i))  # noqa: E731
+    read = lambda i, key: hosts.on_first(lambda: read_layer(folder_of(digest, key), i))  # noqa: E731
     return tuple(
         jax.tree.map(place, read(i, _key(model, spec))) if spec.bases_key else () for i, spec in enumerate(plan.specs)
     )
@@ -88,26 +91,73 @@ def _digest(layers: list[tuple[KVWeights, jax.Array]]) -> str:
 
 
 def _make(model: Model, layers: list[tuple[KVWeights, jax.Array]], digest: str, spec: CacheSpec) -> None:
-    """Computes the bases and writes them, a layer at a time: in float64 all layers' are as large as their weights."""
+    """Computes the bases and writes them, a layer at a time: in float64 all layers' are as large as their weights.
+
+    Raises:
+      KvjaxError: they are trained, so that somebody must have trained them.
+    """
     key = _key(model, spec)
     folder = folder_of(digest, key)
+    if spec.trained:
+        assert model.calibration is not None
+        raise KvjaxError(
+            f"{spec} is not trained for {model.name} on {model.calibration.text}; expected"
+            f" kvjax.learn(model, {str(spec)!r}), or experiments.learn, before"
+        )
     print(f"kvjax: computing bases of {len(layers)} layers ({spec.bases_key}), once, for {folder}", file=sys.stderr)
-
-    def one(i: int, whole: tuple[KVWeights, jax.Array]) -> Any:
-        if spec.calibrated and model.calibration:
-            return spec.bases(*whole, load_statistics(model.calibration.digest, i))
-        return spec.bases(*whole)
-
     try:
-        with new_folder(folder) as part:
-            for i, layer in enumerate(layers):
-                whole = jax.tree.map(fetch, layer)
-                hosts.on_first(lambda i=i, whole=whole: _write(part, i, one(i, whole)))  # type: ignore[misc]
-            metadata = {"weights": digest, "key": key}
-            hosts.on_first(lambda: write_json(part / METADATA, metadata | {"arrays": digests(part / "arrays")}))
+        _write_all(model, layers, digest, spec, lambda i, layer: first_bases(model, spec, i, layer))
     except KvjaxError:
         if not hosts.on_first(lambda: _found(digest, key)):
             raise  # otherwise another program has made them meanwhile
+
+
+def first_bases(model: Model, spec: CacheSpec, i: int, layer: tuple[KVWeights, jax.Array]) -> Any:
+    """What a spec computes for layer i of its weights (`weights_of`, on this host) and of what it learns from."""
+    if spec.calibrated and model.calibration:
+        return spec.bases(*layer, load_statistics(model.calibration.digest, i))
+    return spec.bases(*layer)
+
+
+def replace_bases(model: Model, spec: CacheSpec, trained: Sequence[Any]) -> None:
+    """Keeps what was trained of every layer where `load_bases` finds it.
+
+    Raises:
+      KvjaxError: they cannot be written.
+    """
+    layers = [weights_of(model, i) for i in range(model.config.layers)]
+    digest = _digest(layers)
+    hosts.on_first(lambda: shutil.rmtree(folder_of(digest, _key(model, spec)), ignore_errors=True))
+    _write_all(model, layers, digest, spec, lambda i, _: trained[i])
+
+
+def trained_identity(model: Model, plan: CachePlan) -> dict[str, str]:
+    """What rows say of trained bases: the sha256 of what was learned; nothing where none is, or they are missing."""
+    keys = sorted({_key(model, spec) for spec in plan.specs if spec.trained})
+    if not keys or model.calibration is None:
+        return {}
+    digest = _digest([weights_of(model, i) for i in range(model.config.layers)])
+    files = [folder_of(digest, key) / METADATA for key in keys]
+    if not hosts.on_first(lambda: all(file.exists() for file in files)):
+        return {}
+    sums = hosts.on_first(lambda: [read_json(file).get("arrays") for file in files])
+    return {"trained_sha256": hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()}
+
+
+def _write_all(
+    model: Model,
+    layers: list[tuple[KVWeights, jax.Array]],
+    digest: str,
+    spec: CacheSpec,
+    one: Callable[[int, tuple[KVWeights, jax.Array]], Any],
+) -> None:
+    key = _key(model, spec)
+    with new_folder(folder_of(digest, key)) as part:
+        for i, layer in enumerate(layers):
+            whole = jax.tree.map(fetch, layer)
+            hosts.on_first(lambda i=i, whole=whole: write_layer(part, i, one(i, whole)))  # type: ignore[misc]
+        metadata = {"weights": digest, "key": key}
+        hosts.on_first(lambda: write_json(part / METADATA, metadata | {"arrays": digests(part / "arrays")}))
 
 
 def _found(digest: str, key: str) -> bool:
@@ -126,12 +176,14 @@ def _found(digest: str, key: str) -> bool:
     return True
 
 
-def _write(folder: Path, layer: int, tree: Any) -> None:
+def write_layer(folder: Path, layer: int, tree: Any) -> None:
+    """Writes the bases of one layer, nested lists of arrays, to a file of a folder."""
     names = {".".join(str(key.idx) for key in path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
     save_arrays(_file(folder, layer), names)
 
 
-def _read(folder: Path, layer: int) -> Any:
+def read_layer(folder: Path, layer: int) -> Any:
+    """Reads what `write_layer` wrote. Raises KvjaxError where it is damaged."""
     return _lists(unflatten_dict(load_arrays(_file(folder, layer)), sep="."))
 
 

@@ -24,6 +24,7 @@ from kvjax import hosts, records
 from kvjax.caches.base import CacheSpec
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
+from kvjax.calibrate.bases import trained_identity
 from kvjax.checks import check_path, check_progress, show
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.calibrated import check_judged
@@ -274,7 +275,12 @@ class Sweep:
 
     def _point(self, plan: CachePlan) -> Row:
         """What the row of a plan is found by."""
-        return {"experiment": "perplexity", **self.identity, "cache": str(plan)}
+        return {
+            "experiment": "perplexity",
+            **self.identity,
+            "cache": str(plan),
+            **trained_identity(self.model, plan),
+        }
 
     def row(self, plan: CachePlan, progress: Callable[[int], None]) -> Row:
         """The result row of one plan; `progress(done)` is told the number of finished windows.
@@ -321,7 +327,7 @@ class Sweep:
 
     def _batch(self, plan: CachePlan, start: int) -> tuple[TokenScores, Timing]:
         """Scores of the windows from `start`, from disk where they are there."""
-        file = self._file(str(plan), start)
+        file = self._file("; ".join([str(plan), *trained_identity(self.model, plan).values()]), start)
         if not hosts.on_first(file.exists):
             windows = self.windows[start : start + self.scorer.batch]
             dense = None if plan == self.dense else self._dense(start)

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-Basis = Literal["svd", "balanced"]
+Basis = Literal["svd", "balanced", "learned"]
 RIDGE = 1e-3  # of the mean eigenvalue, added to second moments of few tokens
 
 

@@ -186,10 +186,10 @@ def _errors(
     """Per place, what `_Probe` finds, averaged over the windows."""
     _check_sinks(simulator)
     found: dict[Place, dict[str, np.ndarray]] = {}
-    alike: dict[Any, list[Place]] = {}  # one call each: of a program, and on one carry
+    alike: dict[Any, list[Place]] = {}  # one call each: of a program and its bases, on one carry
     for place in places:
-        alike.setdefault((place.spec.program_form, place.below), []).append(place)
-    for (form, below), group in alike.items():
+        alike.setdefault((place.spec.program_form, place.spec.bases_key, place.below), []).append(place)
+    for (form, _, below), group in alike.items():
         for some in (group[i : i + AT_ONCE] for i in range(0, len(group), AT_ONCE)):
             own = entering.get(below) or [trace.carry[layer] for trace in traces]
             windows = zip(traces, own, gradients, strict=True)
@@ -214,7 +214,7 @@ def _errors_of(
     found = _local_errors(
         *(simulator.model.config, simulator.program(layer), form, simulator.shape),
         *(simulator.model.params[f"layer_{layer}"], h, carry or simulator.empty_carry(form)),
-        *(levels, len(places), simulator.bases(form)[layer], g[layer]),
+        *(levels, len(places), simulator.bases(places[0].spec)[layer], g[layer]),
     )
     return jax.tree.map(fetch, found)
 

@@ -1,0 +1,37 @@
+"""`experiments.learn` on a tiny model: rows, picture, scores, and a second run with other settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs import learn as learn_config
+from experiments import learn
+from kvjax.errors import KvjaxError
+
+MODEL = str(Path(__file__).parents[2] / "tests/goldens/qwen3")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def test_it_learns_and_judges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    (tmp_path / "other.txt").write_text("one two three four five six seven. " * 400)
+    config = learn_config.get_config()
+    cache = "xcl2@latent(group=8,sink=4,per=channel,fold=1,base=0,basis=learned,gain=1)"
+    config.update(model=MODEL, calibration=f"{tmp_path}/own.txt", judged_on=f"{tmp_path}/other.txt", cache=cache)
+    config.update(context=24, windows=2, steps=3, rate=1e-3, polish=2)
+    learn.main(config, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "learn.jsonl").read_text().splitlines()]
+    assert [row["layer"] for row in rows] == [0, 1, "all"]
+    scores = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert ["trained_sha256" in row for row in scores] == [False, True]
+    said = capsys.readouterr().out
+    assert "layer all:" in said and f"{scores[1]['kld']:.4f}" in said
+    assert (tmp_path / "learn.png").stat().st_size > 10_000
+    learn.main(config, tmp_path)  # nothing is done again
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+    with pytest.raises(KvjaxError, match="calibration is empty"):
+        config.calibration = ""
+        learn.main(config, tmp_path)
