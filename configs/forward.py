@@ -2,7 +2,8 @@
 
     python -m experiments.forward --config=configs/forward.py --workdir=runs/forward
 
-times both in turn on four windows of 1024 tokens: about four minutes on two CPU cores; needs torch and transformers.
+times both in turn on four windows of 1024 tokens: about four minutes on two CPU cores; needs torch, transformers and
+accelerate.
 """
 
 from ml_collections import config_dict

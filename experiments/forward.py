@@ -2,8 +2,8 @@
 
     python -m experiments.forward --config=configs/forward.py --workdir=DIR
 
-Needs torch and transformers, which are no dependencies of kvjax. Appends rows to DIR/forward.jsonl; what is there
-already is not timed again.
+Needs torch, transformers and accelerate, which are no dependencies of kvjax. Appends rows to DIR/forward.jsonl; what
+is there already is not timed again.
 """
 
 from __future__ import annotations
@@ -18,16 +18,13 @@ from typing import Any
 import numpy as np
 from ml_collections import config_dict
 
-from experiments import program
+from experiments import hf, program
 from kvjax import records
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import load
-from kvjax.downloads import fetch
-from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Scorer, cut_windows
 from kvjax.evaluate.text import load_text
-from kvjax.models import zoo
 from kvjax.models.model import Model
 
 HF = ("HF transformers", "forward")
@@ -101,36 +98,23 @@ def _time(runs: dict[tuple[str, str], Callable[[], Any]], repeats: int) -> dict[
 
 def _figures(tokens: int, seconds: float, hf_seconds: float) -> dict[str, Any]:
     figures = {"tokens_per_second": tokens / seconds, "x_hf": hf_seconds / seconds} | records.provenance()
-    figures["versions"] |= _hf_versions()
+    figures["versions"] |= hf.versions()
     return figures
 
 
 def _hf(windows: np.ndarray) -> Callable[[], Any]:
     """HF's float32 forward, default attention, of the same file and windows, one window at a time."""
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise KvjaxError(f"{error.name} is not installed; this comparison needs torch and transformers") from None
-    file = fetch(zoo.SMOLLM2)
-    hf = transformers.AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32
-    ).eval()
+    model = hf.smollm2()
+    import torch
+
     tokens = torch.tensor(windows).long()
 
     def forward():
         with torch.no_grad():
             for window in tokens:
-                hf(window[None])
+                model(window[None])
 
     return forward
-
-
-def _hf_versions() -> dict[str, str]:
-    import torch
-    import transformers
-
-    return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ idea: each window goes through at once, and an attention of its own reads old bl
 `random` plans draw the widths of every layer. `one layer` plans are what a sensitivity sweep evaluates, dense but for
 one layer: the Simulator starts at that layer from the dense run that it keeps, HF has to run everything.
 
-Needs torch and transformers, which are no dependencies of kvjax. Appends rows to DIR/search_speed.jsonl; what is
-there already is not timed again.
+Needs torch, transformers and accelerate, which are no dependencies of kvjax. Appends rows to DIR/search_speed.jsonl;
+what is there already is not timed again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from ml_collections import config_dict
 
-from experiments import program
+from experiments import hf, program
 from kvjax import records
 from kvjax.caches.base import CacheSpec
 from kvjax.caches.dense import Dense
@@ -33,11 +33,9 @@ from kvjax.caches.kv import KIVI_GROUP, KV
 from kvjax.caches.plan import CachePlan
 from kvjax.caches.stored import Width
 from kvjax.checkpoints.load import load
-from kvjax.downloads import fetch
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import cut_windows
 from kvjax.evaluate.text import load_text
-from kvjax.models import zoo
 from kvjax.models.config import ModelConfig
 from kvjax.tuner.simulate import Simulator
 
@@ -87,16 +85,16 @@ def _measure(config: config_dict.ConfigDict, kinds: Sequence[str], points: dict,
     windows = cut_windows(model.tokenizer.encode(load_text(config.text)), config.context, config.windows)
     simulator = Simulator(model, windows)
     simulator.dense(len(windows) - 1)
-    hf = _hf(windows, simulator.dense_plan)
+    theirs = _hf(windows, simulator.dense_plan)
 
     def ours(plan: CachePlan) -> tuple[float, float]:
         scores = simulator.score(plan)
         return float(scores.kld.mean()), float(scores.nll.mean())
 
     for kind in kinds:
-        figures = _time({OURS: ours, **hf}, plans[kind])
+        figures = _time({OURS: ours, **theirs}, plans[kind])
         provenance = records.provenance()
-        provenance["versions"] |= _hf_versions()
+        provenance["versions"] |= hf.versions()
         records.append_rows(results, [points[kind, side] | figures[side] | provenance for side in SIDES])
 
 
@@ -146,27 +144,22 @@ def _time(sides: dict[str, Evaluate], plans: Sequence[CachePlan]) -> dict[str, d
 
 def _hf(windows: np.ndarray, dense_plan: CachePlan) -> dict[str, Evaluate]:
     """Evaluations by HF's float32 model of the same file; makes the dense run."""
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise KvjaxError(f"{error.name} is not installed; this comparison needs torch and transformers") from None
-    file = fetch(zoo.SMOLLM2)
+    model = hf.smollm2()
+    import torch
+    import transformers
+
     transformers.AttentionInterface.register("streamed", _attention(windows.shape[1]))
-    hf = transformers.AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32
-    ).eval()
     tokens = torch.tensor(windows).long()
 
     def chunked(plan: CachePlan):
-        hf.set_attn_implementation("sdpa")
+        model.set_attn_implementation("sdpa")
         cache = _growing(plan)
-        pieces = [hf(piece, past_key_values=cache).logits for piece in tokens.split(KIVI_GROUP, 1)]
+        pieces = [model(piece, past_key_values=cache).logits for piece in tokens.split(KIVI_GROUP, 1)]
         return torch.cat(pieces, 1)
 
     def whole(plan: CachePlan):
-        hf.set_attn_implementation("streamed")
-        return (hf(window[None], past_key_values=_cache(plan)).logits[0] for window in tokens)
+        model.set_attn_implementation("streamed")
+        return (model(window[None], past_key_values=_cache(plan)).logits[0] for window in tokens)
 
     with torch.inference_mode():
         dense = [logits[:-1].log_softmax(-1) for logits in whole(dense_plan)]
@@ -280,13 +273,6 @@ def _stored(x, bits: int, axis: int, group: int):
     scale, zero = ((high - low) / (2**bits - 1)).half().float(), low.half().float()
     codes = (grouped - zero).div_(scale.masked_fill(scale == 0, 1.0)).round_().clamp_(0, 2**bits - 1)
     return codes.mul_(scale).add_(zero).reshape(x.shape)
-
-
-def _hf_versions() -> dict[str, str]:
-    import torch
-    import transformers
-
-    return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 if __name__ == "__main__":

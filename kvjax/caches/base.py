@@ -32,6 +32,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.caches import fields
 from kvjax.caches.statistics import Statistics
+from kvjax.errors import KvjaxError
 from kvjax.ops.norm import normalize
 
 REAL_DTYPE = jnp.bfloat16  # what an unquantised element counts as in every figure of bits
@@ -76,8 +77,11 @@ class ModelSizes:
 
     @classmethod
     def of(cls, model: ModelShapes) -> ModelSizes:
-        """The sizes of a model config."""
-        return cls(model.layers, model.heads, model.kv_heads, model.head_dim, model.model_dim, model.windows)
+        """The sizes of a model config. Raises KvjaxError for what is none."""
+        try:
+            return cls(model.layers, model.heads, model.kv_heads, model.head_dim, model.model_dim, model.windows)
+        except AttributeError:
+            raise KvjaxError(f"the model is of type {type(model).__name__}; expected a model's config") from None
 
     def window(self, layer: int) -> int | None:
         """The sliding window of one layer, None where it sees every token."""

@@ -44,7 +44,7 @@ class CachePlan:
         """
         if not isinstance(text, str):
             raise KvjaxError(f"the plan is of type {type(text).__name__}; expected a text")
-        text = text.strip()
+        text, model = text.strip(), ModelSizes.of(model)
         if match := presets.SHIPPED.fullmatch(text):
             return cls._complete(presets.shipped_plan(**match.groupdict()), model, f"plan {text}")
         if match := presets.FILE.fullmatch(text):

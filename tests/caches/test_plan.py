@@ -255,6 +255,12 @@ def test_split_list():
             split_list(bad)
 
 
+def test_what_is_no_model_is_refused():
+    for text in ("dense", "0:k4v4;1:dense", "sliding:dense;full:k4v2", "kvtuner:llama-3.1-8b-instruct-3.25"):
+        with pytest.raises(KvjaxError, match="of type NoneType; expected a model's config"):
+            CachePlan.parse(text, None)
+
+
 def test_stream_chunk():
     assert parse("dense").stream_chunk == 32
     assert parse("0-9:k4v4@kivi(residual=128);10-28:k4v4@kivi(residual=96);29:k8v8@token").stream_chunk == 32
