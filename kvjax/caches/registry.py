@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from kvjax.caches.base import CacheSpec
 from kvjax.caches.dense import Dense
+from kvjax.caches.gear import Gear
 from kvjax.caches.grammar import parse_name, split_list
 from kvjax.caches.kv import KV
 from kvjax.caches.x import X
@@ -22,7 +23,7 @@ from kvjax.checks import show
 from kvjax.errors import KvjaxError
 from kvjax.files import brief
 
-BUILT_IN: tuple[type[CacheSpec], ...] = (Dense, KV, X, XCL)
+BUILT_IN: tuple[type[CacheSpec], ...] = (Dense, KV, X, XCL, Gear)
 GROUP = "kvjax.caches"  # of entry points: each names a CacheSpec class
 
 Method = TypeVar("Method", bound=type[CacheSpec])
