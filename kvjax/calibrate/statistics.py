@@ -25,6 +25,7 @@ from kvjax import hosts
 from kvjax.caches.base import Chunk
 from kvjax.caches.statistics import Statistics
 from kvjax.calibrate.fisher import pull_head
+from kvjax.calibrate.ranges import ranges_of
 from kvjax.downloads import cache_folder
 from kvjax.errors import KvjaxError
 from kvjax.files import check_digests, digests, locked, read_json, write_json
@@ -34,6 +35,7 @@ from kvjax.models.decoder import embed, first_alike, kv_weights, project_kv, run
 from kvjax.models.model import Model
 from kvjax.ops import attention
 from kvjax.ops.rotate import rotate_heads
+from kvjax.quant.codebook import BINS
 from kvjax.records import load_arrays, save_arrays
 
 SAMPLES = 2  # draws of every token's prediction
@@ -94,7 +96,7 @@ def _check(model: Model, windows: Int[np.ndarray, "w n"]) -> None:
 
 
 def _digest(model: Model, windows: Int[np.ndarray, "w n"]) -> str:
-    digest = hashlib.sha256(f"{windows.shape} {SAMPLES} {SKIPPED} {BASE}".encode())
+    digest = hashlib.sha256(f"{windows.shape} {SAMPLES} {SKIPPED} {BASE} {BINS}".encode())
     for leaf in jax.tree.leaves(model.params):
         digest.update(fetch(leaf).tobytes())
     digest.update(windows.astype(np.int32).tobytes())
@@ -249,7 +251,11 @@ def _down(model: Model, layer: int, h: list[np.ndarray], g: list[np.ndarray]) ->
     """The statistics of a layer's gradients, and those with respect to its input."""
     args = model.config, first_alike(model.config, layer), model.params[f"layer_{layer}"]
     pulled = [_pull(*args, _cast(model, rows), _cast(model, own)) for rows, own in zip(h, g, strict=True)]
-    return _mean([sums for _, sums in pulled]), [fetch(below) for below, _ in pulled]
+    rows = (
+        np.concatenate([fetch(each) for each in parts]) for parts in zip(*(rows for *_, rows in pulled), strict=True)
+    )
+    sums = _mean([sums for _, sums, _ in pulled]) | ranges_of(*rows)
+    return sums, [fetch(below) for below, *_ in pulled]
 
 
 def _cast(model: Model, a: np.ndarray) -> Array:
@@ -317,27 +323,33 @@ def moments(rows: Float[Array, "n ... d"]) -> Float[Array, "... d d"]:
 def _pull(config, layer, params, h, g):
     weights = kv_weights(config, params)
     size, heads = weights.k.shape[0], (config.kv_heads, config.head_dim)
-    zeros = [jnp.zeros((*h.shape[:2], *shape), h.dtype) for shape in ((size,), (size,), heads)]
+    zeros = [jnp.zeros((*h.shape[:2], *shape), h.dtype) for shape in ((size,), (size,), heads, heads)]
 
     def forward(h, *by):
-        return run_layer(config, layer, params, h, (), _Moved(*by), ())[0]
+        out, _, kv = run_layer(config, layer, params, h, (), _Moved(*by), ())
+        return out, kv
 
-    _, pull = jax.vjp(forward, h, *zeros)
+    _, pull, kv = jax.vjp(forward, h, *zeros, has_aux=True)
     below, *moved = jax.vmap(pull)(g)
-    k, v, turned = (jax.vmap(_counted)(each[:, 0]).reshape(-1, *each.shape[3:]) for each in moved)
+    k, v, bare, turned = (jax.vmap(_counted)(each[:, 0]) for each in moved)
+    keys, values = (_counted(each[0]) for each in kv)
+    costs = ((each**2).mean(0).reshape(keys.shape) for each in (bare, v))
+    k, v, turned = (each.reshape(-1, *each.shape[2:]) for each in (k, v, turned))
     with jax.default_matmul_precision("highest"):
-        return below, {"gradient": moments(jnp.concatenate([k, v], 1)), "turned_gradient": moments(turned)}
+        sums = {"gradient": moments(jnp.concatenate([k, v], 1)), "turned_gradient": moments(turned)}
+        return below, sums, (keys, values, *costs)
 
 
 @struct.dataclass
 class _Moved:
     """A cache with exact attention over keys and values that are moved, so that gradients exist.
 
-    It does not use `attend_streamed`, which has no gradient.
+    Its carry is keys before RoPE and values. It does not use `attend_streamed`, which has no gradient.
     """
 
     key: Float[Array, "1 N Kd"]  # added to x W_k
     value: Float[Array, "1 N Kd"]  # added to x W_v
+    bare: Float[Array, "1 N K d"]  # added to keys before RoPE, after qk-norm
     turned: Float[Array, "1 N K d"]  # added to keys after RoPE
 
     def attend(self, chunk: Chunk, carry: Any):
@@ -345,7 +357,7 @@ class _Moved:
         k_bias, v_bias = (0 if bias is None else bias for bias in (own.k_bias, own.v_bias))
         moved = dataclasses.replace(own, k_bias=self.key + k_bias, v_bias=self.value + v_bias)
         k, v = project_kv(chunk.x, moved, chunk.k.shape[2])
-        k = rotate_heads(k, chunk.rotation) + self.turned
+        k, kv = rotate_heads(k + self.bare, chunk.rotation) + self.turned, (k, v)
         reach = None if window is None else (window - 1, 0)
         output = jax.nn.dot_product_attention(chunk.q, k, v, is_causal=True, local_window_size=reach)
-        return output, self, carry
+        return output, self, kv

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.caches.base import CacheShape, Chunk, KVWeights, LayerCache, visible
 from kvjax.caches.statistics import Statistics
+from kvjax.calibrate.ranges import ranges_of
 from kvjax.models.config import ModelConfig, RopeConfig
 from kvjax.models.rope import make_rope
 
@@ -94,6 +95,7 @@ class Layer:
             seen_value=of_v,
             gradient=fisher,
             turned_gradient=of_q,
+            **ranges_of(k, v, *rng.exponential(size=(2, *k.shape))),
         )
 
     @property
