@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
+from kvjax.caches.aqua import Aqua
 from kvjax.caches.base import CacheSpec
 from kvjax.caches.dense import Dense
 from kvjax.caches.gear import Gear
@@ -24,7 +25,7 @@ from kvjax.checks import show
 from kvjax.errors import KvjaxError
 from kvjax.files import brief
 
-BUILT_IN: tuple[type[CacheSpec], ...] = (Dense, KV, X, XCL, Gear, KVQuant)
+BUILT_IN: tuple[type[CacheSpec], ...] = (Dense, KV, X, XCL, Gear, KVQuant, Aqua)
 GROUP = "kvjax.caches"  # of entry points: each names a CacheSpec class
 
 Method = TypeVar("Method", bound=type[CacheSpec])

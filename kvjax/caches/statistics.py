@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
+PREDICTED_BITS = (2, 3, 4)  # for each, predictors of their own
+
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
@@ -38,6 +40,9 @@ class Statistics:
         weighted by the mean square of the gradient with respect to them.
       value_bins: likewise of values, each token by the range of its own values over all heads, of all of them and
         of those that are no outliers (`codebook.inner_range`).
+      key_predictor, value_predictor: what predicts keys before RoPE of what is read of those in the layer below, and
+        values of what is read of the layer's keys and of values in the layer below; where what is not predicted is
+        read from each of `PREDICTED_BITS` (AQUA-KV, arXiv 2501.19392). The last row is added. 0 in the first layer.
     """
 
     unit_mean: Float[np.ndarray, "D"]
@@ -58,6 +63,8 @@ class Statistics:
     key_ends: Float[np.ndarray, "2 2 K d"]
     key_bins: Float[np.ndarray, "2 2 bins"]
     value_bins: Float[np.ndarray, "2 2 bins"]
+    key_predictor: Float[np.ndarray, "p C+1 C"]
+    value_predictor: Float[np.ndarray, "p 2C+1 C"]
 
     def scaled_unit(self, norm: ArrayLike) -> Float[np.ndarray, "D D"]:
         """The second moment of the layer input after a norm of this weight."""

@@ -23,7 +23,8 @@ from jaxtyping import Array, Float, Int
 
 from kvjax import hosts
 from kvjax.caches.base import Chunk
-from kvjax.caches.statistics import Statistics
+from kvjax.caches.statistics import PREDICTED_BITS, Statistics
+from kvjax.calibrate import predictors
 from kvjax.calibrate.fisher import pull_head
 from kvjax.calibrate.ranges import ranges_of
 from kvjax.downloads import cache_folder
@@ -96,7 +97,7 @@ def _check(model: Model, windows: Int[np.ndarray, "w n"]) -> None:
 
 
 def _digest(model: Model, windows: Int[np.ndarray, "w n"]) -> str:
-    digest = hashlib.sha256(f"{windows.shape} {SAMPLES} {SKIPPED} {BASE} {BINS}".encode())
+    digest = hashlib.sha256(f"{windows.shape} {SAMPLES} {SKIPPED} {BASE} {BINS} {PREDICTED_BITS}".encode())
     for leaf in jax.tree.leaves(model.params):
         digest.update(fetch(leaf).tobytes())
     digest.update(windows.astype(np.int32).tobytes())
@@ -170,17 +171,18 @@ def _gather(model: Model, windows: Int[np.ndarray, "w n"], folder: _Folder) -> N
 def _go_up(model: Model, windows: Int[np.ndarray, "w n"], folder: _Folder) -> None:
     layers = model.config.layers
     if started := folder.waiting("recalled", layers):
-        h, recalled = (folder.take(what, started[-1]) for what in ("input", "recalled"))
+        h, recalled, read = (folder.take(what, started[-1]) for what in ("input", "recalled", "read"))
     else:
-        h = _embedded(model, windows)
+        h, read = _embedded(model, windows), []
         recalled = [np.zeros((2, *rows.shape[1:]), rows.dtype) for rows in h]
         folder.hand_on("input", 0, h)
     for i in range(started[-1] if started else 0, layers):
-        sums, h, recalled = _up(model, i, h, recalled)
+        sums, h, recalled, read = _up(model, i, h, recalled, read)
         folder.keep(i, "up", sums)
-        folder.hand_on("input", i + 1, h)
-        folder.hand_on("recalled", i + 1, recalled)
-        folder.drop("recalled", i)
+        for what, rows in (("input", h), ("read", read), ("recalled", recalled)):  # the last says that all are there
+            folder.hand_on(what, i + 1, rows)
+        for what in ("recalled", "read"):
+            folder.drop(what, i)
 
 
 # ---- one layer
@@ -192,9 +194,9 @@ def _embedded(model: Model, windows: Int[np.ndarray, "w n"]) -> list[np.ndarray]
 
 
 def _up(
-    model: Model, layer: int, h: list[np.ndarray], recalled: list[np.ndarray]
-) -> tuple[Sums, list[np.ndarray], list[np.ndarray]]:
-    """The statistics of a layer's activations, its outputs, and what its latents recall of its input."""
+    model: Model, layer: int, h: list[np.ndarray], recalled: list[np.ndarray], read: list[np.ndarray]
+) -> tuple[Sums, list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+    """The statistics of a layer's activations, its outputs, what its latents recall of its input, what is read."""
     config, params = model.config, model.params[f"layer_{layer}"]
     units = [fetch(_unit(config, params, _cast(model, rows)))[0] for rows in h]
     gains = np.stack([np.ones(config.model_dim), _gain(units, recalled)])
@@ -203,8 +205,23 @@ def _up(
     found = [_recall(*pair, *learned) for pair in zip(units, recalled, strict=True)]
     outputs = [_observe(config, first_alike(model.config, layer), params, _cast(model, rows)) for rows in h]
     delta, gained = _mean([moments for _, moments in found])
-    sums = _mean([own for _, own in outputs]) | {"gain": gains[1], "delta": delta, "gained_delta": gained}
-    return sums, [fetch(out) for out, _ in outputs], [fetch(each) for each, _ in found]
+    fitted, read = _predictors([fetch(rows) for *_, rows in outputs], read)
+    fitted |= {"gain": gains[1], "delta": delta, "gained_delta": gained}
+    sums = _mean([own for _, own, _ in outputs]) | fitted
+    return sums, [fetch(out) for out, *_ in outputs], [fetch(each) for each, _ in found], read
+
+
+def _predictors(rows: list[np.ndarray], below: list[np.ndarray]) -> tuple[Sums, list[np.ndarray]]:
+    """What predicts a layer's keys and values, and what is read of them, of each window; nothing below the first."""
+    k, v = np.split(np.concatenate(rows), 2, 1)
+    if below:
+        of_keys, of_values, read = predictors.fit(k, v, np.concatenate(below, 1))
+    else:
+        kinds, width = len(PREDICTED_BITS), k.shape[1]
+        of_keys, of_values = (np.zeros((kinds, count * width + 1, width)) for count in (1, 2))
+        read = predictors.first_read(jnp.asarray(k), jnp.asarray(v))
+    learned = {"key_predictor": fetch(of_keys), "value_predictor": fetch(of_values)}
+    return learned, np.split(fetch(read), len(rows), 1)
 
 
 def _gain(units: list[np.ndarray], recalled: list[np.ndarray]) -> Float[np.ndarray, "D"]:
@@ -269,19 +286,21 @@ def _mean(sums: list[Sums]) -> Sums:
 
 @functools.partial(jax.jit, static_argnames=("config", "layer"))
 def _observe(config, layer, params, h):
-    out, _, means = run_layer(config, layer, params, h, (), _Seen(), ())
-    return out, means
+    out, _, found = run_layer(config, layer, params, h, (), _Seen(), ())
+    return out, *found
 
 
 @struct.dataclass
 class _Seen:
-    """A cache with exact attention that returns the means over a window's tokens in place of the carry."""
+    """A cache with exact attention. Its carry is the means over a window's tokens, and their keys and values."""
 
     def attend(self, chunk: Chunk, carry: Any):
         k, v = rotate_heads(chunk.k, chunk.rotation), chunk.v
         output = attention.attend_streamed(chunk.q, (k, v, chunk.positions), (k, v), 0, chunk.window)
         unit = chunk.weights.normalize(chunk.h)
-        return output, self, _means(*(_counted(each[0]) for each in (unit, chunk.q, chunk.k, k, v)))
+        unit, q, bare, k, v = (_counted(each[0]) for each in (unit, chunk.q, chunk.k, k, v))
+        rows = jnp.concatenate([bare, v], 1).reshape(len(v), -1)
+        return output, self, (_means(unit, q, bare, k, v), rows)
 
 
 def _counted(rows: Any) -> Any:

@@ -21,7 +21,7 @@ import kvjax
 from configs import perplexity
 from experiments import program
 from kvjax.caches.base import Chunk, visible
-from kvjax.calibrate import bases, statistics
+from kvjax.calibrate import bases, predictors, statistics
 from kvjax.calibrate.statistics import SAMPLES, SKIPPED, load_statistics
 from kvjax.evaluate.sweep import identity_of
 from kvjax.models.config import ModelConfig, RopeConfig
@@ -211,6 +211,18 @@ def test_ranges_and_what_errors_in_them_cost() -> None:
         of_keys, of_values = np.einsum("kdd->", found.turned_gradient), np.trace(found.gradient[width:, width:])
         np.testing.assert_allclose(found.key_bins[0, 1].sum(), of_keys, rtol=1e-9)  # RoPE keeps lengths
         np.testing.assert_allclose(found.value_bins[0, 1].sum(), of_values, rtol=1e-9)
+
+
+def test_predictors_are_fitted_from_the_first_layer_up() -> None:
+    digest = calibrated().calibration.digest
+    flat = lambda layer, what: rows(layer, what).reshape(2 * (TOKENS - SKIPPED), -1)  # noqa: E731
+    read = predictors.first_read(flat(0, "k"), flat(0, "v"))
+    assert not load_statistics(digest, 0).key_predictor.any()
+    for layer in range(1, 3):
+        of_keys, of_values, read = predictors.fit(flat(layer, "k"), flat(layer, "v"), read)
+        found = load_statistics(digest, layer)
+        np.testing.assert_allclose(found.key_predictor, of_keys, atol=1e-6)
+        np.testing.assert_allclose(found.value_predictor, of_values, atol=1e-6)
 
 
 # ---- on disk
