@@ -31,7 +31,7 @@ from kvjax.ops.shards import by_tokens, first_token, per_shard
 from kvjax.ops.store import Tile
 from kvjax.quant import affine
 
-FIRST_BITS = 4  # of the first layer
+FIRST_BITS: Literal[4] = 4  # of the first layer
 FIT: affine.Fit = "mse"
 ALIGN = 32  # tokens that the carry is a multiple of
 

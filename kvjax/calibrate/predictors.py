@@ -39,14 +39,15 @@ def fit(
     Returns:
       Those of keys, those of values, and what is read in this layer.
     """
-    found = [_fit(k, v, *jnp.split(rows, 2, -1), bits) for rows, bits in zip(below, PREDICTED_BITS, strict=True)]
+    found = [_fit(k, v, rows, bits) for rows, bits in zip(below, PREDICTED_BITS, strict=True)]
     of_keys, of_values, read = (jnp.stack(each) for each in zip(*found, strict=True))
     return of_keys, of_values, read
 
 
 def _fit(
-    k: Float[Array, "n C"], v: Float[Array, "n C"], keys: Float[Array, "n C"], values: Float[Array, "n C"], bits: int
+    k: Float[Array, "n C"], v: Float[Array, "n C"], below: Float[Array, "n 2C"], bits: int
 ) -> tuple[Float[Array, "C+1 C"], Float[Array, "2C+1 C"], Float[Array, "n 2C"]]:
+    keys, values = jnp.split(below, 2, -1)
     of_keys = ridge(keys, k)
     own = _read(k, predict(of_keys, keys), bits)
     of_values = ridge(jnp.concatenate([own, values], -1), v)
