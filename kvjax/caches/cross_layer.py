@@ -45,8 +45,8 @@ class CrossLayerSpec(CacheSpec):
         """All of this spec that the layer above depends on, hashable."""
 
     @abc.abstractmethod
-    def init_carry(self, shape: CacheShape) -> Any:
-        """What runs across the layers within one step."""
+    def init_carry(self, shape: CacheShape) -> dict[str, Any]:
+        """What runs across the layers within one step, by name; other methods' names pass through."""
 
 
 def stack(spec: Spec, below: CacheSpec | None) -> Spec:
@@ -106,6 +106,6 @@ def run_key(spec: CacheSpec) -> Any:
     return spec.run_key if isinstance(spec, CrossLayerSpec) else None
 
 
-def init_carries(specs: Sequence[CacheSpec], shape: CacheShape) -> list[Any]:
+def init_carries(specs: Sequence[CacheSpec], shape: CacheShape) -> list[dict[str, Any]]:
     """The carries of the specs that hand one on."""
     return [spec.init_carry(shape) for spec in specs if isinstance(spec, CrossLayerSpec)]

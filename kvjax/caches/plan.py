@@ -175,12 +175,14 @@ class CachePlan:
     def init_carry(self, shape: CacheShape) -> Any:
         """What runs across the layers within one step, the same tree at every layer; () where nothing does."""
         carries = cross_layer.init_carries(list(dict.fromkeys(self.specs)), shape)
-        size = lambda carry: sum(leaf.size for leaf in jax.tree.leaves(carry))  # noqa: E731
-        if shape.parts > 1 and len({*map(size, carries)}) > 1:
-            raise KvjaxError(
-                f"{self}: its runs of XQuant-CL have different residuals; expected one residual under a mesh with seq"
-            )
-        return max(carries, key=size, default=())  # runs with residuals of their own: the longest serves all
+        merged: dict[str, Any] = {}
+        for name, rows in (item for carry in carries for item in carry.items()):
+            if shape.parts > 1 and name in merged and rows.shape != merged[name].shape:
+                what = "its runs of layers have different residuals; expected one residual under a mesh with seq"
+                raise KvjaxError(f"{self}: {what}")
+            # Runs with residuals of their own: the longest serves all.
+            merged[name] = max(merged.get(name, rows), rows, key=lambda a: a.size)
+        return merged or ()
 
     def init_shapes(self, shape: CacheShape) -> Any:
         """The tree of `init` without its arrays. Raises KvjaxError where a spec does not fit the shape."""

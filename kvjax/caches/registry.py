@@ -12,18 +12,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
+from kvjax.caches.aqua import Aqua
 from kvjax.caches.base import CacheSpec
 from kvjax.caches.dense import Dense
 from kvjax.caches.floats import FloatKV
+from kvjax.caches.gear import Gear
 from kvjax.caches.grammar import parse_name, split_list
 from kvjax.caches.kv import KV
+from kvjax.caches.kvquant import KVQuant
 from kvjax.caches.x import X
 from kvjax.caches.xcl import XCL
 from kvjax.checks import show
 from kvjax.errors import KvjaxError
 from kvjax.files import brief
 
-BUILT_IN: tuple[type[CacheSpec], ...] = (Dense, FloatKV, KV, X, XCL)
+BUILT_IN: tuple[type[CacheSpec], ...] = (Dense, KV, X, XCL, FloatKV, Gear, KVQuant, Aqua)
 GROUP = "kvjax.caches"  # of entry points: each names a CacheSpec class
 
 Method = TypeVar("Method", bound=type[CacheSpec])

@@ -1,4 +1,4 @@
-"""What methods learn from: second moments of a layer's activations and gradients on a calibration text."""
+"""What methods learn from: second moments and ranges of a layer's activations and gradients on a text."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
+
+PREDICTED_BITS = (2, 3, 4)  # for each, predictors of their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,15 @@ class Statistics:
         its code has it).
       gradient: of the gradient with respect to [x W_k, x W_v], before biases and qk-norm.
       turned_gradient: of the gradient with respect to keys after RoPE.
+      key_ends: the least and the largest number of each channel of keys before RoPE, of all tokens; then the same
+        of all but the lowest and the highest 0.5 % (KVQuant, arXiv 2401.18079).
+      key_bins: `codebook.histogram` of keys before RoPE that are normalised by these, of either range, a token;
+        weighted by the mean square of the gradient with respect to them.
+      value_bins: likewise of values, each token by the range of its own values over all heads, of all of them and
+        of those that are no outliers (`codebook.inner_range`).
+      key_predictor, value_predictor: what predicts keys before RoPE of what is read of those in the layer below, and
+        values of what is read of the layer's keys and of values in the layer below; where what is not predicted is
+        read from each of `PREDICTED_BITS` (AQUA-KV, arXiv 2501.19392). The last row is added. 0 in the first layer.
     """
 
     unit_mean: Float[np.ndarray, "D"]
@@ -49,6 +60,11 @@ class Statistics:
     seen_value: Float[np.ndarray, "K d d"]
     gradient: Float[np.ndarray, "2C 2C"]
     turned_gradient: Float[np.ndarray, "K d d"]
+    key_ends: Float[np.ndarray, "2 2 K d"]
+    key_bins: Float[np.ndarray, "2 2 bins"]
+    value_bins: Float[np.ndarray, "2 2 bins"]
+    key_predictor: Float[np.ndarray, "p C+1 C"]
+    value_predictor: Float[np.ndarray, "p 2C+1 C"]
 
     def scaled_unit(self, norm: ArrayLike) -> Float[np.ndarray, "D D"]:
         """The second moment of the layer input after a norm of this weight."""

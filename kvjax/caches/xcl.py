@@ -128,7 +128,7 @@ class XCL(LatentSpec, CrossLayerSpec):
         """Whether the layer stores a delta, and not X."""
         return self.index > self.base
 
-    def init_carry(self, shape: CacheShape) -> Any:
+    def init_carry(self, shape: CacheShape) -> dict[str, Any]:
         tokens = store.capacity(
             shape.max_len, *(t.format for t in self.tensors(shape)), block=ALIGN, parts=shape.parts
         )
@@ -204,7 +204,7 @@ class XCLCache(LatentCache):
         after = self.store.append(self.new_tensors(chunk), chunk, Delta(acc, down, gain) if self.spec.delta else None)
         end, r = chunk.positions[:, 0] + chunk.lengths, self.spec.residual_length
         stop = end if self.store.reads_stored(chunk) else end // r * r
-        return after, {"acc": reconstruct(acc, after.packed[0], up, self.spec.delta, stop, gain)}
+        return after, carry | {"acc": reconstruct(acc, after.packed[0], up, self.spec.delta, stop, gain)}
 
     def new_tensors(self, chunk: Chunk) -> Tensors:
         x = chunk.x

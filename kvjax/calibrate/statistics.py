@@ -23,8 +23,10 @@ from jaxtyping import Array, Float, Int
 
 from kvjax import hosts
 from kvjax.caches.base import Chunk
-from kvjax.caches.statistics import Statistics
+from kvjax.caches.statistics import PREDICTED_BITS, Statistics
+from kvjax.calibrate import predictors
 from kvjax.calibrate.fisher import pull_head
+from kvjax.calibrate.ranges import ranges_of
 from kvjax.downloads import cache_folder
 from kvjax.errors import KvjaxError
 from kvjax.files import check_digests, digests, locked, read_json, write_json
@@ -34,6 +36,7 @@ from kvjax.models.decoder import embed, first_alike, kv_weights, project_kv, run
 from kvjax.models.model import Model
 from kvjax.ops import attention
 from kvjax.ops.rotate import rotate_heads
+from kvjax.quant.codebook import BINS
 from kvjax.records import load_arrays, save_arrays
 
 SAMPLES = 2  # draws of every token's prediction
@@ -94,7 +97,7 @@ def _check(model: Model, windows: Int[np.ndarray, "w n"]) -> None:
 
 
 def _digest(model: Model, windows: Int[np.ndarray, "w n"]) -> str:
-    digest = hashlib.sha256(f"{windows.shape} {SAMPLES} {SKIPPED} {BASE}".encode())
+    digest = hashlib.sha256(f"{windows.shape} {SAMPLES} {SKIPPED} {BASE} {BINS} {PREDICTED_BITS}".encode())
     for leaf in jax.tree.leaves(model.params):
         digest.update(fetch(leaf).tobytes())
     digest.update(windows.astype(np.int32).tobytes())
@@ -168,17 +171,18 @@ def _gather(model: Model, windows: Int[np.ndarray, "w n"], folder: _Folder) -> N
 def _go_up(model: Model, windows: Int[np.ndarray, "w n"], folder: _Folder) -> None:
     layers = model.config.layers
     if started := folder.waiting("recalled", layers):
-        h, recalled = (folder.take(what, started[-1]) for what in ("input", "recalled"))
+        h, recalled, read = (folder.take(what, started[-1]) for what in ("input", "recalled", "read"))
     else:
-        h = _embedded(model, windows)
+        h, read = _embedded(model, windows), []
         recalled = [np.zeros((2, *rows.shape[1:]), rows.dtype) for rows in h]
         folder.hand_on("input", 0, h)
     for i in range(started[-1] if started else 0, layers):
-        sums, h, recalled = _up(model, i, h, recalled)
+        sums, h, recalled, read = _up(model, i, h, recalled, read)
         folder.keep(i, "up", sums)
-        folder.hand_on("input", i + 1, h)
-        folder.hand_on("recalled", i + 1, recalled)
-        folder.drop("recalled", i)
+        for what, rows in (("input", h), ("read", read), ("recalled", recalled)):  # the last says that all are there
+            folder.hand_on(what, i + 1, rows)
+        for what in ("recalled", "read"):
+            folder.drop(what, i)
 
 
 # ---- one layer
@@ -190,9 +194,9 @@ def _embedded(model: Model, windows: Int[np.ndarray, "w n"]) -> list[np.ndarray]
 
 
 def _up(
-    model: Model, layer: int, h: list[np.ndarray], recalled: list[np.ndarray]
-) -> tuple[Sums, list[np.ndarray], list[np.ndarray]]:
-    """The statistics of a layer's activations, its outputs, and what its latents recall of its input."""
+    model: Model, layer: int, h: list[np.ndarray], recalled: list[np.ndarray], read: list[np.ndarray]
+) -> tuple[Sums, list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+    """The statistics of a layer's activations, its outputs, what its latents recall of its input, what is read."""
     config, params = model.config, model.params[f"layer_{layer}"]
     units = [fetch(_unit(config, params, _cast(model, rows)))[0] for rows in h]
     gains = np.stack([np.ones(config.model_dim), _gain(units, recalled)])
@@ -201,8 +205,23 @@ def _up(
     found = [_recall(*pair, *learned) for pair in zip(units, recalled, strict=True)]
     outputs = [_observe(config, first_alike(model.config, layer), params, _cast(model, rows)) for rows in h]
     delta, gained = _mean([moments for _, moments in found])
-    sums = _mean([own for _, own in outputs]) | {"gain": gains[1], "delta": delta, "gained_delta": gained}
-    return sums, [fetch(out) for out, _ in outputs], [fetch(each) for each, _ in found]
+    fitted, read = _predictors([fetch(rows) for *_, rows in outputs], read)
+    fitted |= {"gain": gains[1], "delta": delta, "gained_delta": gained}
+    sums = _mean([own for _, own, _ in outputs]) | fitted
+    return sums, [fetch(out) for out, *_ in outputs], [fetch(each) for each, _ in found], read
+
+
+def _predictors(rows: list[np.ndarray], below: list[np.ndarray]) -> tuple[Sums, list[np.ndarray]]:
+    """What predicts a layer's keys and values, and what is read of them, of each window; nothing below the first."""
+    k, v = np.split(np.concatenate(rows), 2, 1)
+    if below:
+        of_keys, of_values, read = predictors.fit(k, v, np.concatenate(below, 1))
+    else:
+        kinds, width = len(PREDICTED_BITS), k.shape[1]
+        of_keys, of_values = (np.zeros((kinds, count * width + 1, width)) for count in (1, 2))
+        read = predictors.first_read(jnp.asarray(k), jnp.asarray(v))
+    learned = {"key_predictor": fetch(of_keys), "value_predictor": fetch(of_values)}
+    return learned, np.split(fetch(read), len(rows), 1)
 
 
 def _gain(units: list[np.ndarray], recalled: list[np.ndarray]) -> Float[np.ndarray, "D"]:
@@ -249,7 +268,11 @@ def _down(model: Model, layer: int, h: list[np.ndarray], g: list[np.ndarray]) ->
     """The statistics of a layer's gradients, and those with respect to its input."""
     args = model.config, first_alike(model.config, layer), model.params[f"layer_{layer}"]
     pulled = [_pull(*args, _cast(model, rows), _cast(model, own)) for rows, own in zip(h, g, strict=True)]
-    return _mean([sums for _, sums in pulled]), [fetch(below) for below, _ in pulled]
+    rows = (
+        np.concatenate([fetch(each) for each in parts]) for parts in zip(*(rows for *_, rows in pulled), strict=True)
+    )
+    sums = _mean([sums for _, sums, _ in pulled]) | ranges_of(*rows)
+    return sums, [fetch(below) for below, *_ in pulled]
 
 
 def _cast(model: Model, a: np.ndarray) -> Array:
@@ -263,19 +286,21 @@ def _mean(sums: list[Sums]) -> Sums:
 
 @functools.partial(jax.jit, static_argnames=("config", "layer"))
 def _observe(config, layer, params, h):
-    out, _, means = run_layer(config, layer, params, h, (), _Seen(), ())
-    return out, means
+    out, _, found = run_layer(config, layer, params, h, (), _Seen(), ())
+    return out, *found
 
 
 @struct.dataclass
 class _Seen:
-    """A cache with exact attention that returns the means over a window's tokens in place of the carry."""
+    """A cache with exact attention. Its carry is the means over a window's tokens, and their keys and values."""
 
     def attend(self, chunk: Chunk, carry: Any):
         k, v = rotate_heads(chunk.k, chunk.rotation), chunk.v
         output = attention.attend_streamed(chunk.q, (k, v, chunk.positions), (k, v), 0, chunk.window)
         unit = chunk.weights.normalize(chunk.h)
-        return output, self, _means(*(_counted(each[0]) for each in (unit, chunk.q, chunk.k, k, v)))
+        unit, q, bare, k, v = (_counted(each[0]) for each in (unit, chunk.q, chunk.k, k, v))
+        rows = jnp.concatenate([bare, v], 1).reshape(len(v), -1)
+        return output, self, (_means(unit, q, bare, k, v), rows)
 
 
 def _counted(rows: Any) -> Any:
@@ -317,27 +342,33 @@ def moments(rows: Float[Array, "n ... d"]) -> Float[Array, "... d d"]:
 def _pull(config, layer, params, h, g):
     weights = kv_weights(config, params)
     size, heads = weights.k.shape[0], (config.kv_heads, config.head_dim)
-    zeros = [jnp.zeros((*h.shape[:2], *shape), h.dtype) for shape in ((size,), (size,), heads)]
+    zeros = [jnp.zeros((*h.shape[:2], *shape), h.dtype) for shape in ((size,), (size,), heads, heads)]
 
     def forward(h, *by):
-        return run_layer(config, layer, params, h, (), _Moved(*by), ())[0]
+        out, _, kv = run_layer(config, layer, params, h, (), _Moved(*by), ())
+        return out, kv
 
-    _, pull = jax.vjp(forward, h, *zeros)
+    _, pull, kv = jax.vjp(forward, h, *zeros, has_aux=True)
     below, *moved = jax.vmap(pull)(g)
-    k, v, turned = (jax.vmap(_counted)(each[:, 0]).reshape(-1, *each.shape[3:]) for each in moved)
+    k, v, bare, turned = (jax.vmap(_counted)(each[:, 0]) for each in moved)
+    keys, values = (_counted(each[0]) for each in kv)
+    costs = ((each**2).mean(0).reshape(keys.shape) for each in (bare, v))
+    k, v, turned = (each.reshape(-1, *each.shape[2:]) for each in (k, v, turned))
     with jax.default_matmul_precision("highest"):
-        return below, {"gradient": moments(jnp.concatenate([k, v], 1)), "turned_gradient": moments(turned)}
+        sums = {"gradient": moments(jnp.concatenate([k, v], 1)), "turned_gradient": moments(turned)}
+        return below, sums, (keys, values, *costs)
 
 
 @struct.dataclass
 class _Moved:
     """A cache with exact attention over keys and values that are moved, so that gradients exist.
 
-    It does not use `attend_streamed`, which has no gradient.
+    Its carry is keys before RoPE and values. It does not use `attend_streamed`, which has no gradient.
     """
 
     key: Float[Array, "1 N Kd"]  # added to x W_k
     value: Float[Array, "1 N Kd"]  # added to x W_v
+    bare: Float[Array, "1 N K d"]  # added to keys before RoPE, after qk-norm
     turned: Float[Array, "1 N K d"]  # added to keys after RoPE
 
     def attend(self, chunk: Chunk, carry: Any):
@@ -345,7 +376,7 @@ class _Moved:
         k_bias, v_bias = (0 if bias is None else bias for bias in (own.k_bias, own.v_bias))
         moved = dataclasses.replace(own, k_bias=self.key + k_bias, v_bias=self.value + v_bias)
         k, v = project_kv(chunk.x, moved, chunk.k.shape[2])
-        k = rotate_heads(k, chunk.rotation) + self.turned
+        k, kv = rotate_heads(k + self.bare, chunk.rotation) + self.turned, (k, v)
         reach = None if window is None else (window - 1, 0)
         output = jax.nn.dot_product_attention(chunk.q, k, v, is_causal=True, local_window_size=reach)
-        return output, self, carry
+        return output, self, kv

@@ -17,10 +17,12 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.caches.base import CacheShape, Chunk, KVWeights, LayerCache, visible
 from kvjax.caches.statistics import Statistics
+from kvjax.calibrate.ranges import ranges_of
 from kvjax.models.config import ModelConfig, RopeConfig
 from kvjax.models.rope import make_rope
 
 LAYERS, DIM, HEADS, KV_HEADS, HEAD_DIM = 4, 64, 4, 2, 16
+WIDTH = KV_HEADS * HEAD_DIM
 BATCH, TOKENS = 4, 75
 ENDS = np.array([75, 61, 40, 75])  # tokens of each sequence
 ROPE = RopeConfig(theta=100.0)
@@ -94,6 +96,9 @@ class Layer:
             seen_value=of_v,
             gradient=fisher,
             turned_gradient=of_q,
+            key_predictor=rng.standard_normal((3, WIDTH + 1, WIDTH)) / WIDTH,
+            value_predictor=rng.standard_normal((3, 2 * WIDTH + 1, WIDTH)) / WIDTH,
+            **ranges_of(k, v, *rng.exponential(size=(2, *k.shape))),
         )
 
     @property

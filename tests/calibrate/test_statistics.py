@@ -21,7 +21,7 @@ import kvjax
 from configs import perplexity
 from experiments import program
 from kvjax.caches.base import Chunk, visible
-from kvjax.calibrate import bases, statistics
+from kvjax.calibrate import bases, predictors, statistics
 from kvjax.calibrate.statistics import SAMPLES, SKIPPED, load_statistics
 from kvjax.evaluate.sweep import identity_of
 from kvjax.models.config import ModelConfig, RopeConfig
@@ -30,6 +30,7 @@ from kvjax.models.model import Model
 from kvjax.models.params import param_shapes
 from kvjax.models.tokenizer import ByteTokenizer
 from kvjax.ops.rotate import rotate_heads
+from kvjax.quant.codebook import BINS, outliers_of
 from kvjax.tuner.card import make_card
 from kvjax.tuner.judge import make_judge
 from kvjax.tuner.settings import SearchSettings
@@ -194,6 +195,34 @@ def test_gradients_are_finite_differences(layer: int) -> None:
         slopes.append(np.einsum("sbnd,bnd->s", above, change))
     sums, _ = statistics._down(model(), layer, [h], [above])
     np.testing.assert_allclose(way @ sums["gradient"] @ way, np.mean(np.square(slopes)), rtol=1e-6)
+
+
+def test_ranges_and_what_errors_in_them_cost() -> None:
+    """Ends of keys before RoPE; of what lies between them, in all, the squared gradients that moments have."""
+    digest, width = calibrated().calibration.digest, KV_HEADS * HEAD_DIM
+    for layer in (0, 3):
+        found, k = load_statistics(digest, layer), rows(layer, "k")
+        np.testing.assert_allclose(found.key_ends, np.percentile(k, [[0, 100], [0.5, 99.5]], 0), atol=1e-12)
+        assert found.key_bins.shape == found.value_bins.shape == (2, 2, BINS)
+        np.testing.assert_allclose([found.key_bins[0, 0].sum(), found.value_bins[0, 0].sum()], width)
+        inside = ((k >= found.key_ends[1, 0]) & (k <= found.key_ends[1, 1])).sum()
+        np.testing.assert_allclose(found.key_bins[1, 0].sum(), inside / len(k))
+        np.testing.assert_allclose(found.value_bins[1, 0].sum(), width - 2 * outliers_of(width))
+        of_keys, of_values = np.einsum("kdd->", found.turned_gradient), np.trace(found.gradient[width:, width:])
+        np.testing.assert_allclose(found.key_bins[0, 1].sum(), of_keys, rtol=1e-9)  # RoPE keeps lengths
+        np.testing.assert_allclose(found.value_bins[0, 1].sum(), of_values, rtol=1e-9)
+
+
+def test_predictors_are_fitted_from_the_first_layer_up() -> None:
+    digest = calibrated().calibration.digest
+    flat = lambda layer, what: rows(layer, what).reshape(2 * (TOKENS - SKIPPED), -1)  # noqa: E731
+    read = predictors.first_read(flat(0, "k"), flat(0, "v"))
+    assert not load_statistics(digest, 0).key_predictor.any()
+    for layer in range(1, 3):
+        of_keys, of_values, read = predictors.fit(flat(layer, "k"), flat(layer, "v"), read)
+        found = load_statistics(digest, layer)
+        np.testing.assert_allclose(found.key_predictor, of_keys, atol=1e-6)
+        np.testing.assert_allclose(found.value_predictor, of_values, atol=1e-6)
 
 
 # ---- on disk
