@@ -35,6 +35,7 @@ def get_config() -> config_dict.ConfigDict:
         del config[key]
     config.update(
         {
+            "study": "quality",  # names the files
             "texts": "wikitext-2,demo",
             "conditions": CONDITIONS,
             "families": FAMILIES,

@@ -1,9 +1,11 @@
 """Families of caches at equal conditions, their forms paired with their plain ones.
 
     python -m experiments.quality --config=configs/quality.py --workdir=DIR
+    python -m experiments.quality --config=configs/frontier.py --workdir=DIR
 
-Appends a row per text, condition and cache to DIR/quality.jsonl and prints a table. Killed at any moment and started
-again it goes on where it was. Differences are paired, of the same windows, with a 95 % interval by Student's t.
+Appends a row per text, condition and cache to DIR/STUDY.jsonl, prints a table and draws DIR/STUDY.png; STUDY is the
+config's `study`. Killed at any moment and started again it goes on where it was. Differences are paired, of the same
+windows, with a 95 % interval by Student's t.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 from ml_collections import config_dict
 from rich.console import Console
@@ -18,6 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 from experiments import program
+from experiments.pareto import save_figure
 from kvjax import hosts, records
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
@@ -36,6 +40,7 @@ class Case(NamedTuple):
     """A cache, and the plain one of its family at the same bits and conditions."""
 
     family: str
+    form: str  # the name or the fields that it has at any bits; "" the plain one
     condition: str
     bits: int
     plan: CachePlan
@@ -51,6 +56,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         for condition, (protocol, _) in config.conditions.items()
         for row in _rows(config, model, text, protocol, [c for c in found if c.condition == condition], workdir)
     ]
+    hosts.on_first(lambda: draw(rows, workdir / f"{config.study}.png"))
     Console(width=160).print(_table(rows))
 
 
@@ -64,14 +70,16 @@ def cases(config: config_dict.ConfigDict, model: ModelConfig) -> list[Case]:
     for condition, (_, exact) in config.conditions.items():
         for family, (plain, forms) in config.families.items():
             for bits in map(_whole, config.bits.split(",")):
-                plans = [CachePlan.parse(_named(plain, bits, exact, form), model) for form in ("", *forms)]
-                found += [Case(family, condition, bits, plan, plans[0]) for plan in plans]
+                plans = {form: CachePlan.parse(_named(plain, form, bits, exact), model) for form in ("", *forms)}
+                found += [Case(family, form, condition, bits, plan, plans[""]) for form, plan in plans.items()]
     return found
 
 
-def _named(plain: str, bits: int, *fields: str) -> str:
-    name, _, own = plain.replace("{b}", str(bits)).rstrip(")").partition("(")
-    inside = ",".join(filter(None, (own, *fields)))
+def _named(plain: str, form: str, bits: int, exact: str) -> str:
+    """The plain cache with more fields, or another cache where the form is a name."""
+    base, more = (form, "") if "{b}" in form else (plain, form)
+    name, _, own = base.replace("{b}", str(bits)).rstrip(")").partition("(")
+    inside = ",".join(filter(None, (own, exact, more)))
     return f"{name}({inside})" if inside else name
 
 
@@ -91,13 +99,13 @@ def _rows(
     dense = CachePlan.parse("dense", model.config)
     contexts = list(map(_whole, config.contexts.split(",")))
     scored = lambda plan: sweep.score(plan, lambda done: None)[0]  # noqa: E731
-    rows = []
+    rows, file = [], workdir / f"{config.study}.jsonl"
     for case in track(found, f"{Path(text).name}, {protocol}", console=Console(stderr=True)):
-        point = {"experiment": "quality", **sweep.identity, **_described(case, contexts)}
-        row = hosts.on_first(lambda point=point: records.find_row(workdir / "quality.jsonl", point))  # type: ignore[misc]
+        point = {"experiment": config.study, **sweep.identity, **_described(case, contexts)}
+        row = hosts.on_first(lambda point=point: records.find_row(file, point))  # type: ignore[misc]
         if row is None:
             row = point | _figures(*map(scored, (case.plan, case.plain, dense))) | records.provenance()
-            hosts.on_first(lambda row=row: records.append_row(workdir / "quality.jsonl", row))  # type: ignore[misc]
+            hosts.on_first(lambda row=row: records.append_row(file, row))  # type: ignore[misc]
         rows.append(row)
     return rows
 
@@ -105,7 +113,7 @@ def _rows(
 def _described(case: Case, contexts: list[int]) -> Row:
     plan = case.plan
     return {
-        **{"family": case.family, "condition": case.condition, "bits": case.bits},
+        **{"family": case.family, "form": case.form, "condition": case.condition, "bits": case.bits},
         **{"cache": str(plan), "plain": str(case.plain), "bits_asymptotic": plan.bits_asymptotic},
         **{f"bits_{context}": plan.bits_real(context) for context in contexts},
     }
@@ -124,12 +132,37 @@ def _figures(score: Score, plain: Score, dense: Score) -> Row:
     return {"kld": score.kld, "top1": score.top1, "kld_over_plain": score.kld / plain.kld, **paired}
 
 
+def draw(rows: list[Row], file: Path) -> None:
+    """KL divergence by bits held at the smallest context: a panel for each text and condition, a line a form."""
+    panels = list(dict.fromkeys((row["text"], row["condition"]) for row in rows))
+    forms = list(dict.fromkeys((row["family"], row["form"]) for row in rows))
+    shades, marks = plt.get_cmap("tab20"), "os^vDP"
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(8.6, 4.4 * len(panels)), layout="constrained", squeeze=False, sharex=True
+    )
+    for axis, panel in zip(axes[:, 0], panels, strict=True):
+        for i, form in enumerate(forms):
+            own = [r for r in rows if (r["text"], r["condition"]) == panel and (r["family"], r["form"]) == form]
+            own.sort(key=lambda row: row[_smallest(row)])
+            label = form[1] if "{b}" in form[1] or not form[1] else f"{form[0]}: {form[1]}"
+            xs, ys = [row[_smallest(row)] for row in own], [row["kld"] for row in own]
+            axis.plot(xs, ys, marks[i % len(marks)] + "-", color=shades(i % 20), ms=4, lw=1, label=label or form[0])
+        axis.set(ylabel="KL divergence (nats per token)", yscale="log")
+        axis.set_title("{}, {}".format(*panel), fontsize=9)
+        axis.grid(alpha=0.3, which="both")
+    context = _smallest(rows[0])[5:]
+    axes[-1, 0].set_xlabel(f"bits per element of keys and values at {context} tokens, everything counted")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=7)
+    save_figure(figure, file)
+
+
 HEADER = ("cache", "with scales", "real", "KL", "× plain", "difference", "nll increase", "top-1")
 
 
 def line(row: Row) -> list[str]:
     """A row's cells under HEADER, real bits at the smallest context."""
-    real = min((key for key in row if key.startswith("bits_") and key[5:].isdigit()), key=lambda key: int(key[5:]))
+    real = _smallest(row)
     plain = row["cache"] == row["plain"]
     return [
         f"`{row['cache']}`",
@@ -138,6 +171,11 @@ def line(row: Row) -> list[str]:
         "" if plain else f"{row['kld_less_plain']:+.4f} ± {row['kld_less_plain_ci95']:.4f}",
         *(f"{row['nll_increase']:+.4f} ± {row['nll_increase_ci95']:.4f}", f"{row['top1']:.3f}"),
     ]
+
+
+def _smallest(row: Row) -> str:
+    """The key of bits at the smallest context."""
+    return min((key for key in row if key.startswith("bits_") and key[5:].isdigit()), key=lambda key: int(key[5:]))
 
 
 def _table(rows: list[Row]) -> Table:

@@ -42,6 +42,16 @@ def test_every_family_of_the_study_has_its_forms_under_all_conditions() -> None:
         assert case.condition == "stored" or spec.residual_length == 64
 
 
+def test_a_form_may_be_another_cache(config: config_dict.ConfigDict) -> None:
+    config.families = config_dict.ConfigDict({"rivals": ("k{b}v{b}@token(group=8)", ("x{b}@input", "fit=keys"))})
+    found = quality.cases(config, read_config(config.model))
+    assert [str(case.plan) for case in found] == [
+        "k2v2@token(group=8,residual=16,sink=4)",
+        "x2@input(residual=16,sink=4)",
+        "k2v2@token(group=8,residual=16,sink=4,fit=keys)",
+    ]
+
+
 def test_differences_are_of_the_same_windows(config: config_dict.ConfigDict, tmp_path: Path) -> None:
     quality.main(config, tmp_path / "out")
     plain, fitted = read_rows(tmp_path / "out/quality.jsonl")
@@ -54,6 +64,7 @@ def test_differences_are_of_the_same_windows(config: config_dict.ConfigDict, tmp
     assert fitted["kld_over_plain"] == pytest.approx(scores[1].kld / scores[0].kld)
     assert (plain["kld_less_plain"], plain["cache"]) == (0, fitted["plain"])
     plan = kvjax.CachePlan.parse(fitted["cache"], model.config)
+    assert (tmp_path / "out/quality.png").stat().st_size > 10_000
     assert [fitted["bits_64"], fitted["bits_512"]] == [plan.bits_real(64), plan.bits_real(512)]
 
 
