@@ -33,7 +33,7 @@ TOKENS = 48
 IDS = np.random.default_rng(1).integers(0, 256, 400)
 DELTAS = "xcl2@latent(group=16,sink=4,per=channel,fold=1,rotate=1,base=1,basis=learned,gain=1)"
 LATENTS = "x2@latent(group=16,sink=3,rotate=1,fit=mse,basis=learned)"
-QUICK = {"steps": 20, "rate": 3e-3}
+QUICK = {"steps": 10, "rate": 3e-3}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -149,7 +149,7 @@ def test_gradients_are_those_of_differences(model: Model) -> None:
 
 
 def test_a_run_goes_on_where_it_was_cut_off(model: Model, tmp_path: Path, monkeypatch) -> None:
-    settings = QUICK | {"polish": 6, "polish_rate": 1e-3}
+    settings = QUICK | {"polish": 4, "polish_rate": 1e-3}
     whole = learn(model, DELTAS, **settings, folder=tmp_path / "whole")
     assert whole[-1]["layer"] == "all" and whole[-1]["least"] <= whole[-1]["first"]
     kept = bases.load_bases(model, CachePlan.parse(DELTAS, CONFIG))
@@ -165,7 +165,7 @@ def test_a_run_goes_on_where_it_was_cut_off(model: Model, tmp_path: Path, monkey
 
         return one
 
-    for module, name, original, most in ((layerwise, "train", train, 2), (polish, "step", step, 4)):
+    for module, name, original, most in ((layerwise, "train", train, 2), (polish, "step", step, 2)):
         monkeypatch.setattr(module, name, cut(original, most))
         with pytest.raises(KeyboardInterrupt):
             learn(model, DELTAS, **settings, folder=tmp_path / "parts")
