@@ -98,7 +98,13 @@ def plan_of(
 
 
 def settings_of(
-    q: Float[Array, "B T H D"], keys: Packed, values: Packed, rows: int, resident: int = RESIDENT
+    q: Float[Array, "B T H D"],
+    keys: Packed,
+    values: Packed,
+    rows: int,
+    *,
+    buffers: int,
+    resident: int = RESIDENT,
 ) -> dict[str, int]:
     """Chooses block, splits, warps and stages.
 
@@ -107,6 +113,7 @@ def settings_of(
       keys: packed keys.
       values: packed values.
       rows: tokens that a sub-tile should have; the packing may need more.
+      buffers: blocks that shared memory holds with 3 stages.
       resident: programs of four warps that a multiprocessor holds at least. Of eight warps it holds one.
 
     Returns:
@@ -118,7 +125,7 @@ def settings_of(
     slots = cores() * (resident if few else 1)
     splits = splits_of(batch * kv_heads, -(-keys.shape[2] // block), slots)
     # With 2 stages a block is awaited right after its copy is issued; with 3 it is fetched a block ahead.
-    fits = 2 * block * (_token_bytes(keys) + _token_bytes(values)) <= SHARED
+    fits = buffers * block * (_token_bytes(keys) + _token_bytes(values)) <= SHARED
     return {"block": block, "splits": splits, "num_warps": 4 if few else 8, "num_stages": 3 if fits else 2}
 
 

@@ -165,7 +165,7 @@ def defaults(q: Float[Array, "B T H D"], keys: Packed, values: Packed) -> dict[s
     many = q.shape[1] * q.shape[2] // keys.shape[1] > 16 or q.dtype != jnp.bfloat16
     rows = 16 if many else 32 if crowded else 64
     light = all(not s.exact and s.per == "token" and s.groups == len(s.widths) == 1 for s in stored)
-    return gpu.settings_of(q, keys, values, rows, LIGHT if light else gpu.RESIDENT)
+    return gpu.settings_of(q, keys, values, rows, buffers=2, resident=LIGHT if light else gpu.RESIDENT)
 
 
 def _kernel(
