@@ -35,7 +35,7 @@ aot-tpu aot-cuda: aot-%: .venv-%/installed
 AOT_tpu := experiments.aot --config=configs/aot.py:tpu
 AOT_cuda := experiments.aot_cuda --config=configs/aot_cuda.py
 EXTRA_tpu := tpu
-EXTRA_cuda := cuda13,triton
+EXTRA_cuda := aot-cuda
 
 .venv-%/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-$*

@@ -1,10 +1,11 @@
-"""Compiles the GPU kernels for devices that are not there: what is legal, what fits registers and what spills.
+"""Compiles the GPU kernels for devices that are not there: what is legal, what fits registers, what spills, how many
+blocks a multiprocessor holds, and what the main loop loads how far ahead.
 
     python -m experiments.aot_cuda --config=configs/aot_cuda.py --workdir=DIR
 
-Needs jax[cuda13], but neither GPU nor driver. Appends a row per op, setting and target to DIR/aot-cuda.jsonl and
-prints a table. What is there already is not compiled again. Some refusals of the compiler end its process: it runs in
-one of its own, which is then started anew.
+Needs jax[cuda13] and nvdisasm, but neither GPU nor driver. Appends a row per op, setting and target to
+DIR/aot-cuda.jsonl and prints a table. What is there already is not compiled again. Some refusals of the compiler end
+its process: it runs in one of its own, which is then started anew.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments import program
+from experiments import program, sass
 from experiments.aot_cases import SHAPE, Case, Kernels, cases
 from kvjax import records
 from kvjax.caches.grammar import split_list
 from kvjax.errors import KvjaxError
 from kvjax.files import brief
+from pallas_kernels.packed_attention import jax_triton
 from pallas_kernels.packed_attention import triton as packed_attention
 from pallas_kernels.quantize_pack import triton as quantize_pack
 from pallas_kernels.remat_attention import triton as remat_attention
@@ -98,17 +100,12 @@ def kernels_of(target: str) -> Kernels:
     major, minor = _device(target).capability
     attention: dict[str, Callable] = {
         "packed_attention": packed_attention.packed_attention,
-        "packed_attention_jax_triton": functools.partial(by_jax_triton, compute_capability=10 * major + minor),
+        "packed_attention_jax_triton": functools.partial(
+            jax_triton.packed_attention, compute_capability=10 * major + minor
+        ),
     }
     others = quantize_pack.quantize_pack, remat_attention.remat_attention, remat_attention.reconstruct
     return Kernels("triton", attention, *others, {})
-
-
-def by_jax_triton(*args: Any, **settings: Any):
-    """Imported in the compiler's process."""
-    from pallas_kernels.packed_attention import jax_triton
-
-    return jax_triton.packed_attention(*args, **settings)
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
@@ -147,8 +144,9 @@ class Compiler:
         """What a case, whose function can be pickled, compiles to for a target.
 
         Returns:
-          compiled; if it is, kernels (each with name, registers, spill_stores, spill_loads and shared_memory),
-          seconds and argument, output, alias and temp bytes; otherwise error.
+          compiled; if it is, kernels (each with name, registers, spill_stores, spill_loads and shared_memory; ours
+          also with threads, resident and what `sass.figures` gives), seconds and argument, output, alias and temp
+          bytes; otherwise error.
         """
         _device(target)
         if self._process is None:
@@ -213,7 +211,7 @@ def _compile(target: str, case: Case, dump: Path) -> dict[str, Any]:
     shared = dict(re.findall(r"(\S+) grid: .*shared_memory: (\d+)", _read(dump.glob("*thunk_sequence.txt"))))
     shared |= dict(re.findall(r"(\S+): shared_mem_bytes: (\d+)", _read(dump.rglob("*.compile_info"))))
     kernels = [
-        kernel | {"shared_memory": int(shared.get(kernel["name"], 0))}
+        _with_loop(kernel | {"shared_memory": int(shared.get(kernel["name"], 0))}, ptx, device, _elements(case))
         for ptx in sorted(dump.rglob("*.ptx"))
         for kernel in _resources(ptx, device.architecture)
     ]
@@ -236,7 +234,7 @@ def _resources(ptx: Path, architecture: str) -> list[dict[str, Any]]:
     """Registers and spilled bytes of each kernel of a file, by the assembler's word."""
     if not ptx.stat().st_size:
         return []
-    command: list[Any] = [_assembler(), "-v", "-arch", architecture, ptx, "-o", os.devnull]
+    command: list[Any] = [_tool("ptxas"), "-v", "-arch", architecture, ptx, "-o", ptx.with_suffix(".cubin")]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     names = re.findall(r"Compiling entry function '(\w+)'", text)
     registers = re.findall(r"Used (\d+) registers", text)
@@ -247,11 +245,39 @@ def _resources(ptx: Path, architecture: str) -> list[dict[str, Any]]:
     ]
 
 
+def _ours(kernel: dict[str, Any]) -> bool:
+    """Whether a kernel is not XLA's own."""
+    return kernel["name"].endswith("_kernel")
+
+
+def _with_loop(kernel: dict[str, Any], ptx: Path, device: Device, elements: int | None) -> dict[str, Any]:
+    """Adds to a kernel of ours its threads, how many blocks a multiprocessor holds, and figures of its main loop."""
+    if not _ours(kernel):
+        return kernel
+    name = kernel["name"]
+    threads = int(re.search(rf"\.entry {name}\(.*?\.reqntid (\d+)", ptx.read_text(), re.DOTALL)[1])  # type: ignore[index]
+    command: list[Any] = [_tool("nvdisasm"), "-c", ptx.with_suffix(".cubin")]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code = re.split(r"^\.text\.(\w+):$", text, flags=re.MULTILINE)  # what precedes, then names and codes by turns
+    own = code[code.index(name) + 1]
+    blocks = sass.resident(kernel["registers"], kernel["shared_memory"], threads, device.shared_core)
+    return kernel | {"threads": threads, "resident": blocks} | sass.figures(own, threads, elements)
+
+
+def _elements(case: Case) -> int | None:
+    """Elements of keys and values that a program of packed attention handles in a turn of its loop."""
+    defaults = {"packed_attention": packed_attention.defaults, "packed_attention_jax_triton": jax_triton.defaults}
+    if case.point["op"] not in defaults:
+        return None
+    q, keys, values = case.arguments[:3]
+    return defaults[case.point["op"]](q, keys, values)["block"] * (keys.shape[3] + values.shape[3])
+
+
 @functools.cache
-def _assembler() -> Path:
+def _tool(name: str) -> Path:
     import nvidia  # of the wheels that come with jax[cuda13]
 
-    return next(file for folder in nvidia.__path__ for file in Path(folder).glob("cu*/bin/ptxas"))
+    return next(file for folder in nvidia.__path__ for file in Path(folder).glob(f"cu*/bin/{name}"))
 
 
 def _device(target: str) -> Device:
@@ -264,7 +290,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="compiled ahead of time, no device", title_justify="left")
     for name in ("target", "op", "bits", "mode", "kernel"):
         table.add_column(name)
-    for name in ("registers", "spilled bytes", "shared KB", "MB", "temporary", "seconds"):
+    for name in ("registers", "spilled bytes", "shared KB", "blocks", "waits", "MB", "temporary", "seconds"):
         table.add_column(name, justify="right")
     for row in rows:
         names = [row[name] for name in ("target", "op", "bits", "mode")]
@@ -273,10 +299,11 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             continue
         memory = f"{row['argument_bytes'] / 1e6:.1f}", f"{row['temp_bytes'] / 1e6:.2f}", f"{row['seconds']:.1f}"
         for kernel in row["kernels"]:
-            if not kernel["name"].endswith("_kernel"):  # XLA's own
+            if not _ours(kernel):
                 continue
             spilled = str(kernel["spill_stores"] + kernel["spill_loads"])
-            figures = str(kernel["registers"]), spilled, f"{kernel['shared_memory'] / 1e3:.1f}"
+            counts = (str(kernel.get(name, "")) for name in ("resident", "waits"))
+            figures = str(kernel["registers"]), spilled, f"{kernel['shared_memory'] / 1e3:.1f}", *counts
             table.add_row(*names, kernel["name"], *figures, *memory)
     return table
 

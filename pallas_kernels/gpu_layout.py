@@ -19,7 +19,8 @@ from pallas_kernels.layout import EXACT, PLANES, Packed
 
 LOG2_E = math.log2(math.e)
 LIFT = 1024.0  # float16 probabilities are multiplied by it, to stay away from subnormal numbers
-PROGRAMS = 2 * 132  # programs that fill a large GPU
+CORES = 132  # multiprocessors, where there is no GPU: those of an H100
+STARTUP = 2  # what a program takes besides its blocks, in blocks: its queries, the first block's latency, its output
 CAPABILITY = 8.0  # of a GPU at least
 SMALLEST = 16  # the smallest size of the summed axis on a tensor core
 BYTES = 0x01010101  # a mask of one byte, times this, masks the four bytes of a register
@@ -32,6 +33,34 @@ def check_gpu() -> None:
         raise NotImplementedError(
             f"a GPU of capability {found}; kernels are for NVIDIA's, of {CAPABILITY} (Ampere) and above"
         )
+
+
+def cores() -> int:
+    """Returns how many multiprocessors the GPU has."""
+    return getattr(jax.devices()[0], "core_count", CORES)
+
+
+def splits_of(programs: int, blocks: int, slots: int, least: int = 2) -> int:
+    """Chooses into how many parts sequences are split, so that whole waves of programs fill the GPU.
+
+    A wave takes as long as the blocks of its longest part. More parts make parts shorter, and more waves. Of equals,
+    the fewest parts are best: they are merged afterwards.
+
+    Args:
+      programs: how many there are without splitting.
+      blocks: of a sequence.
+      slots: how many programs the GPU runs at once.
+      least: blocks of a part at least.
+
+    Returns:
+      The number of parts.
+    """
+
+    def time(parts: int) -> int:
+        waves = -(-programs * parts // slots)
+        return waves * (-(-blocks // parts) + STARTUP)
+
+    return min(range(1, max(1, -(-blocks // least)) + 1), key=time)
 
 
 def power_of_two(x: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -156,6 +157,9 @@ class SubTiles:
     """A packed tensor [S, D] of one head inside a kernel: sub-tiles of one block as floats.
 
     Bytes and scales are loaded once, even where several sub-tiles use them.
+
+    Attributes:
+      held: scales and zero points loaded so far, by what they are of.
     """
 
     def __init__(
@@ -166,11 +170,16 @@ class SubTiles:
         block: Array,
         interpret: bool,
         visible: tuple[Array, Array] | None = None,
+        held: Mapping[tuple, Array] | None = None,
     ) -> None:
-        """The sub-tiles of a block; where `visible` is given, tokens outside its range are never NaN."""
+        """The sub-tiles of a block; where `visible` is given, tokens outside its range are never NaN.
+
+        With `held`, that of another object for this block, scales are not loaded again.
+        """
         self.refs, self.stored, self.cut, self.block, self.interpret = refs, stored, cut, block, interpret
         self.visible = visible
-        self._loaded: dict = {}
+        self.held: dict[tuple, Array] = dict(held or {})
+        self._bytes_held: dict[tuple, Array] = {}
 
     def values(self, tile: int, piece: Piece, dtype: jnp.dtype) -> Float[Array, "rows width"]:
         """The values of an exact tensor."""
@@ -205,7 +214,7 @@ class SubTiles:
     def token_scale(self, part: str, tile: int, group: int | Array) -> Float32[Array, "rows"]:
         """Scale or zero point (`part`) of one group of channels, per token."""
         at = self._within(self.cut.positions(self.block, tile), self.stored.tokens)
-        return getattr(self.refs, part)[group, at].astype(jnp.float32)
+        return _once(self.held, (part, tile, group), lambda: getattr(self.refs, part)[group, at]).astype(jnp.float32)
 
     def token_scales(
         self, part: str, tile: int, piece: Piece, groups: int, each: int
@@ -222,7 +231,16 @@ class SubTiles:
         at = self._within(self.cut.positions(self.block, tile), self.stored.tokens)
         group = piece.group + jnp.minimum(jnp.arange(groups), piece.groups - 1)
         inside = self._inside(self.cut.positions(self.block, tile))
-        return _load(getattr(self.refs, part), (group[None, :], at[:, None]), inside)
+        load = lambda: _load(getattr(self.refs, part), (group[None, :], at[:, None]), inside)  # noqa: E731
+        return _once(self.held, (part, tile, piece), load)
+
+    def load_scales(self, tile: int, piece: Piece, groups: int) -> None:
+        """Loads what `token_scales` (with so many groups) or `dequantized` need of a sub-tile and piece."""
+        for part in ("scale", "zero"):
+            if self.stored.per == "token":
+                self._token_groups(part, tile, piece, groups)
+            else:
+                self._cells(part, tile, piece)
 
     def _spread(self, part: str, tile: int, piece: Piece) -> Float16[Array, "rows width"]:
         """Scales or zero points of every value."""
@@ -232,13 +250,14 @@ class SubTiles:
             scales = self._token_groups(part, tile, piece, piece.groups)
             return jax.lax.broadcast_in_dim(scales, shape, (0, 1)).reshape(rows, piece.width)
         cell = self.stored.shared_tokens(self.cut.run)
-        scales = self._cells(part, tile, piece, cell)
+        scales = self._cells(part, tile, piece)
         shape = (rows // cell, cell, piece.width)
         return jax.lax.broadcast_in_dim(scales, shape, (0, 2)).reshape(rows, piece.width)
 
-    def _cells(self, part: str, tile: int, piece: Piece, cell: int) -> Float16[Array, "cells width"]:
-        """Scales or zero points of channels, a row for each `cell` tokens of a sub-tile."""
+    def _cells(self, part: str, tile: int, piece: Piece) -> Float16[Array, "cells width"]:
+        """Scales or zero points of channels, a row for all tokens of a sub-tile that always share them."""
         span, run, group = self.cut.span, self.cut.run, self.stored.group
+        cell = self.stored.shared_tokens(run)
         each = run // cell
         index = jnp.arange(self.cut.repeats * each)
         spans, within = self.block * self.cut.repeats + quotient(index, each), remainder(index, each) * cell
@@ -252,7 +271,7 @@ class SubTiles:
         inside = self._inside(row * group, group)
         row = self._within(row, self.stored.tokens // group)
         load = lambda: _load(getattr(self.refs, part), (row[:, None], piece.channels()[None, :]), inside)  # noqa: E731
-        return self._once((part, key, piece), load)
+        return _once(self.held, (part, key, piece), load)
 
     def _words(self, tile: int, piece: Piece) -> list[UInt8[Array, "rows width"]]:
         """The bytes of a sub-tile in each plane."""
@@ -278,7 +297,7 @@ class SubTiles:
         row = self._within(row, stored.tokens * width // 8)
         inside = self._inside(self.cut.positions(self.block, tile)) if stored.exact else None  # codes are never NaN
         load = lambda: _load(self.refs.planes[plane], (row[:, None], piece.channels()[None, :]), inside)  # noqa: E731
-        return self._once((plane, first, piece), load)
+        return _once(self._bytes_held, (plane, first, piece), load)
 
     def _inside(self, first: Int32[Array, "n"], count: int = 1) -> Bool[Array, "n"] | None:
         """Which of the runs of `count` tokens from `first` on have a visible one; None where it does not matter."""
@@ -291,10 +310,50 @@ class SubTiles:
         """Clips an index to `size` where the last block may reach past the buffer."""
         return index if self.stored.tokens % self.cut.block == 0 else jnp.minimum(index, size - 1)
 
-    def _once(self, key, load):
-        if key not in self._loaded:
-            self._loaded[key] = load()
-        return self._loaded[key]
+
+class Blocks:
+    """The blocks of a packed tensor [S, D] of one head, for a loop that loads their scales a block ahead.
+
+    Triton's copies into shared memory, which run ahead of the loop, move 4 bytes a thread or more; scales have 2.
+    They go to registers, and the loop carries them to the next turn: loaded where they are used, each would be waited
+    for.
+    """
+
+    def __init__(
+        self,
+        refs: Packed,
+        stored: GpuTensor,
+        cut: Cut,
+        interpret: bool,
+        visible: tuple[Array, Array] | None = None,
+    ) -> None:
+        """The blocks of a tensor; `visible` as in `SubTiles`."""
+        self.refs, self.stored, self.cut, self.interpret, self.visible = refs, stored, cut, interpret, visible
+        self.names: list[tuple] = []
+
+    def at(self, block: Array, scales: list[Array]) -> SubTiles:
+        """Returns a block with the scales that were loaded for it."""
+        held = dict(zip(self.names, scales, strict=True))
+        return SubTiles(self.refs, self.stored, self.cut, block, self.interpret, self.visible, held)
+
+    def scales(self, block: Array, load: Callable[[SubTiles], None]) -> list[Array]:
+        """Loads scales and zero points of a block; those of the last block for one past the end.
+
+        Args:
+          block: index of the block.
+          load: asks a block for all that it will be asked for, always the same.
+        """
+        block = jnp.minimum(block, pl.cdiv(self.stored.tokens, self.cut.block) - 1)
+        tiles = SubTiles(self.refs, self.stored, self.cut, block, self.interpret, self.visible)
+        load(tiles)
+        self.names = list(tiles.held)
+        return list(tiles.held.values())
+
+
+def _once(held: dict[tuple, Array], key: tuple, load: Callable[[], Array]) -> Array:
+    if key not in held:
+        held[key] = load()
+    return held[key]
 
 
 def _load(ref, at: tuple[Array, Array], inside: Bool[Array, "n"] | None) -> Array:

@@ -9,11 +9,13 @@ from typing import TypeVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels.gpu_layout import PROGRAMS, Cut, GpuTensor, cut
+from pallas_kernels.gpu_layout import Cut, GpuTensor, cores, cut, splits_of
 from pallas_kernels.layout import Packed, by_query
 
 LOWEST = -1e20  # the initial running maximum: far above MASKED, so that masked scores have probability 0
 MOST_ROWS = 64  # query rows of a kv head at most
+SHARED = 80 << 10  # bytes that fetched blocks may take, of the 99 KiB that a program of the least GPU has
+RESIDENT = 2  # programs of four warps on a multiprocessor, whatever their registers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,15 @@ def plan_of(
     return plan, {name: settings[name] for name in ("num_warps", "num_stages")}
 
 
-def settings_of(q: Float[Array, "B T H D"], keys: Packed, values: Packed, rows: int) -> dict[str, int]:
+def settings_of(
+    q: Float[Array, "B T H D"],
+    keys: Packed,
+    values: Packed,
+    rows: int,
+    *,
+    buffers: int,
+    resident: int = RESIDENT,
+) -> dict[str, int]:
     """Chooses block, splits, warps and stages.
 
     Args:
@@ -103,15 +113,25 @@ def settings_of(q: Float[Array, "B T H D"], keys: Packed, values: Packed, rows: 
       keys: packed keys.
       values: packed values.
       rows: tokens that a sub-tile should have; the packing may need more.
+      buffers: blocks that shared memory holds with 3 stages.
+      resident: programs of four warps that a multiprocessor holds at least. Of eight warps it holds one.
 
     Returns:
       The settings by name.
     """
     (batch, tokens, heads, _), kv_heads = q.shape, keys.shape[1]
-    chosen = cut([GpuTensor.of(keys), GpuTensor.of(values)], rows)
-    splits = min(math.ceil(PROGRAMS / (batch * kv_heads)), math.ceil(keys.shape[2] / (2 * chosen.block)))
+    block = cut([GpuTensor.of(keys), GpuTensor.of(values)], rows).block
     few = tokens * heads // kv_heads <= 32 and q.dtype == jnp.bfloat16
-    return {"block": chosen.block, "splits": max(1, splits), "num_warps": 4 if few else 8, "num_stages": 2}
+    slots = cores() * (resident if few else 1)
+    splits = splits_of(batch * kv_heads, -(-keys.shape[2] // block), slots)
+    # With 2 stages a block is awaited right after its copy is issued; with 3 it is fetched a block ahead.
+    fits = buffers * block * (_token_bytes(keys) + _token_bytes(values)) <= SHARED
+    return {"block": block, "splits": splits, "num_warps": 4 if few else 8, "num_stages": 3 if fits else 2}
+
+
+def _token_bytes(packed: Packed) -> float:
+    """Bytes of a token's codes, or exact values, of one head."""
+    return sum(plane.size * plane.dtype.itemsize for plane in packed.planes) / math.prod(packed.shape[:3])
 
 
 def result(

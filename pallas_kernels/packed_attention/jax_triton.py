@@ -107,7 +107,8 @@ def defaults(q: Float[Array, "B T H D"], keys: Packed, values: Packed) -> dict[s
     """Chooses block, splits, warps and stages.
 
     Sub-tiles have 64 tokens. They have fewer where registers would spill, because all bytes of a block are held at
-    once: for many queries, float32, two planes or unequal widths.
+    once: for many queries, float32, two planes or unequal widths. Exact values have 32, so that three blocks fit shared
+    memory.
 
     Args:
       q: queries.
@@ -120,5 +121,5 @@ def defaults(q: Float[Array, "B T H D"], keys: Packed, values: Packed) -> dict[s
     stored = [s for s in (GpuTensor.of(keys), GpuTensor.of(values)) if not s.exact]
     widths = {width for s in stored for width in s.widths}
     many = q.shape[1] * q.shape[2] // keys.shape[1] > 16 or q.dtype != jnp.bfloat16
-    rows = 16 if many or {1, 4} <= widths else 32 if len(widths) > 1 else 64
-    return gpu.settings_of(q, keys, values, rows)
+    rows = 16 if many or {1, 4} <= widths else 64 if len(widths) == 1 else 32
+    return gpu.settings_of(q, keys, values, rows, buffers=3)

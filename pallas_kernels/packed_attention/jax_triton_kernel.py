@@ -99,26 +99,27 @@ def load_bytes(plane, index: tl.constexpr, stored: tl.constexpr, cut: tl.constex
 
 
 @triton.jit
-def spread(scale, stored: tl.constexpr, cut: tl.constexpr, first: tl.constexpr, head, block, low, end):
-    """Loads the scale or zero point of every value, [rows, D]; zeros for tokens outside [low, end)."""
-    width: tl.constexpr = power_above(stored.channels)
+def load_scales(scale, stored: tl.constexpr, cut: tl.constexpr, first: tl.constexpr, head, block, low, end):
+    """Loads scales or zero points of a sub-tile, as `spread` takes them; zeros for tokens outside [low, end).
+
+    That is [rows] or [rows, groups] per token, and [cells, D] per channel.
+    """
     if stored.per == "token":
         token = tl.arange(0, cut.rows)
         at = (block * cut.repeats + token // cut.run) * cut.span + first + token % cut.run
         base = scale + head * (stored.groups * stored.tokens) + tl.minimum(at, stored.tokens - 1)
         inside = (at >= low) & (at < end)
         if stored.groups == 1:
-            x = tl.broadcast_to(tl.load(base, mask=inside, other=0.0)[:, None], (cut.rows, width))
+            x = tl.load(base, mask=inside, other=0.0)
         else:
-            groups: tl.constexpr = width // stored.group
+            groups: tl.constexpr = power_above(stored.channels) // stored.group
             group = tl.minimum(tl.arange(0, groups), stored.groups - 1)
             mask = tl.broadcast_to(inside[:, None], (cut.rows, groups))
             x = tl.load(base[:, None] + group[None, :] * stored.tokens, mask=mask, other=0.0)
-            x = tl.broadcast_to(x[:, :, None], (cut.rows, groups, stored.group)).reshape(cut.rows, width)
     else:
+        width: tl.constexpr = power_above(stored.channels)
         cell: tl.constexpr = shared_tokens(stored, cut)
-        cells: tl.constexpr = cut.rows // cell
-        token = tl.arange(0, cells) * cell
+        token = tl.arange(0, cut.rows // cell) * cell
         at = (block * cut.repeats + token // cut.run) * cut.span + first + token % cut.run
         height: tl.constexpr = stored.tokens // stored.group
         row = tl.minimum(at // stored.group, height - 1)
@@ -126,8 +127,40 @@ def spread(scale, stored: tl.constexpr, cut: tl.constexpr, first: tl.constexpr, 
         channel = tl.arange(0, width)
         at = scale + head * (height * stored.channels) + row[:, None] * stored.channels + channel[None, :]
         x = tl.load(at, mask=inside[:, None] & (channel < stored.channels)[None, :], other=0.0)
-        x = tl.broadcast_to(x[:, None, :], (cells, cell, width)).reshape(cut.rows, width)
     return x
+
+
+@triton.jit
+def spread(x, stored: tl.constexpr, cut: tl.constexpr):
+    """The scale or zero point of every value, [rows, D], from those loaded."""
+    width: tl.constexpr = power_above(stored.channels)
+    if stored.per == "channel":
+        cell: tl.constexpr = shared_tokens(stored, cut)
+        x = tl.broadcast_to(x[:, None, :], (cut.rows // cell, cell, width)).reshape(cut.rows, width)
+    elif stored.groups == 1:
+        x = tl.broadcast_to(x[:, None], (cut.rows, width))
+    else:
+        groups: tl.constexpr = width // stored.group
+        x = tl.broadcast_to(x[:, :, None], (cut.rows, groups, stored.group)).reshape(cut.rows, width)
+    return x
+
+
+@triton.jit
+def folded_scales(scale, zero, stored: tl.constexpr, cut: tl.constexpr, head, block, low, end):
+    """Loads scales and zero points of all sub-tiles of a block, where they fold; of the last block for one beyond.
+
+    The loop carries them for a block, because Triton fetches no loads of 2 bytes a thread ahead. Scales that are
+    spread over values are too many to carry: registers would spill.
+    """
+    tiles: tl.constexpr = cut.tiles
+    held = ()
+    if folds(stored):
+        block = tl.minimum(block, (stored.tokens - 1) // cut.block)
+        for tile in tl.static_range(tiles):
+            x = load_scales(scale, stored, cut, tile * cut.run, head, block, low, end)
+            y = load_scales(zero, stored, cut, tile * cut.run, head, block, low, end)
+            held = held + (x, y)  # noqa: RUF005
+    return held
 
 
 @triton.jit
@@ -175,8 +208,8 @@ def dequantized(
     P: tl.constexpr,
 ):
     """Computes codes * scale + zero in float16, or in float32 where queries are float32; 0 outside [low, end)."""
-    s = spread(scale, stored, cut, first, head, block, low, end)
-    z = spread(zero, stored, cut, first, head, block, low, end)
+    s = spread(load_scales(scale, stored, cut, first, head, block, low, end), stored, cut)
+    z = spread(load_scales(zero, stored, cut, first, head, block, low, end), stored, cut)
     if P.light and not P.interpret:
         asm: tl.constexpr = assembly(stored, first, True)
         names: tl.constexpr = operands(stored, True)
@@ -270,10 +303,13 @@ def attend_kernel(
     zeros = tl.zeros((cut.rows, P.columns), tl.float32)
     answer = tl.zeros((width, P.columns), tl.float32)
     token = tl.arange(0, cut.rows)
+    k_held = folded_scales(k_scale, k_zero, keys, cut, head, begin, low, high)
+    v_held = folded_scales(v_scale, v_zero, values, cut, head, begin, low, high)
     for block in range(begin, tl.minimum(begin + each, end)):
+        k_next = folded_scales(k_scale, k_zero, keys, cut, head, block + 1, low, high)
+        v_next = folded_scales(v_scale, v_zero, values, cut, head, block + 1, low, high)
         for tile in tl.static_range(tiles):
             at = (block * cut.repeats + token // cut.run) * cut.span + tile * cut.run + token % cut.run
-            inside = tl.minimum(at, keys.tokens - 1)
             if keys.exact:
                 x = load_bytes(k0, 0, keys, cut, tile * cut.run, head, block)
             elif folds(keys):
@@ -282,9 +318,8 @@ def attend_kernel(
                 x = dequantized(k0, k1, k_scale, k_zero, keys, cut, tile * cut.run, head, block, low, high, P)
             scores = product(x.to(question.dtype), question, P) * factor[None, :]
             if folds(keys):
-                scale = tl.load(k_scale + head * keys.tokens + inside).to(tl.float32)
-                zero = tl.load(k_zero + head * keys.tokens + inside).to(tl.float32)
-                zero -= scale * offset_of(keys, P.light)
+                scale = k_held[2 * tile].to(tl.float32)
+                zero = k_held[2 * tile + 1].to(tl.float32) - scale * offset_of(keys, P.light)
                 scores = scores * scale[:, None] + (factor * sums)[None, :] * zero[:, None]
             seen = at[:, None] < tl.minimum(query + 1, edge)[None, :]
             if P.first:
@@ -299,10 +334,9 @@ def attend_kernel(
             total = total * fade[None, :] + p
             answer *= fade[None, :]
             if folds(values):
-                scale = tl.load(v_scale + head * values.tokens + inside).to(tl.float32)
-                zero = tl.load(v_zero + head * values.tokens + inside).to(tl.float32)
+                scale, zero = v_held[2 * tile].to(tl.float32)[:, None], v_held[2 * tile + 1].to(tl.float32)[:, None]
                 some = p != 0  # 0 times NaN is NaN
-                scale, zero = tl.where(some, scale[:, None], 0.0), tl.where(some, zero[:, None], 0.0)
+                scale, zero = tl.where(some, scale, 0.0), tl.where(some, zero, 0.0)
                 weights = (p * scale).to(tl.bfloat16 if P.light else tl.float32)
                 zeros = zeros * fade[None, :] + p * zero
                 zeros -= offset_of(values, P.light) * weights.to(tl.float32)
@@ -315,6 +349,7 @@ def attend_kernel(
                 x = dequantized(v0, v1, v_scale, v_zero, values, cut, tile * cut.run, head, block, low, high, P)
                 weights = (p * (LIFT if P.light else 1.0)).to(x.dtype)
                 answer += weighed(x, weights, p, P)
+        k_held, v_held = k_next, v_next
     answer += tl.sum(zeros, 0)[None, :]
     whole = tl.sum(total, 0)
     lift: tl.constexpr = LIFT if P.light and not values.exact and not folds(values) else 1.0

@@ -10,6 +10,7 @@ holds any code and scale.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable
 
 import jax
@@ -22,10 +23,22 @@ from pallas_kernels.gpu_layout import LIFT, LOG2_E, GpuTensor, quotient, remaind
 from pallas_kernels.layout import MASKED, Packed, by_kv_head
 from pallas_kernels.packed_attention import gpu
 from pallas_kernels.packed_attention.gpu import LOWEST
-from pallas_kernels.triton_common import Piece, SubTiles, check_launch, dot, heads_spec, pieces, share, span, weighed
+from pallas_kernels.triton_common import (
+    Blocks,
+    Piece,
+    SubTiles,
+    check_launch,
+    dot,
+    heads_spec,
+    pieces,
+    share,
+    span,
+    weighed,
+)
 from pallas_kernels.tuning import attention_class, lookup
 
 MOST_FOLDED = 2  # groups of a token at most, for scales to multiply scores
+LIGHT = 3  # programs on a multiprocessor, of codes in one plane with one scale a token: counted in compiled kernels
 MOST_STACKED = 64  # columns of probabilities times scales at most
 
 
@@ -45,11 +58,29 @@ class TritonPlan(gpu.AttentionPlan):
         values = self.values
         return not values.exact and values.per == "token" and self.stacked(piece) <= MOST_STACKED
 
-    @property
+    def value_groups(self, piece: Piece) -> int:
+        """How many scales of a token and piece are loaded."""
+        return self.stacked(piece) // self.distinct if self.folds_values(piece) else piece.groups
+
+    def load_key_scales(self, keys: SubTiles) -> None:
+        """Loads all that `Questions.scores` needs besides codes."""
+        for tile, piece in () if self.keys.exact else itertools.product(range(self.cut.tiles), self.key_pieces):
+            if self.folds_keys:
+                keys.token_scale("scale", tile, piece.group)
+                keys.token_scale("zero", tile, piece.group)
+            else:
+                keys.load_scales(tile, piece, piece.groups)
+
+    def load_value_scales(self, values: SubTiles) -> None:
+        """Loads all that `_weigh` needs besides codes."""
+        for tile, piece in () if self.values.exact else itertools.product(range(self.cut.tiles), self.value_pieces):
+            values.load_scales(tile, piece, self.value_groups(piece))
+
+    @functools.cached_property  # pieces are told apart by identity
     def key_pieces(self) -> list[Piece]:
         return pieces(self.keys, whole=not self.folds_keys)
 
-    @property
+    @functools.cached_property
     def value_pieces(self) -> list[Piece]:
         return pieces(self.values, whole=True)
 
@@ -132,7 +163,9 @@ def defaults(q: Float[Array, "B T H D"], keys: Packed, values: Packed) -> dict[s
     stored = GpuTensor.of(keys), GpuTensor.of(values)
     crowded = any(s.exact for s in stored) and min(width for s in stored for width in s.widths) == 1
     many = q.shape[1] * q.shape[2] // keys.shape[1] > 16 or q.dtype != jnp.bfloat16
-    return gpu.settings_of(q, keys, values, 16 if many else 32 if crowded else 64)
+    rows = 16 if many else 32 if crowded else 64
+    light = all(not s.exact and s.per == "token" and s.groups == len(s.widths) == 1 for s in stored)
+    return gpu.settings_of(q, keys, values, rows, buffers=2, resident=LIGHT if light else gpu.RESIDENT)
 
 
 def _kernel(
@@ -142,27 +175,34 @@ def _kernel(
     row = jnp.arange(plan.columns)
     query = start + quotient(remainder(row, plan.distinct), plan.ratio)  # positions
     visible = span(start, stop, plan.tokens, plan.first, plan.window)
-    blocks = share(*visible, plan.cut.block, plan.splits, pl.program_id(2))
+    begin, end = share(*visible, plan.cut.block, plan.splits, pl.program_id(2))
     questions = Questions(q_ref, plan)
+    key_blocks = Blocks(keys, plan.keys, plan.cut, plan.interpret)
+    value_blocks = Blocks(values, plan.values, plan.cut, plan.interpret, visible)
+    scales_of = lambda block: (  # noqa: E731
+        key_blocks.scales(block, plan.load_key_scales),
+        value_blocks.scales(block, plan.load_value_scales),
+    )
 
     def step(block, carry):
-        highest, total, answers = carry
-        k = SubTiles(keys, plan.keys, plan.cut, block, plan.interpret)
-        v = SubTiles(values, plan.values, plan.cut, block, plan.interpret, visible)
+        highest, total, answers, scales = carry
+        k, v = key_blocks.at(block, scales[0]), value_blocks.at(block, scales[1])
+        scales = scales_of(block + 1)
         scores = [_masked(questions.scores(k, tile), k, tile, query, stop, plan) for tile in range(plan.cut.tiles)]
         new = jnp.maximum(highest, functools.reduce(jnp.maximum, scores).max(0))
         fade = jnp.exp2(highest - new)
         p = [jnp.exp2(s - new[None, :]) for s in scores]
         total = total * fade[None, :] + _sum(p)
         answers = [_weigh(a, fade, p, v, piece, plan) for a, piece in zip(answers, plan.value_pieces, strict=True)]
-        return new, total, answers
+        return new, total, answers, scales
 
     empty = (
         jnp.full((plan.columns,), LOWEST, jnp.float32),
         jnp.zeros((plan.cut.rows, plan.columns), jnp.float32),
         [_no_answer(piece, plan) for piece in plan.value_pieces],
+        scales_of(begin),
     )
-    highest, total, answers = jax.lax.fori_loop(*blocks, step, empty)
+    highest, total, answers, _ = jax.lax.fori_loop(begin, end, step, empty)
     total = total.sum(0)
     seen = total != 0  # NaN counts as seen
     lse = jnp.where(seen, highest * (1 / LOG2_E) + jnp.log(jnp.where(seen, total, 1.0)), MASKED)
@@ -250,7 +290,7 @@ def _weigh(answer, fade: Float32[Array, "columns"], p: list[Array], values: SubT
     answer, zeros = answer * fade, zeros * fade
     for tile, x in enumerate(p):
         scale, zero = (
-            values.token_scales(part, tile, piece, stacked // plan.distinct, plan.distinct)
+            values.token_scales(part, tile, piece, plan.value_groups(piece), plan.distinct)
             for part in ("scale", "zero")
         )
         x = _repeat(x, stacked)

@@ -21,15 +21,28 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from pallas_kernels.gpu_layout import LIFT, LOG2_E, PROGRAMS, Cut, GpuTensor, cut, quotient
+from pallas_kernels.gpu_layout import LIFT, LOG2_E, Cut, GpuTensor, cores, cut, quotient, splits_of
 from pallas_kernels.layout import MASKED, Packed, by_kv_head, by_query
 from pallas_kernels.remat_attention.weights import Rebuild
-from pallas_kernels.triton_common import SubTiles, check_launch, dot, piece_at, piece_width, share, span, weighed
+from pallas_kernels.triton_common import (
+    Blocks,
+    SubTiles,
+    check_launch,
+    dot,
+    piece_at,
+    piece_width,
+    share,
+    span,
+    weighed,
+)
 
 MOST_ROWS = 16  # query rows of a kv head at most
 MOST_COLUMNS = 64  # query rows of one program of the second kernel at most
 TOKENS = 128  # of a block whose keys are rebuilt
 DEPTH = 32  # channels of rows multiplied at a time; with more, registers spill on A100
+RESIDENT = 2  # programs of the second kernel that a multiprocessor holds at least, by its registers
+LEAST = 4  # blocks of a part of the second kernel at least: parts of its output are summed afterwards
+STAGES = 3  # of loops: with 2, copies into shared memory are awaited right after they are issued
 WIDE = 128  # channels of a tile of weighted rows or of a reconstruction
 
 
@@ -95,7 +108,7 @@ def remat_attention(
     columns = min(MOST_COLUMNS, _padded(kv_heads // groups * tokens * ratio))
     tile = piece_width(v, WIDE)
     programs = batch * groups * (width // tile) * pl.cdiv(kv_heads // groups * tokens * ratio, columns)
-    splits = min(pl.cdiv(PROGRAMS, programs), pl.cdiv(v.tokens, 4 * value_cut.block))
+    splits = splits_of(programs, pl.cdiv(v.tokens, value_cut.block), cores() * RESIDENT, LEAST)
     plan = RematPlan(
         *(k, v, key_cut, value_cut, tokens, ratio, head_dim, first, window, scale, rebuild.eps, jnp.dtype(q.dtype)),
         *(splits, columns, tile, interpret),
@@ -141,7 +154,7 @@ def reconstruct(
         out_specs=spec,
         out_shape=jax.ShapeDtypeStruct(below.shape, below.dtype),
         input_output_aliases={0: 0},
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=STAGES),
         interpret=interpret,
     )(below, delta, up, until.astype(jnp.int32))
 
@@ -195,7 +208,7 @@ def _score(
             jax.ShapeDtypeStruct((batch, kv_heads, blocks, rows), jnp.float32),
             jax.ShapeDtypeStruct((batch, kv_heads, blocks, rows), jnp.float32),
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=STAGES),
         interpret=plan.interpret,
     )(q, start, stop, keys, rebuild.up.astype(plan.dtype), rebuild.cos, rebuild.sin, *tables)
 
@@ -309,7 +322,7 @@ def _weigh_rows(
         ],
         out_specs=own(plan.splits, rows, width),
         out_shape=jax.ShapeDtypeStruct((batch, groups, plan.splits, rows, width), jnp.float32),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=STAGES),
         interpret=plan.interpret,
     )(scores, lse, values, start, stop)
     return output.sum(2)
@@ -332,7 +345,7 @@ def _weigh_kernel(
     index = pl.program_id(0)
     tile_index, chunk, split = index % tiles, index // tiles % chunks, index // (tiles * chunks)
     visible = span(start, stop, plan.tokens, plan.first, plan.window)
-    blocks = share(*visible, plan.value_cut.block, plan.splits, split)
+    begin, end = share(*visible, plan.value_cut.block, plan.splits, split)
     row = chunk * plan.columns + jnp.arange(plan.columns)
     lse = lse_ref[jnp.minimum(row, rows - 1)]
     piece = piece_at(plan.values, plan.width, tile_index)
@@ -340,8 +353,15 @@ def _weigh_kernel(
     dtype = plan.dtype if exact or plan.dtype == jnp.float32 else jnp.dtype(jnp.float16)
     lift = LIFT if dtype == jnp.float16 else 1.0
 
-    def step(block, answer):
-        stream = SubTiles(values, plan.values, plan.value_cut, block, plan.interpret, visible)
+    blocks = Blocks(values, plan.values, plan.value_cut, plan.interpret, visible)
+
+    def load_scales(tiles: SubTiles) -> None:
+        for tile in () if exact else range(plan.value_cut.tiles):
+            tiles.load_scales(tile, piece, piece.groups)
+
+    def step(block, carry):
+        answer, scales = carry
+        stream, scales = blocks.at(block, scales), blocks.scales(block + 1, load_scales)
         for tile in range(plan.value_cut.tiles):
             at = plan.value_cut.positions(block, tile)
             known = (at >= visible[0]) & (at < visible[1])  # no other scores were written
@@ -350,10 +370,10 @@ def _weigh_kernel(
             p = (lift * jnp.exp2(scores - lse[:, None])).astype(dtype)
             x = (stream.values if exact else stream.dequantized)(tile, piece, dtype)
             answer += weighed(x, p, 1, plan.tokens > 1)
-        return answer
+        return answer, scales
 
-    answer = jnp.zeros((plan.width, plan.columns), jnp.float32)
-    answer = jax.lax.fori_loop(*blocks, step, answer) * (1 / lift)
+    empty = jnp.zeros((plan.width, plan.columns), jnp.float32), blocks.scales(begin, load_scales)
+    answer = jax.lax.fori_loop(begin, end, step, empty)[0] * (1 / lift)
     mask = jnp.broadcast_to((row < rows)[None, :], answer.shape)
     plgpu.store(output_ref.at[split, row[None, :], piece.channels()[:, None]], answer, mask=mask)
 

@@ -1,0 +1,88 @@
+"""How the GPU kernels cut their work, for GPUs that are described but not there."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import gpu_layout
+from pallas_kernels.gpu_layout import STARTUP, splits_of
+from pallas_kernels.layout import PLANES, Packed
+from pallas_kernels.packed_attention import triton
+
+
+def arguments(batch: int, tokens: int, bits: int = 4, head_dim: int = 128, heads: int = 32, kv_heads: int = 8):
+    """Queries, keys and values of one query a sequence, without their contents."""
+    array, shape = jax.ShapeDtypeStruct, (batch, kv_heads, tokens, head_dim)
+    if bits == 16:
+        tensor = Packed((array(shape, jnp.bfloat16),), None, None, 16, "token", head_dim, 32)
+    else:
+        planes = tuple(array((batch, kv_heads, tokens * n // 8, head_dim), jnp.uint8) for n in PLANES[bits])
+        scale = array((batch, kv_heads, 1, tokens), jnp.float16)
+        tensor = Packed(planes, scale, scale, bits, "token", head_dim, 32)
+    return array((batch, 1, heads, head_dim), jnp.bfloat16), tensor, tensor
+
+
+def on(monkeypatch: pytest.MonkeyPatch, cores: int) -> None:
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(core_count=cores)])
+
+
+def simulated(programs: int, blocks: int, slots: int, parts: int) -> int:
+    """When the last part is done, each started in order on the first slot that is free."""
+    each = -(-blocks // parts)
+    lengths = [max(0, min(each, blocks - part * each)) for part in range(parts)]
+    free = [0] * slots
+    for length in itertools.chain.from_iterable(itertools.repeat(lengths, programs)):
+        heapq.heapreplace(free, free[0] + length + STARTUP)
+    return max(free)
+
+
+@pytest.mark.parametrize("slots", [27, 33, 83])
+@pytest.mark.parametrize(("programs", "blocks"), [(1, 128), (8, 32), (8, 64), (16, 16), (64, 4), (75, 32)])
+def test_no_number_of_parts_is_much_faster(programs: int, blocks: int, slots: int) -> None:
+    chosen = splits_of(programs, blocks, slots)
+    assert 1 <= chosen <= blocks // 2
+    best = min(simulated(programs, blocks, slots, parts) for parts in range(1, blocks // 2 + 1))
+    assert simulated(programs, blocks, slots, chosen) <= 1.15 * best
+
+
+def test_a_last_wave_is_not_left_almost_empty() -> None:
+    """8 sequences of 8 kv heads, two programs on each of 132 multiprocessors: 5 parts are 320 programs on 264."""
+    assert splits_of(64, 256, 264) == 4
+    assert simulated(64, 256, 264, 4) < 0.7 * simulated(64, 256, 264, 5)
+
+
+@pytest.mark.parametrize("cores", [58, 108, 132, 148])
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+def test_programs_fill_the_gpu_at_hand(monkeypatch: pytest.MonkeyPatch, cores: int, bits: int) -> None:
+    """One long sequence: waves of programs, of which the last is nearly full too."""
+    on(monkeypatch, cores)
+    q, keys, values = arguments(1, 131072, bits)
+    slots = cores * (triton.gpu.RESIDENT if bits == 16 else triton.LIGHT)
+    programs = 8 * triton.defaults(q, keys, values)["splits"]
+    assert 0.9 <= programs / slots / -(-programs // slots) <= 1
+
+
+def test_short_sequences_are_not_cut_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, 132)
+    q, keys, values = arguments(1, 512)
+    settings = triton.defaults(q, keys, values)
+    assert settings["splits"] * 2 * settings["block"] <= 512
+
+
+def test_where_there_is_no_gpu_one_is_assumed() -> None:
+    if jax.default_backend() == "cpu":
+        assert gpu_layout.cores() == gpu_layout.CORES
+
+
+@pytest.mark.parametrize(("head_dim", "bits", "stages"), [(128, 16, 3), (256, 4, 3), (256, 8, 3), (256, 16, 2)])
+def test_blocks_fetched_ahead_fit_shared_memory(head_dim: int, bits: int, stages: int) -> None:
+    """Of the least GPU that is served, 99 KiB a program: exact values of wide heads are not fetched far ahead."""
+    settings = triton.defaults(*arguments(1, 4096, bits, head_dim))
+    assert settings["num_stages"] == stages
+    assert (stages - 1) * settings["block"] * 2 * head_dim * bits // 8 < 99 << 10
