@@ -161,6 +161,7 @@ class XCache(LatentCache):
 
 def _on_bases(x: Float[Array, "B T D"], down: Float[Array, "G D r"]) -> Float[Array, "B T G r"]:
     """Rows on the basis of every kv head, or of all."""
-    if attention.is_decode_shape(x.shape[0] * x.shape[1]):  # else XLA turns all bases at every step: that costs more
+    few = attention.is_decode_shape(x.shape[0] * x.shape[1])
+    if few and len(down) > 1:  # else XLA turns all bases at every step: that costs more
         return jnp.einsum("gbtd,gdr->btgr", jnp.broadcast_to(x, (len(down), *x.shape)), down)
     return jnp.einsum("btd,gdr->btgr", x, down)
