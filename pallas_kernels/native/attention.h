@@ -1,4 +1,4 @@
-// Attention of a few queries, a tile of tokens at a time under an online softmax: what is common to packed and rebuilt keys.
+// Attention of a few queries, a tile of tokens at a time under an online softmax: what packed and rebuilt keys share.
 
 #pragma once
 
@@ -235,16 +235,17 @@ void merge(const Problem& pr, int64_t b, int64_t h, const Part* parts, int64_t c
   }
 }
 
-// Cuts the tokens of every sequence into parts, calls work(b, g, begin, end, parts, stride) for each, on any thread, and
-// merges. `groups` divide the kv heads; parts[j * stride] is that of the j-th head of group g.
+// Cuts the tokens of every sequence into parts, calls work(b, g, begin, end, parts, stride) for each on any thread, and
+// merges. `groups` divide the kv heads; parts[j * stride] is that of the j-th head of group g. A part has at least
+// `least` tiles, so that its merge does not show.
 template <typename Work>
-void attend_parts(xla::ffi::ThreadPool& pool, const Problem& pr, int64_t groups, int tile, Work work) {
+void attend_parts(xla::ffi::ThreadPool& pool, const Problem& pr, int64_t groups, int tile, int least, Work work) {
   const int64_t per = pr.kv_heads / groups, tasks = pr.batch * groups;
   if (tasks == 0) return;
   const int64_t tiles = (pr.keys.tokens + tile - 1) / tile;
-  // Four parts a thread even the load out; a part has at least eight tiles, so that its merge does not show.
+  // Four parts a thread even the load out.
   const int64_t wanted = (4 * pool.num_threads() + tasks - 1) / tasks;
-  const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(tiles / 8, 1));
+  const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(tiles / least, 1));
   std::vector<Part> parts(tasks * per * splits);
   parallel(pool, tasks * splits, [&](int64_t i) {
     const int64_t b = i / splits / groups, g = i / splits % groups, split = i % splits;

@@ -276,7 +276,8 @@ xla::ffi::ErrorOr<Tensor> read_tensor(xla::ffi::RemainingArgs& args, size_t& at,
     t.plane[i] = static_cast<const uint8_t*>(plane->untyped_data());
     if (i == 0) {
       t.tokens = plane->dimensions()[2] * 8 / t.width[0], t.channels = plane->dimensions()[3];
-      if (plane->element_type() == xla::ffi::DataType::F32) t.exact32 = static_cast<const float*>(plane->untyped_data());
+      if (plane->element_type() == xla::ffi::DataType::F32)
+        t.exact32 = static_cast<const float*>(plane->untyped_data());
       if (plane->element_type() == xla::ffi::DataType::BF16)
         t.exact16 = static_cast<const uint16_t*>(plane->untyped_data());
     }

@@ -20,12 +20,12 @@ namespace {
 template <int kRows>
 class Reader {
  public:
-  Reader(const Problem& pr, Rows<kRows>& rows)
-      : k_(pr.keys), v_(pr.values), rows_(rows) {
+  Reader(const Problem& pr, Rows<kRows>& rows) : k_(pr.keys), v_(pr.values), rows_(rows) {
 #ifdef PALLAS_KERNELS_AMX
     if (amx::serves_keys(k_) || amx::serves_values(v_)) unit_.emplace();
     if (amx::serves_keys(k_))
-      for (int64_t r = 0; r < rows.padded; r += amx::kRows) keys_.emplace_back(k_, &rows.q[r * rows.dk], rows.dk, rows.tile);
+      for (int64_t r = 0; r < rows.padded; r += amx::kRows)
+        keys_.emplace_back(k_, &rows.q[r * rows.dk], rows.dk, rows.tile);
     if (amx::serves_values(v_)) values_.emplace(v_, rows.tile);
     if (!keys_.empty() && values_) return;
 #endif
@@ -99,8 +99,8 @@ ffi::Error packed_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::
   auto v = read_tensor(tensors, at, values);
   if (!v.has_value()) return v.error();
   const auto dims = q.dimensions();
-  Problem pr{q.typed_data(), start.typed_data(), stop.typed_data(), *k, *v, dims[0], dims[1], dims[2], dims[3], kv_heads,
-             first, window, scale, output->typed_data(), lse->typed_data()};
+  Problem pr{q.typed_data(), start.typed_data(), stop.typed_data(), *k, *v, dims[0], dims[1], dims[2], dims[3],
+             kv_heads, first, window, scale, output->typed_data(), lse->typed_data()};
   // Tokens and query rows at a time, and what tokens are a multiple of.
   int tile = 64, together = int(std::min<int64_t>(pr.rows(), 4)), unit = std::lcm(kLanes, std::max(k->pack, v->pack));
 #ifdef PALLAS_KERNELS_AMX
@@ -108,7 +108,7 @@ ffi::Error packed_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::
   if (amx::serves_keys(*k) || amx::serves_values(*v)) together = amx::kRows, unit = std::lcm(64, unit);
 #endif
   tile = int(round_up(tile, unit));
-  attend_parts(pool, pr, kv_heads, tile, [&](int64_t b, int64_t h, int64_t begin, int64_t end, Part* part, int64_t) {
+  attend_parts(pool, pr, kv_heads, tile, 8, [&](int64_t b, int64_t h, int64_t begin, int64_t end, Part* part, int64_t) {
     const auto run = together == 1 ? attend<1> : together == 2 ? attend<2> : attend<4>;
     run(pr, b, h, begin, end, tile, *part);
   });

@@ -16,12 +16,13 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int kTokens = 6;   // whose sums a product holds in registers
-constexpr int kInner = 64;   // channels of rows at a time: their weights stay in the first-level cache
+constexpr int kTokens = 6;  // whose sums a product holds in registers
+constexpr int kInner = 64;  // channels of rows at a time: their weights stay in the first-level cache
 
 // out += x w for n rows of x, over its channels [from, until).
 template <int kRows>
-void multiply_rows(const float* x, int64_t stride, int n, const float* w, int from, int until, int64_t width, float* out) {
+void multiply_rows(const float* x, int64_t stride, int n, const float* w, int from, int until, int64_t width,
+                   float* out) {
   int i = 0;
   for (; i + kRows <= n; i += kRows)
     weigh_all<kRows>(x + i * stride, int(stride), w, from, until, width, out + i * width);
@@ -162,7 +163,7 @@ ffi::Error remat_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::B
   const Rebuild rebuild(up.typed_data(), bias.typed_data(), norm.element_count() ? norm.typed_data() : nullptr,
                         cos.typed_data(), sin.typed_data(), eps, kv_heads, groups, pr.head_dim, k->channels);
   const int tile = int(round_up(64, std::lcm(kLanes, std::max(k->pack, v->pack))));
-  attend_parts(pool, pr, 1, tile, [&](int64_t b, int64_t, int64_t begin, int64_t end, Part* parts, int64_t stride) {
+  attend_parts(pool, pr, 1, tile, 1, [&](int64_t b, int64_t, int64_t begin, int64_t end, Part* parts, int64_t stride) {
     const auto run = pr.rows() == 1 ? attend<1> : pr.rows() == 2 ? attend<2> : attend<4>;
     run(pr, rebuild, shared, groups, b, begin, end, tile, parts, stride);
   });
