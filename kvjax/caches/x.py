@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from kvjax.caches.base import Chunk, KVWeights, LayerShapes
 from kvjax.caches.latents import LatentCache, LatentSpec, remat_of, trained_key
@@ -142,7 +142,7 @@ class XCache(LatentCache):
         if self.spec.mode == "input":
             return (chunk.x[:, :, None],)
         (down_k, _), (down_v, _) = chunk.bases
-        keys, values = (jnp.einsum("btd,gdr->btgr", chunk.x, down.astype(chunk.x.dtype)) for down in (down_k, down_v))
+        keys, values = (_on_bases(chunk.x, down.astype(chunk.x.dtype)) for down in (down_k, down_v))
         return (keys, values, keys[..., :1]) if self.spec.outlier else (keys, values)
 
     def remat(self, chunk: Chunk) -> Remat:
@@ -163,3 +163,11 @@ class XCache(LatentCache):
             return tensors[0], tensors[-1]
         keys, values, first = tensors
         return jnp.concatenate([first, keys[..., 1:]], -1), values
+
+
+def _on_bases(x: Float[Array, "B T D"], down: Float[Array, "G D r"]) -> Float[Array, "B T G r"]:
+    """Rows on the basis of every kv head, or of all."""
+    few = attention.is_decode_shape(x.shape[0] * x.shape[1])
+    if few and len(down) > 1:  # else XLA turns all bases at every step: that costs more
+        return jnp.einsum("gbtd,gdr->btgr", jnp.broadcast_to(x, (len(down), *x.shape)), down)
+    return jnp.einsum("btd,gdr->btgr", x, down)

@@ -172,6 +172,8 @@ def attend_latents(q: Float[Array, "B T H D"], span: Span, latents: Latents, rem
         name: str, interpret: bool, q: Array, stores: tuple, remat: Remat, table: Table, *ends: Array
     ) -> Partial:
         check_queries(q, remat.kv_heads)
+        if not absorb:
+            raise NotImplementedError("values that are rebuilt; kernels weigh their latents")
         if latents.change:
             raise NotImplementedError("latents that are changed after they are read; kernels read them as they are")
         if remat.key_norm is not None and remat.key_norm.ndim == 2:

@@ -12,7 +12,7 @@
 #include <numeric>
 #include <vector>
 
-#include "native.h"
+#include "tensor.h"
 
 #if defined(__AMX_INT8__) && defined(__AVX512VBMI__) && defined(__linux__)
 #define PALLAS_KERNELS_AMX

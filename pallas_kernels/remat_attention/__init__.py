@@ -19,7 +19,7 @@ from pallas_kernels import layout
 from pallas_kernels.layout import Packed
 from pallas_kernels.remat_attention.weights import Rebuild
 
-IMPLEMENTATIONS = ("triton", "mosaic_tpu", "reference")
+IMPLEMENTATIONS = ("triton", "mosaic_tpu", "native", "reference")
 
 
 def remat_attention(
@@ -51,7 +51,7 @@ def remat_attention(
       first: the first stored position that is read.
       window: sliding window in tokens; None where there is none.
       scale: factor of the scores; D**-0.5 where None.
-      implementation: "triton" (GPU), "mosaic_tpu" (TPU) or "reference" (slow).
+      implementation: "triton" (GPU), "mosaic_tpu" (TPU), "native" (CPU) or "reference" (slow).
       interpret: runs the kernel in Pallas' interpreter.
 
     Returns:
@@ -86,7 +86,7 @@ def reconstruct(
       delta: stored deltas [B, 1, n, r] with n <= S.
       up: weight that turns a delta into a difference of layer inputs.
       until: per sequence, the position below which X̂ is reconstructed.
-      implementation: "triton" (GPU), "mosaic_tpu" (TPU) or "reference" (slow).
+      implementation: "triton" (GPU), "mosaic_tpu" (TPU), "native" (CPU) or "reference" (slow).
       interpret: runs the kernel in Pallas' interpreter.
 
     Returns:

@@ -129,7 +129,7 @@ def decode_step(text: str, batch: int, **implementations: str) -> np.ndarray:
     [
         ("dense", 4, "packed_attention", ["native"]),
         ("k4v2@token(sink=5)", 4, "packed_attention", ["native", "mosaic_tpu", "triton"]),
-        ("x4@head", 1, "remat_attention", ["mosaic_tpu"]),
+        ("x4@head", 1, "remat_attention", ["native", "mosaic_tpu"]),
     ],
 )
 def test_kernels_read_rings(text: str, batch: int, op: str, names: list[str]) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import platform
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from pallas_kernels import native
 from pallas_kernels.layout import EXACT, PLANES, Packed
 
 # The kernels that can be tested here, and whether in Pallas' interpreter: all on CPU, a device's own on the device.
@@ -22,6 +25,19 @@ INTERPRETED = {
 QUICK = {"xla_backend_optimization_level": 0} | (
     {"xla_cpu_use_fusion_emitters": False} if jax.default_backend() == "cpu" else {}
 )
+
+WITHOUT = ("-mno-amx-int8", "-mno-avx512f")  # the matrix unit; AVX-512, which leaves AVX2
+
+
+@functools.cache
+def native_without(flag: str, source, symbol: str) -> str:
+    """The target of a C++ kernel as it is built for a CPU without some instructions."""
+    with pytest.MonkeyPatch.context() as patch:
+        if platform.machine() == "x86_64":
+            patch.setattr(native, "FLAGS", (*native.FLAGS, flag))
+        library = native._load(source)
+    jax.ffi.register_ffi_target(symbol + flag, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
+    return symbol + flag
 
 
 def values(seed: int, *shape: int, dtype=jnp.float32):

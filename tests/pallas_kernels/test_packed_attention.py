@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import platform
 from typing import NamedTuple
 
 import jax
@@ -12,12 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import INTERPRETED as KERNELS
-from helpers import QUICK, packed, stored, values
+from helpers import QUICK, WITHOUT, packed, stored, values
 
-from pallas_kernels import native
 from pallas_kernels.layout import MASKED, PLANES, Packed
 from pallas_kernels.packed_attention import packed_attention
-from pallas_kernels.packed_attention.native import SOURCE
 
 BITS = (*PLANES, 16)
 
@@ -106,39 +103,18 @@ def test_reference_reads_what_is_stored(bits: int, per: str) -> None:
     check(run("reference", case, case.tensors()), reference(case), 3e-6)
 
 
-WITHOUT = ("-mno-amx-int8", "-mno-avx512f")  # the matrix unit; AVX-512, which leaves AVX2
-
-
-@functools.cache
-def native_without(flag: str) -> str:
-    """The target of the C++ kernel as it is built for a CPU without some instructions."""
-    with pytest.MonkeyPatch.context() as patch:
-        if platform.machine() == "x86_64":
-            patch.setattr(native, "FLAGS", (*native.FLAGS, flag))
-        library = native._load(SOURCE)
-    handler = jax.ffi.pycapsule(library.pallas_kernels_packed_attention)
-    jax.ffi.register_ffi_target(f"packed_attention{flag}", handler, platform="cpu")
-    return f"packed_attention{flag}"
-
-
-@pytest.fixture
-def target(flag: str, monkeypatch) -> None:
-    own = native_without(flag)
-    monkeypatch.setattr(native, "register", lambda source, symbol: own)
-
-
 @pytest.mark.skipif("native" not in KERNELS, reason="another device's")
-@pytest.mark.parametrize("flag", WITHOUT)
+@pytest.mark.parametrize("without", WITHOUT, indirect=True)
 @pytest.mark.parametrize("case", PAIRS[::3], ids=lambda case: f"k{case.key_bits}v{case.value_bits}")
-def test_native_on_lesser_cpus(case: Case, target) -> None:
+def test_native_on_lesser_cpus(case: Case, without) -> None:
     check(run("native", case, case.tensors()), reference(case), 3e-6)
 
 
 @pytest.mark.skipif("native" not in KERNELS, reason="another device's")
-@pytest.mark.parametrize("flag", WITHOUT)
+@pytest.mark.parametrize("without", WITHOUT, indirect=True)
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("pack", [24, 72])
-def test_native_tiles_of_any_size_on_lesser_cpus(pack: int, rows: int, target) -> None:
+def test_native_tiles_of_any_size_on_lesser_cpus(pack: int, rows: int, without) -> None:
     case = Case(4, 2, rows=rows, pack=pack, stops=(360, 71), tokens=360, window=100)
     check(run("native", case, case.tensors()), reference(case), 3e-6)
 

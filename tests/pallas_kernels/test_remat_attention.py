@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import INTERPRETED, QUICK, packed, values
+from helpers import INTERPRETED, QUICK, WITHOUT, packed, values
 
 from pallas_kernels.remat_attention import IMPLEMENTATIONS, reconstruct, remat_attention
 from pallas_kernels.remat_attention.weights import Rebuild
@@ -33,13 +33,14 @@ class Case(NamedTuple):
     window: int | None = None
     stops: tuple[int, ...] = (192, 77)
     tokens: int = 192
+    group: int = 64  # of channels
 
     @functools.cache  # noqa: B019
     def tensors(self, dtype=jnp.float32):
         groups = self.kv_heads if self.own else 1
         rows = len(self.stops), groups, self.tokens, self.width
-        keys = packed(values(1, *rows), self.bits, self.per, 64 if self.per == "token" else 32, 32)
-        own = keys if self.shared else packed(values(2, *rows), self.bits, "token", 64, 32)
+        keys = packed(values(1, *rows), self.bits, self.per, self.group if self.per == "token" else 32, 32)
+        own = keys if self.shared else packed(values(2, *rows), self.bits, "token", self.group, 32)
         m = self.head_dim if self.own else self.kv_heads * self.head_dim
         angle = np.outer(np.arange(self.tokens), 10000.0 ** -np.tile(np.linspace(0, 1, self.head_dim // 2), 2))
         cos, sin = (jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin))
@@ -84,6 +85,43 @@ def test_parity(name: str, case: Case) -> None:
     for found, wanted in zip(run(name, case), reference(case), strict=True):
         assert found.shape == wanted.shape
         np.testing.assert_allclose(found, wanted, atol=5e-6 * np.abs(wanted).max(), rtol=0)
+
+
+NATIVE = pytest.mark.skipif("native" not in KERNELS, reason="another device's")
+SHAPES = [  # head_dims that fill no vector, many rows, a ring of several packing blocks, sequences that have nothing
+    Case(1, head_dim=80, heads=6, kv_heads=2, width=96, queries=2, first=3, per="token", shared=True, group=32),
+    Case(5, head_dim=24, heads=8, kv_heads=1, width=40, queries=2, group=8, normed=True, biased=True),
+    Case(3, own=True, heads=6, width=64, stops=(191, 0), window=7),
+    Case(16, shared=True, head_dim=40, heads=3, kv_heads=3, width=96, queries=4, stops=(5, 100)),
+    Case(8, own=True, heads=20, kv_heads=4, head_dim=32, width=32, group=32, queries=3),
+]
+
+
+@NATIVE
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_native_shapes(case: Case) -> None:
+    test_parity("native", case)
+
+
+@NATIVE
+@pytest.mark.parametrize("without", WITHOUT[1:], indirect=True)
+@pytest.mark.parametrize("case", CASES[1:6] + SHAPES[:2], ids=str)
+def test_native_on_lesser_cpus(case: Case, without) -> None:
+    test_parity("native", case)
+
+
+@NATIVE
+@pytest.mark.parametrize("without", WITHOUT[1:], indirect=True)
+def test_native_reconstructs_on_lesser_cpus(without) -> None:
+    test_reconstruct("native", "token")
+
+
+@NATIVE
+def test_native_refuses() -> None:
+    delta = packed(values(1, 1, 1, 32, 64), 3, "token", 32, 32)
+    for below in (values(2, 1, 32, 20), values(2, 1, 32, 32, dtype=jnp.bfloat16)):
+        with pytest.raises(NotImplementedError, match="expected a multiple of 16 in float32"):
+            reconstruct(below, delta, values(3, 64, below.shape[2]), jnp.asarray([32]), implementation="native")
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import INTERPRETED, QUICK, packed, values
-from test_packed_attention import WITHOUT, Case, jitted, native_without, run
+from helpers import INTERPRETED, QUICK, WITHOUT, packed, values
+from test_packed_attention import Case, jitted, run
 from test_remat_attention import Case as RematCase
 
-from pallas_kernels import native
 from pallas_kernels.layout import MASKED, Packed
 from pallas_kernels.quantize_pack import quantize_pack
 from pallas_kernels.remat_attention import IMPLEMENTATIONS, reconstruct, remat_attention
@@ -94,11 +93,9 @@ def test_several_queries(name: str, case: str) -> None:
 
 
 @pytest.mark.skipif("native" not in NAMES, reason="another device's")
-@pytest.mark.parametrize("flag", WITHOUT)
+@pytest.mark.parametrize("without", WITHOUT, indirect=True)
 @pytest.mark.parametrize("case", CASES)
-def test_native_on_lesser_cpus(case: str, flag: str, monkeypatch) -> None:
-    own = native_without(flag)
-    monkeypatch.setattr(native, "register", lambda source, symbol: own)
+def test_native_on_lesser_cpus(case: str, without) -> None:
     test_one_query("native", case)
     test_several_queries("native", case)
 

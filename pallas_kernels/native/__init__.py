@@ -15,6 +15,10 @@ import tempfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.layout import EXACT, PLANES, Packed
 
 FLAGS: tuple[str, ...] = (
     "-std=c++17",
@@ -29,6 +33,7 @@ FLAGS: tuple[str, ...] = (
 if platform.machine() == "x86_64":
     FLAGS += ("-mprefer-vector-width=512",)
 SECONDS = 600  # that a compiler may take
+HEADERS = Path(__file__).parent  # those that all kernels share
 
 
 @functools.cache
@@ -47,7 +52,7 @@ def register(source: Path, symbol: str) -> str:
     """Compiles a source file where needed and registers its function with JAX.
 
     Args:
-      source: the C++ file; headers in the same folder belong to it.
+      source: the C++ file; headers in its folder and in this one belong to it.
       symbol: name of the function.
 
     Returns:
@@ -62,10 +67,33 @@ def register(source: Path, symbol: str) -> str:
     return symbol
 
 
+def check(keys: Packed, values: Packed) -> None:
+    """Raises NotImplementedError for tensors that tensor.h does not read side by side."""
+    packs = [1 if each.bits == EXACT else each.pack for each in (keys, values)]
+    if max(packs) % min(packs):
+        raise NotImplementedError(f"packing blocks of {packs[0]} and {packs[1]} tokens; expected multiples")
+    if any(each.bits == EXACT and each.planes[0].dtype not in (jnp.float32, jnp.bfloat16) for each in (keys, values)):
+        raise NotImplementedError("exact values other than float32 or bfloat16")
+
+
+def arrays(packed: Packed) -> list[jax.Array]:
+    """The arrays of a tensor, in the order in which the C++ reads them."""
+    return [a for a in (*packed.planes, packed.scale, packed.zero) if a is not None]
+
+
+def form(packed: Packed) -> np.ndarray:
+    """Describes a tensor for the C++: bits, whether per channel, group, packing block, width of each plane."""
+    if packed.bits == EXACT:
+        return np.asarray([EXACT, 0, 1, 1, 8], np.int64)
+    return np.asarray(
+        [packed.bits, packed.per == "channel", packed.group, packed.pack, *PLANES[packed.bits]], np.int64
+    )
+
+
 def _load(source: Path) -> ctypes.CDLL:
     """Loads the library of a source file, from the cache folder or built anew; raises NotImplementedError."""
     compiler = _compiler()
-    command = [*compiler, *FLAGS, f"-I{jax.ffi.include_dir()}"]
+    command = [*compiler, *FLAGS, f"-I{HEADERS}", f"-I{jax.ffi.include_dir()}"]
     library = _folder() / f"{source.stem}-{_key(source, command, _version(compiler))}.so"
     try:
         if not _whole(library):
@@ -94,7 +122,8 @@ def _folder() -> Path:
 
 def _key(source: Path, command: list[str], version: str) -> str:
     """A hash of all that the library depends on: sources, command, compiler, C library, headers of JAX, CPU."""
-    text = b"".join(file.read_bytes() for file in (source, *sorted(source.parent.glob("*.h"))))
+    headers = (file for folder in (HEADERS, source.parent) for file in sorted(folder.glob("*.h")))
+    text = b"".join(file.read_bytes() for file in (source, *headers))
     rest = command, version, platform.libc_ver(), jax.__version__, jax.lib.__version__, _cpu()
     return hashlib.sha256(text + repr(rest).encode()).hexdigest()[:16]
 
