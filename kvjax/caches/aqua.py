@@ -102,7 +102,9 @@ class Aqua(StoredSpec, CrossLayerSpec):
         if width % 8:
             raise KvjaxError(f"{self}: {width} channels of keys; expected a multiple of 8")
         form = self.format(int(self.bits_nominal), "token", width, FIT)
-        return [TensorSpec(form, 1, width, None)] * 2
+        return [TensorSpec(form, 1, width, None)] * 2  # predictors take all heads, so a mesh must not divide these
+
+    logical_axes = CacheSpec.logical_axes
 
     @property
     def calibrated(self) -> bool:
