@@ -102,7 +102,9 @@ class Aqua(StoredSpec, CrossLayerSpec):
         if width % 8:
             raise KvjaxError(f"{self}: {width} channels of keys; expected a multiple of 8")
         form = self.format(int(self.bits_nominal), "token", width, FIT)
-        return [TensorSpec(form, 1, width, None)] * 2
+        return [TensorSpec(form, 1, width, None)] * 2  # predictors take all heads, so a mesh must not divide these
+
+    logical_axes = CacheSpec.logical_axes
 
     @property
     def calibrated(self) -> bool:
@@ -225,13 +227,22 @@ class AquaCache(StoredCache):
 
 
 def rebuild(packed: tuple[store.Stored, ...], below: Any, weights: tuple[Any, Any], stop: Int[Array, "B"]) -> Any:
-    """The keys and values that are read below `stop`, of those in the layer below; elsewhere these."""
-    tokens, dtype = packed[0].tokens, below["keys"].dtype
-    wide = jnp.promote_types(dtype, jnp.float32)
-    here = (jnp.arange(tokens) < stop[:, None] - first_token(tokens))[..., None]
-    left = [turn(store.read_tile(each, 0, tokens, wide).dequantize()[:, 0]) for each in packed]
-    held = {name: rows[:, :tokens] for name, rows in below.items()}
-    keys = (left[0] + predict(weights[0], held["keys"])).astype(dtype)
-    values = (left[1] + predict(weights[1], keys, held["values"])).astype(dtype)
-    new = {"keys": keys, "values": values}
-    return {name: below[name].at[:, :tokens].set(jnp.where(here, new[name], held[name])) for name in new}
+    """The keys and values that are read below `stop`, of those in the layer below; elsewhere these.
+
+    In tiles of one size, whatever the number of tokens, so that a larger cache holds the same numbers.
+    """
+    tokens, size = packed[0].tokens, packed[0].format.pack_size
+    stop = jnp.clip(stop - first_token(tokens), 0, tokens)
+
+    def step(i: Array, rows: Any) -> Any:
+        old = {name: jax.lax.dynamic_slice_in_dim(a, i * size, size, 1) for name, a in rows.items()}
+        dtype = old["keys"].dtype
+        wide = jnp.promote_types(dtype, jnp.float32)
+        left = [turn(store.read_tile(each, i * size, size, wide).dequantize()[:, 0]) for each in packed]
+        keys = (left[0] + predict(weights[0], old["keys"])).astype(dtype)
+        values = (left[1] + predict(weights[1], keys, old["values"])).astype(dtype)
+        here = (i * size + jnp.arange(size) < stop[:, None])[..., None]
+        new = {"keys": jnp.where(here, keys, old["keys"]), "values": jnp.where(here, values, old["values"])}
+        return {name: jax.lax.dynamic_update_slice_in_dim(rows[name], new[name], i * size, 1) for name in rows}
+
+    return jax.lax.fori_loop(0, -(-stop.max() // size), step, below)
