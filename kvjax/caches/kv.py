@@ -182,11 +182,15 @@ class KVCache(StoredCache):
         k = rotate_heads(chunk.k, chunk.rotation) if self.keys_after_rope else chunk.k
         return k, chunk.v
 
+    def stored_form(self, chunk: Chunk) -> Form:
+        """How packed keys and values differ from those of the chunk."""
+        return Form.of(self.spec, chunk)
+
     def append(self, chunk: Chunk, carry: Any) -> tuple[BlockStore, Any]:
-        return self.store.append(self.new_tensors(chunk), chunk, Form.of(self.spec, chunk)), carry
+        return self.store.append(self.new_tensors(chunk), chunk, self.stored_form(chunk)), carry
 
     def attend_packed(self, view: View, chunk: Chunk, carry: Any) -> attention.Partial:
-        form, q, (keys, values) = Form.of(self.spec, chunk), chunk.q, view.packed
+        form, q, (keys, values) = self.stored_form(chunk), chunk.q, view.packed
         table = view.table(chunk) if form.keys.needs_positions else None
         if form.keys.turned and table is None:
             q = turn(q)  # (H q) (H k) = q k: kernels read keys as they are stored
@@ -196,6 +200,6 @@ class KVCache(StoredCache):
     def read_packed(
         self, view: View, chunk: Chunk, carry: Any
     ) -> tuple[Float[Array, "B S K d"], Float[Array, "B S K d"]]:
-        form, (k, v) = Form.of(self.spec, chunk), super().read_packed(view, chunk, carry)
+        form, (k, v) = self.stored_form(chunk), super().read_packed(view, chunk, carry)
         k = form.keys.load(k.swapaxes(1, 2), view.table(chunk)).swapaxes(1, 2)
         return k, form.values(v)

@@ -26,7 +26,7 @@ from kvjax.ops.dispatch import dispatch
 from kvjax.quant import affine, packing, scales
 from pallas_kernels import layout
 from pallas_kernels.layout import EXACT
-from pallas_kernels.quantize_pack import quantize_pack
+from pallas_kernels.quantize_pack import FITS, quantize_pack
 
 PACK = 32  # tokens per packing block where tokens are written one by one
 
@@ -414,9 +414,9 @@ def _encode_blocks(
     def kernel(name: str, interpret: bool, blocks: Array, mask: Array):
         if format.scale_bits == 8:
             raise NotImplementedError("scales in 8 bits; kernels write float16")
-        if format.fit == "unbiased":
+        if format.fit not in FITS:
             raise NotImplementedError(
-                "an unbiased fit; kernels take scales from minimum and maximum or the squared error"
+                f"fit {format.fit}; kernels take scales from minimum and maximum or the squared error"
             )
         how: dict[str, Any] = {"bits": format.bits, "per": format.per, "group": format.group, "fit": format.fit}
         flat, each = blocks.reshape(-1, *blocks.shape[2:]), mask.reshape(-1, mask.shape[2])
