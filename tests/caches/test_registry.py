@@ -112,7 +112,7 @@ def test_aliases_set_fields_and_may_be_changed() -> None:
         (
             "noisy",
             "expected dense, k{key_bits}v{value_bits}, kr{key_bits}v{value_bits}, x{bits}, xcl{bits}, xclr{bits}, "
-            "tq{key_bits}v{value_bits}, noise{ratio}, quiet{ratio}",
+            "tq{key_bits}v{value_bits}, oscar{bits}, noise{ratio}, quiet{ratio}",
         ),
     ],
 )
