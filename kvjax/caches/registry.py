@@ -16,6 +16,7 @@ from kvjax.caches.base import CacheSpec
 from kvjax.caches.dense import Dense
 from kvjax.caches.grammar import parse_name, split_list
 from kvjax.caches.kv import KV
+from kvjax.caches.kvarn import KVarN
 from kvjax.caches.oscar import Oscar
 from kvjax.caches.turboquant import TurboQuant
 from kvjax.caches.x import X
@@ -24,7 +25,7 @@ from kvjax.checks import show
 from kvjax.errors import KvjaxError
 from kvjax.files import brief
 
-BUILT_IN: tuple[type[CacheSpec], ...] = (Dense, KV, X, XCL, TurboQuant, Oscar)
+BUILT_IN: tuple[type[CacheSpec], ...] = (Dense, KV, X, XCL, TurboQuant, Oscar, KVarN)
 GROUP = "kvjax.caches"  # of entry points: each names a CacheSpec class
 
 Method = TypeVar("Method", bound=type[CacheSpec])

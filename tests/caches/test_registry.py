@@ -111,8 +111,9 @@ def test_aliases_set_fields_and_may_be_changed() -> None:
         ("noise0.5@loud", "mode 'loud'; expected flat or round"),
         (
             "noisy",
-            "expected dense, k{key_bits}v{value_bits}, kr{key_bits}v{value_bits}, x{bits}, xcl{bits}, xclr{bits}, "
-            "tq{key_bits}v{value_bits}, oscar{bits}, noise{ratio}, quiet{ratio}",
+            "expected dense, k{key_bits}v{value_bits}, kr{key_bits}v{value_bits}, omni{key_bits}v{value_bits}, "
+            "x{bits}, xcl{bits}, xclr{bits}, tq{key_bits}v{value_bits}, oscar{bits}, kvarn{key_bits}v{value_bits}, "
+            "noise{ratio}, quiet{ratio}",
         ),
     ],
 )
