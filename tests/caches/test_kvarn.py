@@ -87,7 +87,7 @@ def test_nothing_is_lost_where_nothing_is_quantised() -> None:
     attend = quick_jit(lambda cache, chunk: cache.attend(chunk, ())[0])
     with jax.enable_x64(True):
         chunk = make_chunk(16, 0 * ALL, ALL, TOKENS, read="stored")
-        texts = "k16v16@token", f"kvarn16v16(residual={R},sink=0)", f"omni16v16(residual={R})"
+        texts = "k16v16@token", f"kvarn16v16(residual={R},sink=0)", f"omni16v16(residual={R},group={R})"
         wanted, *found = (np.asarray(attend(parse_spec(text).init(SHAPE), chunk)) for text in texts)
     for output in found:
         np.testing.assert_allclose(output, wanted, atol=1e-10)
