@@ -41,6 +41,7 @@ class KV(StoredSpec):
     """Keys of `key_bits` and values of `value_bits` (1, 2, 3, 4, 5, 6, 8; 16 is unquantised).
 
     `k{b}v{b}` is the papers' form. `kr{b}v{b}` is a better one: kivi, 4 sinks, values turned, fitted.
+    `omni{b}v{b}` is OScaR: kivi, residual 128, keys and values turned, a gain for each key (arXiv 2605.19660).
 
     group: elements that share a scale: tokens for `@kivi` keys, channels for the rest. None is the default:
       the whole head for `@token`, 32 for `@kivi` (shrunk to the largest multiple of 8 that divides the head).
@@ -53,6 +54,7 @@ class KV(StoredSpec):
       so with values alone.
     center: bias takes the biases of the projections out before they are quantised. A model without biases has none
       to take out, and those of keys stay where a norm follows them (qk-norm).
+    gain: norm divides every key by its root mean square before channels are quantised (`@kivi` only).
     """
 
     key_bits: Width
@@ -64,12 +66,14 @@ class KV(StoredSpec):
     scale: ScaleWidth = 16
     rotate: Literal["none", "hadamard", "values"] = "none"
     center: Literal["none", "bias"] = "none"
+    gain: Literal["none", "norm"] = "none"
 
     form: ClassVar[str] = "k{key_bits}v{value_bits}"
     modes: ClassVar[tuple[str, ...]] = ("kivi", "token")
-    # What was found to be better than the papers' forms has a name of its own (docs/decisions.md).
+    # What was found to be better than the papers' forms has a name of its own (docs/decisions.md), as has OScaR.
     aliases: ClassVar[dict[str, dict[str, Any]]] = {
-        "kr{key_bits}v{value_bits}": {"mode": "kivi", "sink": 4, "fit": "unbiased", "rotate": "values"}
+        "kr{key_bits}v{value_bits}": {"mode": "kivi", "sink": 4, "fit": "unbiased", "rotate": "values"},
+        "omni{key_bits}v{value_bits}": {"mode": "kivi", "residual": 128, "rotate": "hadamard", "gain": "norm"},
     }
     examples: ClassVar[tuple[str, ...]] = (
         "k4v2@token",
@@ -81,12 +85,15 @@ class KV(StoredSpec):
         "k4v3@kivi(sink=3,rotate=hadamard,fit=integer)",
         "k3v2@kivi(group=8,sink=3,rotate=values,fit=unbiased)",
         "k3v4@token(rope=pre,rotate=hadamard,center=bias)",
+        "omni2v3(group=8,residual=16,sink=3)",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.group == 0:
             raise KvjaxError(f"{self}: group=0; expected at least 1")
+        if self.gain != "none" and self.mode != "kivi":
+            raise KvjaxError(f"{self}: gain={self.gain}; expected @kivi, because a token has a scale in @{self.mode}")
         if self.residual == self.default_residual:
             object.__setattr__(self, "residual", None)  # one spec, one name
         self._formats(8 * (self.group or 1))  # the token group fits the residual
@@ -112,7 +119,7 @@ class KV(StoredSpec):
         channels = self.group or (head_dim if self.mode == "token" else largest_divisor(KIVI_GROUP, head_dim))
         keys = ("token", channels) if self.mode == "token" else ("channel", self.token_group)
         of_keys, of_values = fits_of(self.fit)
-        of = self.format(self.key_bits, *keys, of_keys, self.scale)
+        of = self.format(self.key_bits, *keys, of_keys, self.scale, self.gain)
         return of, self.format(self.value_bits, "token", channels, of_values, self.scale)
 
     def tensors(self, shape: LayerShapes) -> list[TensorSpec]:
@@ -182,11 +189,15 @@ class KVCache(StoredCache):
         k = rotate_heads(chunk.k, chunk.rotation) if self.keys_after_rope else chunk.k
         return k, chunk.v
 
+    def stored_form(self, chunk: Chunk) -> Form:
+        """How packed keys and values differ from those of the chunk."""
+        return Form.of(self.spec, chunk)
+
     def append(self, chunk: Chunk, carry: Any) -> tuple[BlockStore, Any]:
-        return self.store.append(self.new_tensors(chunk), chunk, Form.of(self.spec, chunk)), carry
+        return self.store.append(self.new_tensors(chunk), chunk, self.stored_form(chunk)), carry
 
     def attend_packed(self, view: View, chunk: Chunk, carry: Any) -> attention.Partial:
-        form, q, (keys, values) = Form.of(self.spec, chunk), chunk.q, view.packed
+        form, q, (keys, values) = self.stored_form(chunk), chunk.q, view.packed
         table = view.table(chunk) if form.keys.needs_positions else None
         if form.keys.turned and table is None:
             q = turn(q)  # (H q) (H k) = q k: kernels read keys as they are stored
@@ -196,6 +207,6 @@ class KVCache(StoredCache):
     def read_packed(
         self, view: View, chunk: Chunk, carry: Any
     ) -> tuple[Float[Array, "B S K d"], Float[Array, "B S K d"]]:
-        form, (k, v) = Form.of(self.spec, chunk), super().read_packed(view, chunk, carry)
+        form, (k, v) = self.stored_form(chunk), super().read_packed(view, chunk, carry)
         k = form.keys.load(k.swapaxes(1, 2), view.table(chunk)).swapaxes(1, 2)
         return k, form.values(v)

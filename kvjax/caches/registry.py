@@ -19,14 +19,20 @@ from kvjax.caches.floats import FloatKV
 from kvjax.caches.gear import Gear
 from kvjax.caches.grammar import parse_name, split_list
 from kvjax.caches.kv import KV
+from kvjax.caches.kvarn import KVarN
 from kvjax.caches.kvquant import KVQuant
+from kvjax.caches.oscar import Oscar
+from kvjax.caches.turboquant import TurboQuant
 from kvjax.caches.x import X
 from kvjax.caches.xcl import XCL
 from kvjax.checks import show
 from kvjax.errors import KvjaxError
 from kvjax.files import brief
 
-BUILT_IN: tuple[type[CacheSpec], ...] = (Dense, KV, X, XCL, FloatKV, Gear, KVQuant, Aqua)
+BUILT_IN: tuple[type[CacheSpec], ...] = (
+    *(Dense, KV, X, XCL, FloatKV),
+    *(TurboQuant, Oscar, KVarN, Gear, KVQuant, Aqua),
+)
 GROUP = "kvjax.caches"  # of entry points: each names a CacheSpec class
 
 Method = TypeVar("Method", bound=type[CacheSpec])

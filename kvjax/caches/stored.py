@@ -26,6 +26,7 @@ from kvjax.ops.key_form import Table
 from kvjax.ops.rotate import rotate_heads
 from kvjax.ops.shards import by_tokens, first_token
 from kvjax.quant.affine import BITS, Fit
+from kvjax.quant.gains import Gain
 
 Tensors = Sequence[Float[Array, "B N G W"]]
 
@@ -53,6 +54,12 @@ class TensorSpec:
     heads: int
     width: int
     axis: str | None = "kv_heads"
+
+    @property
+    def bits_asymptotic(self) -> float:
+        """Bits per element, counting everything that is kept beside codes."""
+        gains = self.format.gain_bits(self.width) if isinstance(self.format, store.Format) else 0
+        return self.format.bits_asymptotic + gains
 
 
 class View(NamedTuple):
@@ -393,7 +400,7 @@ class StoredSpec(CacheSpec):
 
     def bits_asymptotic(self, shape: LayerShapes) -> float:
         elements = 2 * shape.kv_heads * shape.head_dim
-        return sum(t.format.bits_asymptotic * t.heads * t.width for t in self.tensors(shape)) / elements
+        return sum(t.bits_asymptotic * t.heads * t.width for t in self.tensors(shape)) / elements
 
     def init(self, shape: CacheShape) -> StoredCache:
         shape = shape if self.forgets else dataclasses.replace(shape, window=None)
@@ -412,7 +419,9 @@ class StoredSpec(CacheSpec):
         names = [name for name, kinds in fields.kinds(type(self)).items() if Width in kinds]
         return dataclasses.replace(self, **{name: change(getattr(self, name)) for name in names})
 
-    def format(self, bits: int, per: str, group: int, fit: Fit = "minmax", scale_bits: int = 16) -> store.Format:
+    def format(
+        self, bits: int, per: str, group: int, fit: Fit = "minmax", scale_bits: int = 16, gain: Gain = "none"
+    ) -> store.Format:
         """How a tensor is packed in blocks of R tokens. Raises KvjaxError for groups that do not fit R."""
         r = self.residual_length
         if self.residual is None and r % 8 and getattr(self, "group", None) == r:
@@ -420,7 +429,7 @@ class StoredSpec(CacheSpec):
                 f"{self}: group={r}; expected a multiple of 8, or a residual that is one of 8 and of the group"
             )
         try:
-            return store.Format(bits, per, group, self.residual_length, fit, scale_bits)
+            return store.Format(bits, per, group, self.residual_length, fit, scale_bits, gain)
         except KvjaxError as error:
             raise KvjaxError(f"{self}: {error}") from None
 

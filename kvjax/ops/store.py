@@ -2,7 +2,8 @@
 
 The layout is that of pallas_kernels/layout.py: codes [B, K, rows, D], planar along the tokens of a packing block, so
 that a block unpacks with a shift and a mask of whole rows; scales and zero points [B, K, D/group, S] per token,
-[B, K, S/group, D] per channel, in float16 or a byte each. A single token is written by replacing its bits in
+[B, K, S/group, D] per channel, in float16 or a byte each; gains of tokens [B, K, 1, S] per channel, of channels
+[B, K, S/R, D] per token. A single token is written by replacing its bits in
 the bytes of its packing block.
 B batch, K kv heads, S allocated tokens, D head_dim.
 """
@@ -24,9 +25,10 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 from kvjax.errors import KvjaxError
 from kvjax.ops.dispatch import dispatch
 from kvjax.quant import affine, packing, scales
+from kvjax.quant.gains import Gain, gains_of
 from pallas_kernels import layout
 from pallas_kernels.layout import EXACT
-from pallas_kernels.quantize_pack import quantize_pack
+from pallas_kernels.quantize_pack import FITS, quantize_pack
 
 PACK = 32  # tokens per packing block where tokens are written one by one
 
@@ -42,6 +44,7 @@ class Format:
       residual_length: tokens written together; 0 where tokens are written one by one.
       fit: how scales and zero points are chosen, see `affine.quantize`; no reader needs to know.
       scale_bits: bits of a scale and of a zero point, 16 or 8 (kvjax/quant/scales.py).
+      gain: what blocks are divided by before they are quantised (kvjax/quant/gains.py).
     """
 
     bits: int
@@ -50,10 +53,13 @@ class Format:
     residual_length: int
     fit: affine.Fit = "minmax"
     scale_bits: int = 16
+    gain: Gain = "none"
 
     def __post_init__(self) -> None:
         if self.residual_length % 8:
             raise KvjaxError(f"residual {self.residual_length}: expected a multiple of 8")
+        if self.gain != "none" and self.residual_length == 0:
+            raise KvjaxError("residual 0: expected a positive one, because gains are of blocks")
         if self.per == "channel" and (self.residual_length == 0 or self.residual_length % self.group):
             raise KvjaxError(
                 f"residual {self.residual_length}: expected a positive multiple of the token group {self.group}"
@@ -70,8 +76,17 @@ class Format:
 
     @property
     def bits_asymptotic(self) -> float:
-        """Bits per element, scale and zero point included."""
+        """Bits per element, scale and zero point included, gains not."""
         return self.bits if self.bits == EXACT else self.bits + 2 * self.scale_bits / self.group
+
+    @property
+    def has_gain(self) -> bool:
+        """Whether gains are stored: not of exact values."""
+        return self.gain != "none" and self.bits != EXACT
+
+    def gain_bits(self, width: int) -> float:
+        """Bits of gains per element of a tensor of `width` channels."""
+        return 16 / (width if self.per == "channel" else self.residual_length) if self.has_gain else 0
 
     @property
     def levels(self) -> Float[Array, ""]:
@@ -139,12 +154,13 @@ class RowStore:
 
 @struct.dataclass
 class PackedStore:
-    """The history in packed form: byte planes (or the exact values), scales and zero points."""
+    """The history in packed form: byte planes (or the exact values), scales, zero points and gains."""
 
     planes: tuple[Array, ...]
     scale: Any  # Array, None where exact; zero likewise
     zero: Any
     format: Format = struct.field(pytree_node=False)
+    gain: Any = None  # Array, None where the format has none
 
     @property
     def tokens(self) -> int:
@@ -173,6 +189,7 @@ class UnpackedStore:
     zero: Array
     levels: Float[Array, ""]  # 2^b - 1
     format: Format = struct.field(pytree_node=False)  # of any width: `levels` gives the actual one
+    gain: Any = None
 
     @property
     def tokens(self) -> int:
@@ -202,11 +219,13 @@ def for_kernels(stored: Stored) -> layout.Packed:
       The packed tensor.
 
     Raises:
-      NotImplementedError: the history is not a `PackedStore` one.
+      NotImplementedError: the history is not a `PackedStore` one, or has gains.
     """
     if not isinstance(stored, PackedStore):
         kind = type(stored.format).__name__ if isinstance(stored, RowStore) else "codes whose width is data"
         raise NotImplementedError(f"{kind}; kernels read the packed layout, of a width that is known")
+    if stored.gain is not None:
+        raise NotImplementedError("gains of tokens or channels; kernels read scales and zero points alone")
     form, wide = stored.format, stored.widened(stored.scale, stored.zero)
     return layout.Packed(stored.planes, *wide, form.bits, form.per, form.group, form.pack_size)
 
@@ -222,7 +241,7 @@ def unpacked(packed: PackedStore, levels: Float[Array, ""]) -> UnpackedStore:
       The history with one byte per code.
     """
     codes = read_tile(packed, 0, packed.tokens, jnp.uint8).codes
-    return UnpackedStore(codes, *packed.widened(packed.scale, packed.zero), levels, packed.format)
+    return UnpackedStore(codes, *packed.widened(packed.scale, packed.zero), levels, packed.format, packed.gain)
 
 
 def capacity(max_len: int, *formats: AnyFormat, block: int = 1, parts: int = 1) -> int:
@@ -268,7 +287,9 @@ def init(format: AnyFormat, batch: int, kv_heads: int, tokens: int, head_dim: in
     planes = tuple(rows(tokens * width // 8, head_dim, jnp.uint8) for width in packing.PLANES[format.bits])
     groups = (head_dim // format.group, tokens) if format.per == "token" else (tokens // format.group, head_dim)
     of_scales = jnp.uint8 if format.scale_bits == 8 else jnp.float16
-    return PackedStore(planes, rows(*groups, of_scales), rows(*groups, of_scales), format)
+    gains = (1, tokens) if format.per == "channel" else (tokens // max(format.residual_length, 1), head_dim)
+    gain = rows(*gains, jnp.float16) if format.has_gain else None
+    return PackedStore(planes, rows(*groups, of_scales), rows(*groups, of_scales), format, gain)
 
 
 def logical_axes(packed: Stored, heads: str | None, tokens: str | None = "tokens") -> Stored:
@@ -285,10 +306,11 @@ def logical_axes(packed: Stored, heads: str | None, tokens: str | None = "tokens
     rows, last = PartitionSpec("batch", heads, tokens), PartitionSpec("batch", heads, None, tokens)
     if isinstance(packed, RowStore):
         return RowStore((rows,) * len(packed.kept), packed.format)  # type: ignore[arg-type]
-    scale = None if packed.scale is None else last if packed.format.per == "token" else rows
+    of_scales, of_gains = (last, rows) if packed.format.per == "token" else (rows, last)
+    scale, gain = None if packed.scale is None else of_scales, None if packed.gain is None else of_gains
     if isinstance(packed, UnpackedStore):
-        return UnpackedStore(rows, scale, scale, PartitionSpec(), packed.format)  # type: ignore[arg-type]
-    return PackedStore((rows,) * len(packed.planes), scale, scale, packed.format)  # type: ignore[arg-type]
+        return UnpackedStore(rows, scale, scale, PartitionSpec(), packed.format, gain)  # type: ignore[arg-type]
+    return PackedStore((rows,) * len(packed.planes), scale, scale, packed.format, gain)  # type: ignore[arg-type]
 
 
 def write_tokens(
@@ -380,24 +402,36 @@ def write_blocks(
     if isinstance(packed, UnpackedStore):
         counted = mask[:, :, None, :, None]
         how = format.group_axis, format.group, counted, format.fit, format.scale_bits
-        q = affine.quantize_to(blocks, packed.levels, *how)
+        even, gain = _evened(blocks, mask, format)
+        q = affine.quantize_to(even, packed.levels, *how)
         codes, scale, zero = _put_rows(packed.codes, q.codes, index), *_put_scales(packed, q.scale, q.zero, index)
-        return dataclasses.replace(packed, codes=codes, scale=scale, zero=zero)
+        return dataclasses.replace(packed, codes=codes, scale=scale, zero=zero, gain=_put_gain(packed, gain, index))
     if format.bits == EXACT:
         return dataclasses.replace(packed, planes=(_put_rows(packed.planes[0], blocks, index),))
 
     def encode():
-        return _encode_blocks(blocks, mask, format)
+        even, gain = _evened(blocks, mask, format)
+        return *_encode_blocks(even, mask, format), gain
 
     # Most steps of a decode complete no block. The condition spans the small new rows only: XLA copies whatever
     # a conditional returns, and would copy the history.
     nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(encode))
-    planes, scale, zero = jax.lax.cond(
+    planes, scale, zero, gain = jax.lax.cond(
         (index * format.residual_length < packed.tokens).any(), encode, lambda: nothing
     )
     planes = tuple(_put_rows(old, new, index) for old, new in zip(packed.planes, planes, strict=True))
     scale, zero = _put_scales(packed, scale, zero, index)
-    return dataclasses.replace(packed, planes=planes, scale=scale, zero=zero)
+    return dataclasses.replace(packed, planes=planes, scale=scale, zero=zero, gain=_put_gain(packed, gain, index))
+
+
+def _evened(
+    blocks: Float[Array, "B N K R D"], mask: Bool[Array, "B N R"], format: Format
+) -> tuple[Float[Array, "B N K R D"], Any]:
+    """Blocks divided by their gains, and the gains, as `gains_of` gives them; None where the format has none."""
+    if not format.has_gain:
+        return blocks, None
+    gain = gains_of(blocks, mask[:, :, None, :, None], format.per, format.gain)
+    return blocks / gain.astype(jnp.promote_types(blocks.dtype, jnp.float32)), gain
 
 
 def _encode_blocks(
@@ -414,7 +448,7 @@ def _encode_blocks(
     def kernel(name: str, interpret: bool, blocks: Array, mask: Array):
         if format.scale_bits == 8:
             raise NotImplementedError("scales in 8 bits; kernels write float16")
-        if format.fit in ("unbiased", "integer"):
+        if format.fit not in FITS:
             raise NotImplementedError(
                 f"fit={format.fit}; kernels take scales from minimum and maximum or the squared error"
             )
@@ -437,6 +471,16 @@ def _put_scales(
     at = _rows(index, packed.format.residual_length)
     scale, zero = (a.swapaxes(2, 3).reshape(*at.shape, a.shape[2], a.shape[4]) for a in (scale, zero))
     return _put_last(packed.scale, scale, at), _put_last(packed.zero, zero, at)
+
+
+def _put_gain(packed: PackedStore | UnpackedStore, gain: Any, index: Int[Array, "B N"]) -> Any:
+    """Stores gains of blocks, [B, N, K, R, 1] per channel or [B, N, K, 1, D] per token; None where there are none."""
+    if gain is None:
+        return None
+    if packed.format.per == "token":
+        return _put_rows(packed.gain, gain, index)
+    at = _rows(index, packed.format.residual_length)
+    return _put_last(packed.gain, gain.swapaxes(2, 3).reshape(*at.shape, gain.shape[2], 1), at)
 
 
 def _put(store: Array, rows: Float[Array, "B T K W"], positions: Int[Array, "B T"]) -> Array:
@@ -484,7 +528,7 @@ def _get_rows(store: Array, index: Int[Array, "B N"], rows: int) -> Array:
 
 @struct.dataclass
 class Tile:
-    """n tokens of a history: x = codes * scale + zero.
+    """n tokens of a history: x = codes * scale + zero, times the gain.
 
     Attributes:
       codes: the codes; the values themselves where they are exact.
@@ -493,6 +537,7 @@ class Tile:
       zero: zero points, like `scale`.
       axis: -1 where groups lie along channels, -2 where they lie along tokens.
       group: elements of a group.
+      gain: [B, K, n, 1] or [B, K, n, D]; None where there is none.
     """
 
     codes: Float[Array, "B K n D"]
@@ -500,18 +545,21 @@ class Tile:
     zero: Any = None
     axis: int = struct.field(pytree_node=False, default=-1)
     group: int = struct.field(pytree_node=False, default=1)
+    gain: Any = None
 
     @property
     def scale_per_token(self) -> bool:
         """Whether a token has one scale and zero point per head, which then fold into scores and probabilities."""
-        return self.scale is not None and self.axis == -1 and self.group == self.codes.shape[-1]
+        whole = self.axis == -1 and self.group == self.codes.shape[-1]
+        return self.scale is not None and self.gain is None and whole
 
     def dequantize(self) -> Float[Array, "B K n D"]:
         if self.scale is None:
             return self.codes
         scale, zero = (a.swapaxes(2, 3) if self.axis == -1 else a for a in (self.scale, self.zero))
         q = affine.Quantized(self.codes, scale, zero)
-        return affine.dequantize(q, self.axis, self.group, self.codes.dtype)
+        x = affine.dequantize(q, self.axis, self.group, self.codes.dtype)
+        return x if self.gain is None else x * self.gain.astype(x.dtype)
 
 
 def read_tile(packed: Stored, start: Int[Array, ""] | int, size: int, dtype) -> Tile:
@@ -552,4 +600,9 @@ def _tile(rows: Callable[..., Array], packed: PackedStore | UnpackedStore, codes
     scale, zero = rows(packed.scale, *where), rows(packed.zero, *where)
     if isinstance(packed, PackedStore):
         scale, zero = packed.widened(scale, zero)
-    return Tile(codes, scale, zero, format.group_axis, format.group)
+    gain = packed.gain
+    if gain is not None and format.per == "channel":
+        gain = rows(gain, 1, 1, 3).swapaxes(2, 3)
+    elif gain is not None:
+        gain = jnp.repeat(rows(gain, 1, format.residual_length), format.residual_length, 2)
+    return Tile(codes, scale, zero, format.group_axis, format.group, gain)

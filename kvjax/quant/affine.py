@@ -3,7 +3,7 @@
 z = min and s = (max - min) / (2^b - 1) of each group, in float32, rounded to float16 first; then
 code = clip(round((x - z) / s), 0, 2^b - 1), round half to even, and x̂ = s * code + z. s = 0 gives code 0.
 
-With another `fit`, s and z are searched instead (kvjax/quant/fit.py): what is stored and how it is read stay
+With another `fit`, s and z are chosen otherwise (kvjax/quant/fit.py): what is stored and how it is read stay
 the same. With `scale_bits` of 8 they are rounded further (kvjax/quant/scales.py), to numbers that take 8 bits each.
 
 float16 bounds what can be told apart: s below 3e-8 becomes 0 and z is a multiple of 6e-8, so groups that are smaller
@@ -20,11 +20,11 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Float16, UInt8
 
 from kvjax.errors import KvjaxError
-from kvjax.quant.fit import least_squares, unbiased
+from kvjax.quant.fit import least_squares, normal, unbiased, with_length, whole_steps
 from kvjax.quant.scales import divide, storable
 
 BITS = (1, 2, 3, 4, 5, 6, 8)
-Fit = Literal["minmax", "mse", "unbiased", "integer"]  # how the scale and the zero point of a group are chosen
+Fit = Literal["minmax", "mse", "unbiased", "normal", "integer"]  # how scale and zero point of a group are chosen
 
 
 @struct.dataclass
@@ -64,8 +64,8 @@ def quantize(
       mask: broadcastable to x. Entries where it is False do not count towards minima and maxima, and their codes mean
         nothing.
       fit: "minmax"; "mse" for the least squared error that `least_squares` finds; "unbiased" for the same codes with
-        the scales of `unbiased`; "integer" for zero points that are whole numbers of scales, min(x) / s rounded, as
-        in KVTuner's public code.
+        the scales of `unbiased`; "normal" for the levels of `normal`, scaled by `with_length`; "integer" for zero
+        points that are whole numbers of scales, min(x) / s rounded, as in KVTuner's public code.
       scale_bits: 16, or 8 for scales and zero points that take 8 bits each.
 
     Returns:
@@ -112,9 +112,10 @@ def quantize_to(
     counted = None if mask is None else _split(jnp.broadcast_to(mask, x.shape), axis, group)
     scale, zero = _from_range(grouped, counted, levels, axis, scale_bits)
     if fit == "integer":
-        s, z = scale.astype(jnp.float32), zero.astype(jnp.float32)
-        whole = jnp.where(s == 0, z, jnp.round(divide(z, jnp.where(s == 0, 1.0, s))) * s)
-        scale, zero = (a.astype(jnp.float16) for a in storable(s, whole, levels, scale_bits))
+        scale, zero = whole_steps(scale, zero, levels, scale_bits)
+    elif fit == "normal":
+        wide = _split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis, group)
+        scale, zero = normal(wide, counted, levels, axis, scale_bits)
     elif fit != "minmax":
         scale, zero = least_squares(grouped, counted, levels, axis, scale, zero, scale_bits)
     s, z = scale.astype(jnp.float32), zero.astype(jnp.float32)
@@ -122,6 +123,8 @@ def quantize_to(
     codes = jnp.where(s == 0, 0.0, jnp.clip(codes, 0, levels)).astype(jnp.uint8)
     if fit == "unbiased":
         scale, zero = unbiased(grouped, counted, levels, axis, scale, zero, scale_bits)
+    elif fit == "normal":
+        scale, zero = with_length(wide, counted, levels, axis, codes, scale_bits)
     return Quantized(codes.reshape(x.shape), scale.squeeze(axis), zero.squeeze(axis))
 
 

@@ -92,3 +92,13 @@ def hadamard(size: int) -> Float[np.ndarray, "n n"]:
     index = np.arange(size)
     odd = np.bitwise_count(index[:, None] & index) % 2
     return (1.0 - 2.0 * odd) / np.sqrt(size)
+
+
+def block_hadamard(size: int) -> Float[np.ndarray, "n n"]:
+    """Builds Hadamard matrices along the diagonal, as large as the largest power of two that divides the size.
+
+    Args:
+      size: rows and columns n.
+    """
+    block = size & -size
+    return np.kron(np.eye(size // block), hadamard(block))

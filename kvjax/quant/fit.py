@@ -1,4 +1,4 @@
-"""Scales and zero points that are fitted to their groups instead of taken from minimum and maximum."""
+"""Scales and zero points that are chosen otherwise than from minimum and maximum."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float16
+from jaxtyping import Array, Bool, Float, Float16, UInt8
 
+from kvjax.quant.normal import uniform_step
 from kvjax.quant.scales import divide, storable
 from pallas_kernels.quantize_pack import least_squares as search
 
@@ -71,6 +72,78 @@ def unbiased(
     wide, shifted = storable(*stretched, levels, scale_bits)
     fits = jnp.isfinite(wide) & jnp.isfinite(shifted)
     return jnp.where(fits, wide, s).astype(jnp.float16), jnp.where(fits, shifted, z).astype(jnp.float16)
+
+
+def normal(
+    x: Float[Array, "..."],
+    counted: Bool[Array, "..."] | None,
+    levels: Float[Array, ""],
+    axis: int,
+    scale_bits: int = 16,
+) -> tuple[Float16[Array, "..."], Float16[Array, "..."]]:
+    """Scales and zero points whose levels, symmetric about 0, are the best for normal numbers as large as x.
+
+    Args:
+      x: groups along `axis`, in float32 or wider.
+      counted: as in `least_squares`, like all others.
+      levels: the largest code.
+      axis: the axis of a group's entries.
+      scale_bits: 16 or 8.
+
+    Returns:
+      Scales and zero points to take codes with.
+    """
+    steps = jnp.asarray([uniform_step(bits) for bits in range(1, 9)], jnp.float32)
+    step = steps[jnp.round(jnp.log2(levels + 1)).astype(jnp.int32) - 1]
+    count = x.shape[axis] if counted is None else jnp.maximum(counted.sum(axis, keepdims=True), 1)
+    return _symmetric(step * _length(x, counted, axis) / jnp.sqrt(count), levels, scale_bits)
+
+
+def with_length(
+    x: Float[Array, "..."],
+    counted: Bool[Array, "..."] | None,
+    levels: Float[Array, ""],
+    axis: int,
+    codes: UInt8[Array, "..."],
+    scale_bits: int = 16,
+) -> tuple[Float16[Array, "..."], Float16[Array, "..."]]:
+    """Scales and zero points with which what is read is as long as x: TurboQuant's correction, made at the write.
+
+    Args:
+      x: as in `normal`, like all others.
+      counted: which entries count.
+      levels: the largest code.
+      axis: the axis of a group's entries.
+      codes: taken with the scales of `normal`.
+      scale_bits: 16 or 8.
+    """
+    lengths = (_length(a, counted, axis) for a in (x, codes.astype(x.dtype) - levels / 2))
+    return _symmetric(divide(*lengths), levels, scale_bits)
+
+
+def _length(x: Float[Array, "..."], counted: Bool[Array, "..."] | None, axis: int) -> Float[Array, "..."]:
+    squares = jnp.square(x) if counted is None else jnp.where(counted, jnp.square(x), 0)
+    return jnp.sqrt(squares.sum(axis, keepdims=True))
+
+
+def _symmetric(
+    scale: Float[Array, "..."], levels: Float[Array, ""], scale_bits: int
+) -> tuple[Float16[Array, "..."], Float16[Array, "..."]]:
+    """Scales and the zero points that put the levels symmetrically about 0; NaN where they do not fit."""
+    scale = scale.astype(jnp.float32)
+    stored = storable(scale, -scale * levels / 2, levels, scale_bits)
+    fits = jnp.isfinite(stored[0]) & jnp.isfinite(stored[1])
+    return tuple(jnp.where(fits, a, jnp.nan).astype(jnp.float16) for a in stored)  # type: ignore[return-value]
+
+
+def whole_steps(
+    scale: Float16[Array, "..."], zero: Float16[Array, "..."], levels: Float[Array, ""], scale_bits: int = 16
+) -> tuple[Float16[Array, "..."], Float16[Array, "..."]]:
+    """The same scales with zero points that are whole numbers of them, the nearest; all as in `least_squares`."""
+    s, z = scale.astype(jnp.float32), zero.astype(jnp.float32)
+    whole = jnp.where(s == 0, z, jnp.round(divide(z, jnp.where(s == 0, 1.0, s))) * s)
+    wide, shifted = storable(s, whole, levels, scale_bits)
+    return wide.astype(jnp.float16), shifted.astype(jnp.float16)
 
 
 def _sums_of(
