@@ -20,7 +20,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Float16, UInt8
 
 from kvjax.errors import KvjaxError
-from kvjax.quant.fit import least_squares, normal, unbiased, with_length, whole_steps
+from kvjax.quant.fit import least_squares, normal, unbiased, whole_steps, with_length
 from kvjax.quant.scales import divide, storable
 
 BITS = (1, 2, 3, 4, 5, 6, 8)
