@@ -9,6 +9,7 @@ import pytest
 from ml_collections import config_dict
 
 import kvjax
+from configs import frontier
 from configs.quality import get_config
 from experiments import quality
 from kvjax.checkpoints.load import read_config
@@ -40,6 +41,19 @@ def test_every_family_of_the_study_has_its_forms_under_all_conditions() -> None:
         same = case.plan.bits_asymptotic == case.plain.bits_asymptotic
         assert same or "scale=8" in str(case.plan)
         assert case.condition == "stored" or spec.residual_length == 64
+
+
+@pytest.mark.parametrize("variant", ["equal", "authors"])
+def test_the_frontiers_methods_have_equal_tokens(variant: str) -> None:
+    """All methods at all bits; under `stored` and `exact` with the same sinks, and read by the same control."""
+    config = frontier.get_config(variant)
+    found = quality.cases(config, read_config("smollm2-135m"))
+    assert len(found) == len(config.conditions) * 3 * (1 + len(frontier.METHODS))
+    assert len({case.plain for case in found}) == len(config.conditions) * 3
+    for case in found if variant == "equal" else ():
+        spec = case.plan.specs[-1]
+        assert spec.sink == (0 if case.condition == "stored" else 4)
+        assert case.condition == "stored" or spec.residual_length == 128
 
 
 def test_a_form_may_be_another_cache(config: config_dict.ConfigDict) -> None:
