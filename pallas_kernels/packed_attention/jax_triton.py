@@ -107,8 +107,8 @@ def defaults(q: Float[Array, "B T H D"], keys: Packed, values: Packed) -> dict[s
     """Chooses block, splits, warps and stages.
 
     Sub-tiles have 64 tokens. They have fewer where registers would spill, because all bytes of a block are held at
-    once: for many queries, float32, two planes or unequal widths. Exact values have 32, so that three blocks fit shared
-    memory.
+    once: for many queries, float32, two planes or unequal widths. Exact values have 32, so that three blocks fit
+    shared memory.
 
     Args:
       q: queries.
