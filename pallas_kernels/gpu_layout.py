@@ -45,11 +45,6 @@ def cores() -> int:
     return getattr(device(), "core_count", CORES)
 
 
-def is_ampere() -> bool:
-    """Whether the GPU is of capability 8, on which kernels near 255 registers spill more."""
-    return getattr(device(), "compute_capability", "").startswith("8.")
-
-
 def splits_of(programs: int, blocks: int, slots: int, least: int = 2) -> int:
     """Chooses into how many parts sequences are split, so that whole waves of programs fill the GPU.
 

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from pallas_kernels.gpu_layout import LIFT, LOG2_E, Cut, GpuTensor, cores, cut, is_ampere, quotient, splits_of
+from pallas_kernels.gpu_layout import LIFT, LOG2_E, Cut, GpuTensor, cores, cut, quotient, splits_of
 from pallas_kernels.layout import MASKED, Packed, by_kv_head, by_query
 from pallas_kernels.remat_attention.weights import Rebuild
 from pallas_kernels.triton_common import (
@@ -42,6 +42,7 @@ TOKENS = 128  # of a block whose keys are rebuilt
 DEPTH = 32  # channels of rows multiplied at a time; with more, registers spill on A100
 RESIDENT = 2  # programs of the second kernel that a multiprocessor holds at least, by its registers
 LEAST = 4  # blocks of a part of the second kernel at least: parts of its output are summed afterwards
+STAGES = 3  # of loops: with 2, copies into shared memory are awaited as soon as they are issued
 CARRIED = 16  # query rows of a program of the second kernel for which it carries scales; with 32, B200 spills 9 KB
 WIDE = 128  # channels of a tile of weighted rows or of a reconstruction
 
@@ -154,14 +155,9 @@ def reconstruct(
         out_specs=spec,
         out_shape=jax.ShapeDtypeStruct(below.shape, below.dtype),
         input_output_aliases={0: 0},
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=_stages()),
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=STAGES),
         interpret=interpret,
     )(below, delta, up, until.astype(jnp.int32))
-
-
-def _stages() -> int:
-    """Stages of loops: with 2, copies are awaited as soon as they are issued. With 3, registers spill on Ampere."""
-    return 2 if is_ampere() else 3
 
 
 def _cut(stored: GpuTensor, tokens: int) -> Cut:
@@ -213,7 +209,7 @@ def _score(
             jax.ShapeDtypeStruct((batch, kv_heads, blocks, rows), jnp.float32),
             jax.ShapeDtypeStruct((batch, kv_heads, blocks, rows), jnp.float32),
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=_stages()),
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=STAGES),
         interpret=plan.interpret,
     )(q, start, stop, keys, rebuild.up.astype(plan.dtype), rebuild.cos, rebuild.sin, *tables)
 
@@ -327,7 +323,7 @@ def _weigh_rows(
         ],
         out_specs=own(plan.splits, rows, width),
         out_shape=jax.ShapeDtypeStruct((batch, groups, plan.splits, rows, width), jnp.float32),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=_stages()),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=STAGES),
         interpret=plan.interpret,
     )(scores, lse, values, start, stop)
     return output.sum(2)
