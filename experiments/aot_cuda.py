@@ -39,6 +39,7 @@ from kvjax import records
 from kvjax.caches.grammar import split_list
 from kvjax.errors import KvjaxError
 from kvjax.files import brief
+from pallas_kernels import gpu_layout
 from pallas_kernels.packed_attention import jax_triton
 from pallas_kernels.packed_attention import triton as packed_attention
 from pallas_kernels.quantize_pack import triton as quantize_pack
@@ -205,7 +206,8 @@ def _compile(target: str, case: Case, dump: Path) -> dict[str, Any]:
     sharding = SingleDeviceSharding(topology.devices[0])
     shaped = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), case.arguments)
     began = time.perf_counter()
-    compiled = jax.jit(case.function, donate_argnums=case.donated).lower(*shaped).compile()
+    with mock.patch.object(gpu_layout, "device", lambda: topology.devices[0]):
+        compiled = jax.jit(case.function, donate_argnums=case.donated).lower(*shaped).compile()
     seconds = time.perf_counter() - began
     memory: Any = compiled.memory_analysis()
     shared = dict(re.findall(r"(\S+) grid: .*shared_memory: (\d+)", _read(dump.glob("*thunk_sequence.txt"))))

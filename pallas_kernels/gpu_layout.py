@@ -26,9 +26,14 @@ SMALLEST = 16  # the smallest size of the summed axis on a tensor core
 BYTES = 0x01010101  # a mask of one byte, times this, masks the four bytes of a register
 
 
+def device() -> jax.Device:
+    """Returns the device that kernels are planned for; programs that compile for another one put it here."""
+    return jax.devices()[0]
+
+
 def check_gpu() -> None:
     """Raises NotImplementedError unless the GPU is one for which Triton compiles these kernels."""
-    found = getattr(jax.devices()[0], "compute_capability", "unknown")
+    found = getattr(device(), "compute_capability", "unknown")
     if not re.fullmatch(r"\d+\.\d+", found) or float(found) < CAPABILITY:
         raise NotImplementedError(
             f"a GPU of capability {found}; kernels are for NVIDIA's, of {CAPABILITY} (Ampere) and above"
@@ -37,7 +42,7 @@ def check_gpu() -> None:
 
 def cores() -> int:
     """Returns how many multiprocessors the GPU has."""
-    return getattr(jax.devices()[0], "core_count", CORES)
+    return getattr(device(), "core_count", CORES)
 
 
 def splits_of(programs: int, blocks: int, slots: int, least: int = 2) -> int:

@@ -159,7 +159,7 @@ def folded_scales(scale, zero, stored: tl.constexpr, cut: tl.constexpr, head, bl
         for tile in tl.static_range(tiles):
             x = load_scales(scale, stored, cut, tile * cut.run, head, block, low, end)
             y = load_scales(zero, stored, cut, tile * cut.run, head, block, low, end)
-            held = held + (x, y)  # noqa: RUF005
+            held = held + (x, y)  # type: ignore[assignment]  # noqa: RUF005
     return held
 
 

@@ -42,7 +42,8 @@ TOKENS = 128  # of a block whose keys are rebuilt
 DEPTH = 32  # channels of rows multiplied at a time; with more, registers spill on A100
 RESIDENT = 2  # programs of the second kernel that a multiprocessor holds at least, by its registers
 LEAST = 4  # blocks of a part of the second kernel at least: parts of its output are summed afterwards
-STAGES = 3  # of loops: with 2, copies into shared memory are awaited right after they are issued
+STAGES = 3  # of loops: with 2, copies into shared memory are awaited as soon as they are issued
+CARRIED = 16  # query rows of a program of the second kernel for which it carries scales; with 32, B200 spills 9 KB
 WIDE = 128  # channels of a tile of weighted rows or of a reconstruction
 
 
@@ -356,7 +357,7 @@ def _weigh_kernel(
     blocks = Blocks(values, plan.values, plan.value_cut, plan.interpret, visible)
 
     def load_scales(tiles: SubTiles) -> None:
-        for tile in () if exact else range(plan.value_cut.tiles):
+        for tile in range(plan.value_cut.tiles) if not exact and plan.columns <= CARRIED else ():
             tiles.load_scales(tile, piece, piece.groups)
 
     def step(block, carry):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -86,3 +88,43 @@ def test_blocks_fetched_ahead_fit_shared_memory(head_dim: int, bits: int, stages
     settings = triton.defaults(*arguments(1, 4096, bits, head_dim))
     assert settings["num_stages"] == stages
     assert (stages - 1) * settings["block"] * 2 * head_dim * bits // 8 < 99 << 10
+
+
+ROWS = [json.loads(line) for line in (Path(__file__).parents[2] / "results/aot-cuda.jsonl").read_text().splitlines()]
+COUNTED = [
+    (row["op"], row["mode"], row["bits"], row["target"], kernel)
+    for row in ROWS
+    for kernel in row["kernels"]
+    if "copy_distance" in kernel
+]
+
+
+def counted(op: str, targets: str = "a100,h100,b200"):
+    found = [entry for entry in COUNTED if entry[0] == op and entry[3] in targets.split(",")]
+    return [pytest.param(*entry, id="-".join(entry[:4])) for entry in found]
+
+
+@pytest.mark.parametrize(("op", "mode", "bits", "target", "kernel"), counted("packed_attention"))
+def test_compiled_pallas_kernels_load_ahead(op: str, mode: str, bits: str, target: str, kernel: dict) -> None:
+    assert kernel["spill_stores"] == kernel["spill_loads"] == 0
+    assert kernel["waits"] <= 1 and kernel["copy_distance"] >= 280
+    assert kernel["load_distance"] is None or kernel["load_distance"] >= 300
+    light = mode == "token" and bits in ("8/8", "4/4", "2/2")
+    assert kernel["resident"] >= (triton.LIGHT if light else triton.gpu.RESIDENT)
+    assert kernel["per_element"] <= {"8/8": 6.6, "4/4": 5.0, "2/2": 4.6, "16/16": 2.4}[bits]
+
+
+@pytest.mark.parametrize(
+    ("op", "mode", "bits", "target", "kernel"), counted("packed_attention_jax_triton", "a100,h100")
+)
+def test_compiled_jax_triton_kernels_copy_ahead(op: str, mode: str, bits: str, target: str, kernel: dict) -> None:
+    """On B200 its products are asynchronous, and the distance from copies to waits does not tell."""
+    assert kernel["spill_stores"] == kernel["spill_loads"] == 0
+    assert kernel["copy_distance"] >= 240 and kernel["resident"] >= triton.gpu.RESIDENT
+    assert kernel["waits"] <= (1 if mode != "kivi32" else 9)
+
+
+@pytest.mark.parametrize("target", ["a100", "h100", "b200"])
+def test_compiled_kernels_are_counted_on_every_gpu(target: str) -> None:
+    found = {entry[:3] for entry in COUNTED if entry[3] == target}
+    assert len(found) >= 16
