@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -60,6 +61,17 @@ WIDTH = 7  # tokens of a chunk that divides nothing
 WINDOW = 9
 WINDOW_SHAPE = dataclasses.replace(SHAPE, window=WINDOW)
 Chunks = Iterable[tuple[np.ndarray, np.ndarray]]
+
+
+@pytest.fixture(autouse=True)
+def programs_of_some_tests() -> Iterator[None]:
+    """Frees what tests compiled: each program takes memory maps, and where Linux has no more XLA crashes."""
+    yield
+    if next(COUNT) % 50 == 0:
+        jax.clear_caches()
+
+
+COUNT = itertools.count(1)  # of the tests that ran
 
 
 # ---- a plan's layers, fed
