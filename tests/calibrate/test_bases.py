@@ -43,14 +43,14 @@ def test_made_once_and_read_back(tiny: Model, kept: Path, monkeypatch: pytest.Mo
 def test_two_programs_make_them_at_once(tiny: Model, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that is later takes what is there."""
     plan = kvjax.plan(tiny, "x4@latent(group=8)")
-    write, made = module._write, []
+    write, made = module.write_layer, []
 
     def overtaken(folder: Path, layer: int, tree: object) -> None:
-        monkeypatch.setattr(module, "_write", write)
+        monkeypatch.setattr(module, "write_layer", write)
         made.append(load_bases(tiny, plan))
         write(folder, layer, tree)
 
-    monkeypatch.setattr(module, "_write", overtaken)
+    monkeypatch.setattr(module, "write_layer", overtaken)
     jax.tree.map(np.testing.assert_array_equal, load_bases(tiny, plan), made[0])
     assert len(list(kept.iterdir())) == 1
 

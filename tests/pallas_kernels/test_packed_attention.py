@@ -87,6 +87,16 @@ def rotated(index: int, key_bits: int, value_bits: int) -> Case:
 
 
 PAIRS = [rotated(index, *pair) for index, pair in enumerate(itertools.product(BITS, BITS))]
+OFTEN = (0, 3)  # by so many places in BITS the widths of a pair differ that interpreters are run with every time
+
+
+def interpreted() -> list[Any]:
+    """All pairs for interpreters, which are slow: each width is run twice every time, other pairs once a week."""
+    rows = itertools.product(range(len(BITS)), repeat=2)
+    rare = [(value - key) % len(BITS) not in OFTEN for key, value in rows]
+    return [
+        pytest.param(case, marks=pytest.mark.weekly if each else ()) for case, each in zip(PAIRS, rare, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("case", PAIRS, ids=lambda case: f"k{case.key_bits}v{case.value_bits}")
