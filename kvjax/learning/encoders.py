@@ -51,10 +51,19 @@ class Encoder(Protocol):
 
 
 @struct.dataclass
-class InputEncoder:
-    """Of `x{b}@latent`: latents of keys and of values."""
+class _Exact:
+    """What encoders share: the way to keys and values."""
 
     weights: Float[Array, "D 2C"]  # [W_k W_v], the norm's weight in them
+
+    def exact(self, unit):
+        return unit @ self.weights
+
+
+@struct.dataclass
+class InputEncoder(_Exact):
+    """Of `x{b}@latent`: latents of keys and of values."""
+
     norm: Float[Array, "D"]
     formats: tuple[Format, ...] = struct.field(pytree_node=False)
 
@@ -65,15 +74,11 @@ class InputEncoder:
         ]
         return jnp.where(kept, jnp.concatenate(parts, 1), self.exact(unit)), below
 
-    def exact(self, unit):
-        return unit @ self.weights
-
 
 @struct.dataclass
-class DeltaEncoder:
+class DeltaEncoder(_Exact):
     """Of `xcl{b}@latent(fold=1)`: latents of X, or of its difference from the layer below."""
 
-    weights: Float[Array, "D 2C"]
     format: Format = struct.field(pytree_node=False)
     delta: bool = struct.field(pytree_node=False)
 
@@ -84,9 +89,6 @@ class DeltaEncoder:
             known = below * gain[0] if gain else below
         x = known + rounded((unit - known) @ down, self.format, counted) @ up
         return jnp.where(counted[:, None], x @ self.weights, self.exact(unit)), x
-
-    def exact(self, unit):
-        return unit @ self.weights
 
 
 def encoder_of(spec: CacheSpec, weights: KVWeights, norm: Array, shape: Any) -> Encoder:
