@@ -63,7 +63,7 @@ def swept(tiny: kvjax.Model, text: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def run(program: str, workdir: Path, *fields: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"experiments.{program}", f"--config=configs/{program}.py"]
+    command = [sys.executable, "-m", f"kvjax.experiments.{program}", f"--config=configs/{program}.py"]
     command += [f"--workdir={workdir}", *(f"--config.{field}" for field in fields)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 

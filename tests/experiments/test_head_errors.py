@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from configs import head_errors as study
-from experiments import head_errors, report
+from kvjax.configs import head_errors as study
+from kvjax.experiments import head_errors, report
 from kvjax.records import read_rows
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

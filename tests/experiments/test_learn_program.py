@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from configs import learn as learn_config
-from experiments import learn
+from kvjax.configs import learn as learn_config
 from kvjax.errors import KvjaxError
+from kvjax.experiments import learn
 
 MODEL = str(Path(__file__).parents[2] / "tests/goldens/qwen3")
 pytestmark = pytest.mark.usefixtures("quick_compilation")

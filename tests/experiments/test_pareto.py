@@ -10,7 +10,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments import pareto
+from kvjax.experiments import pareto
 
 DENSE = {"model": "m", "text": "t", "windows": 2, "context": 8, "protocol": "parallel", "cache": "dense", "nll": 3.0}
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from experiments import report
-from experiments.sources import check_clean, describe_source
 from kvjax.errors import KvjaxError
+from kvjax.experiments import report
+from kvjax.experiments.sources import check_clean, describe_source
 from kvjax.records import read_rows
 
 PAGE = "before\n<!-- t -->\nold\n<!-- end -->\nafter\n"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from configs import roofline as study
-from experiments import report, roofline
+from kvjax.configs import roofline as study
 from kvjax.errors import KvjaxError
+from kvjax.experiments import report, roofline
 from kvjax.records import read_rows
 
 

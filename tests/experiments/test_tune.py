@@ -27,20 +27,20 @@ import yaml
 from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 
-from configs.tune import get_config
-from experiments import program, tune, tune_pictures
 from kvjax.caches.cross_layer import Place
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import load
+from kvjax.configs.tune import get_config
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.tasks import Accuracy
+from kvjax.experiments import program, tune, tune_pictures
 from kvjax.models.model import Model
 from kvjax.tuner import objective as objectives
 from kvjax.tuner.layer_errors import LayerErrors
 from kvjax.tuner.search import Search
 
 SPAWN = multiprocessing.get_context("forkserver")  # forks before JAX has threads
-SPAWN.set_forkserver_preload(["experiments.tune", "sklearn.cluster"])  # one list for all tests: it is taken once
+SPAWN.set_forkserver_preload(["kvjax.experiments.tune", "sklearn.cluster"])  # one list for all tests
 CONTEXT, LAYERS, PAIRS = 96, 4, 9
 METHODS = ("knapsack", "refine", "nsga2")
 DRAWN = {name: getattr(tune_pictures, name) for name in ("front", "heat_map", "clusters")}
@@ -486,7 +486,7 @@ def run(name: str, fields: Row, workdir: Path, home: Path, output: Path) -> None
     for picture in DRAWN:
         setattr(tune_pictures, picture, lambda *_: None)
     sys.argv = [name, *(f"--config.{key}={value}" for key, value in fields.items()), f"--workdir={workdir}"]
-    program.run(importlib.import_module(f"experiments.{name}").main, f"configs/{name}.py")
+    program.run(importlib.import_module(f"kvjax.experiments.{name}").main, f"configs/{name}.py")
 
 
 Started = Callable[..., BaseProcess]

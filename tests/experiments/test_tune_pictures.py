@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from experiments import tune_pictures as pictures
+from kvjax.experiments import tune_pictures as pictures
 
 WIDTHS = (2, 4, 8)
 PNG = b"\x89PNG\r\n\x1a\n"

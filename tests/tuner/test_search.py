@@ -15,15 +15,15 @@ import pytest
 import yaml
 
 import kvjax
-from configs.tune import get_config
-from experiments import tune as program
-from experiments import tune_pictures
 from kvjax.caches import registry
 from kvjax.caches.cross_layer import Place
 from kvjax.caches.kv import KV
 from kvjax.caches.plan import CachePlan
+from kvjax.configs.tune import get_config
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.calibrated import calibration
+from kvjax.experiments import tune as program
+from kvjax.experiments import tune_pictures
 from kvjax.models.model import Model
 from kvjax.tuner import search as searches
 from kvjax.tuner.layer_errors import LayerErrors

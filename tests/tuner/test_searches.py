@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from ml_collections import config_dict
 
 import kvjax
-from configs.searches import get_config
-from experiments import searches
-from experiments.searches import SEARCHES, course, draw, spread, summary
 from kvjax import records
 from kvjax.caches.plan import CachePlan
+from kvjax.configs.searches import get_config
 from kvjax.errors import KvjaxError
+from kvjax.experiments import searches
+from kvjax.experiments.searches import SEARCHES, course, draw, spread, summary
 from kvjax.tuner import judge, search
 from kvjax.tuner.layer_errors import LayerErrors
 from kvjax.tuner.search import Search

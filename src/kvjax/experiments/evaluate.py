@@ -1,0 +1,72 @@
+"""Tasks that a model is asked with each cache: hidden numbers, chains of variables, GSM8K, lm-evaluation-harness.
+
+    python -m experiments.evaluate --config=configs/evaluate.py --config.tasks=needle,arc_easy --workdir=DIR
+
+Appends a row per figure of each task and cache to DIR/evaluate.jsonl and prints a table. Killed at any moment and
+started again it goes on where it was: answers are kept in DIR/answers, apart for each cache.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import config_dict
+from rich.console import Console
+from rich.table import Table
+
+import kvjax
+from kvjax.caches.grammar import split_list
+from kvjax.caches.plan import CachePlan
+from kvjax.checkpoints.load import read_config
+from kvjax.evaluate import suite
+from kvjax.experiments import bars, program
+
+
+def main(config: config_dict.ConfigDict, workdir: Path) -> None:
+    if config.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    names, tasks = split_list(config.caches), suite.parse_tasks(config.tasks)
+    model_config = read_config(config.model)
+    for name in names:
+        CachePlan.parse(name, model_config)  # one that does not fit is refused before weights are loaded
+    model = kvjax.load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
+    options = {"batch": config.batch, "chat": config.chat, "prefill_chunk": config.prefill_chunk or None}
+    with bars.shown() as tell:
+        progress = lambda task, plan, done, total: tell(f"{task}, {plan}", done, total)  # noqa: E731
+        rows = suite.evaluate(model, tasks, names, folder=workdir, progress=progress, **options)
+    wide = Console()
+    wide.width = max(wide.width, 150)  # a narrow terminal folds lines, not numbers
+    wide.print(_table(rows))
+    print(f"rows: {workdir / 'evaluate.jsonl'}")
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    """A line per figure, a column per cache."""
+    caches = list(dict.fromkeys(row["cache"] for row in rows))
+    table = Table(title="{model} ({dtype})".format(**rows[0]), title_justify="left")
+    for name in ("task", "figure"):
+        table.add_column(name, overflow="fold")
+    for cache in ("samples", *caches):
+        table.add_column(cache, justify="right", overflow="fold")
+    figures: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        figures.setdefault((row["part"], row["metric"]), {})[row["cache"]] = row
+    for (part, metric), found in figures.items():
+        samples = {row["samples"] for row in found.values()}
+        table.add_row(
+            part, metric, "/".join(map(str, sorted(samples))), *(_cell(found.get(cache)) for cache in caches)
+        )
+    return table
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['value']:.4f}" + ("" if math.isnan(row["stderr"]) else f" ± {row['stderr']:.4f}")
+
+
+if __name__ == "__main__":
+    program.run(main, "configs/evaluate.py")

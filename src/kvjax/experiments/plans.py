@@ -1,0 +1,197 @@
+"""Searched plans at several budgets against uniform caches, on texts that the search never saw.
+
+    python -m experiments.plans --config=configs/plans.py --workdir=DIR
+
+Every search shares DIR with the others: what one measured, none measures again. The plans go to DIR/plans, rows to
+DIR/plans.jsonl, a picture to DIR/plans.png. Differences between two caches are paired: of the same windows,
+whose means give the 95 % interval by Student's t.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from ml_collections import config_dict
+from rich.console import Console
+from rich.table import Table
+
+from kvjax import hosts, records
+from kvjax.caches.grammar import split_list
+from kvjax.caches.plan import CachePlan
+from kvjax.errors import KvjaxError
+from kvjax.evaluate.perplexity import mean_and_interval
+from kvjax.evaluate.text import check_unseen, strip_paths
+from kvjax.experiments import program
+from kvjax.experiments.pareto import save_figure
+from kvjax.experiments.tune import Bars, Chooser, calibration, make_search, seen_by, settings_of, validation
+from kvjax.experiments.tune_pictures import short_names
+from kvjax.files import write_atomically
+from kvjax.models.model import Model
+from kvjax.tuner.evaluations import Evaluations
+from kvjax.tuner.judge import make_judge
+from kvjax.tuner.space import pareto
+
+Row = dict[str, Any]
+
+
+def main(config: config_dict.ConfigDict, workdir: Path) -> None:
+    settings_of(config)  # refuses bad values before the model is loaded
+    budgets = _budgets(config)
+    check_unseen(config.judged_on, config.text)
+    model = program.load(config, config.judged_on)
+    windows = calibration(config, model)
+    sizes = config.context, config.judged_windows
+    chooser = validation(config, model, workdir)
+    seen = seen_by(windows, chooser)
+    judges = {
+        text: make_judge(model, config.text, seen, text, *sizes, workdir / "judged")
+        for text in split_list(config.judged_on)
+    }
+    found = _search(config, model, windows, budgets, workdir, chooser)
+    rows = []
+    for text, judge in judges.items():
+        plans = list(dict.fromkeys(plan for _, _, plan, uniform, _ in found for plan in [plan, *uniform]))
+        with Bars() as bars:
+            for count, plan in enumerate(plans, 1):
+                judge(plan)
+                bars(f"judging on {Path(text).name}", count, len(plans))
+        rows += [row for each in found for row in _rows(config, model, judge, *each)]
+    rows = [row | records.provenance() for row in rows]
+    hosts.on_first(lambda: records.write_rows(workdir / "plans.jsonl", rows))
+    hosts.on_first(lambda: draw(rows, workdir / "plans.png"))
+    Console(width=160).print(_table(rows))
+
+
+def _budgets(config: config_dict.ConfigDict) -> list[float]:
+    try:
+        return [float(budget) for budget in config.budgets.split(",")]
+    except ValueError:
+        raise KvjaxError(f"budgets={config.budgets!r}; expected numbers of bits, separated by commas") from None
+
+
+def _search(
+    config: config_dict.ConfigDict,
+    model: Model,
+    windows: np.ndarray,
+    budgets: list[float],
+    workdir: Path,
+    chooser: Chooser | None,
+) -> list[tuple[str, float, CachePlan, list[CachePlan], Row]]:
+    """Of every search: name, budget, plan, the uniform plans that fit the budget, and the plan's own figures."""
+    shared, found = None, []
+    for name, candidates in config.searches.items():
+        for budget in budgets:
+            own = config_dict.ConfigDict(config.to_dict())
+            own.update(candidates=candidates, budget=budget)
+            try:
+                search = make_search(own, model, windows, workdir, chooser)
+            except KvjaxError as error:
+                print(f"{name}: {error}")
+                continue
+            if shared:
+                search.share(shared)
+                search.layer_errors.share(shared.layer_errors)
+            shared = search
+            with Bars() as search.progress:
+                plan = search.choose([*search.plans(), *search.uniform])
+            file = workdir / "plans" / f"{name.replace(', ', '-').replace(' ', '-')}-{budget:g}.yaml"
+            hosts.on_first(functools.partial(write_atomically, file, f"plan: {plan}\n".encode()))
+            own_figures = {"predicted": search.predicted(plan), "kld_calibrated": search.evaluations(plan)["kld"]}
+            found.append((name, budget, plan, [*filter(search.bits.fits, search.uniform)], own_figures))
+    if not found:
+        raise KvjaxError(f"no search of budgets={config.budgets} can be made; expected one at least")
+    return found
+
+
+def _rows(
+    config: config_dict.ConfigDict,
+    model: Model,
+    judge: Evaluations,
+    name: str,
+    budget: float,
+    plan: CachePlan,
+    uniform: list[CachePlan],
+    calibrated: Row,
+) -> list[Row]:
+    """The plan's row, with its figures on the calibrated windows, and one for every uniform plan within its budget.
+
+    These have what the plan is better by.
+    """
+    dense = judge(CachePlan.parse("dense", model.config))
+    common = {"experiment": "plans", **judge.identity, "calibrated_on": strip_paths(config.text)}
+    common |= {"search": name, "budget": budget, "budget_of": config.budget_of, "method": config.method}
+    rows: list[Row] = []
+    for other in [plan, *uniform]:
+        figures = judge(other)
+        row = common | {"kind": "uniform" if other in uniform and rows else "searched", "cache": str(other)}
+        row |= {"bits_nominal": other.bits_nominal, "bits_asymptotic": other.bits_asymptotic}
+        context = judge.identity["context"]
+        row |= {"bits_real": other.bits_real(context), "bits_peak": other.bits_peak(context)}
+        row |= {key: figures[key] for key in ("kld", "kld_se", "nll", "top1")}
+        row |= {"nll_increase": figures["nll"] - dense["nll"], "nll_dense": dense["nll"]}
+        better = np.subtract(figures["window_kld"], judge(plan)["window_kld"])
+        row["better_by"], row["ci95"] = mean_and_interval(better[:, None])
+        rows.append(row)
+    return [rows[0] | calibrated, *rows[1:]]
+
+
+def draw(rows: list[Row], file: Path) -> None:
+    """KL over bits with scales on every judged text: a line a search, uniform caches as points."""
+    texts = list(dict.fromkeys(row["text"] for row in rows))
+    figure, axes = plt.subplots(1, len(texts), figsize=(6.6 * len(texts), 4.8), squeeze=False, layout="constrained")
+    for axis, text in zip(axes[0], texts, strict=True):
+        here = [row for row in rows if row["text"] == text]
+        for name in dict.fromkeys(row["search"] for row in here):
+            mine = [row for row in here if row["kind"] == "searched" and row["search"] == name]
+            own = sorted((row["bits_asymptotic"], row["kld"], row.get("kld_se", math.nan)) for row in mine)
+            axis.errorbar(*zip(*own, strict=True), fmt="o-", ms=4, capsize=2, elinewidth=1, label=name)
+        uniform = {row["cache"]: (row["bits_asymptotic"], row["kld"]) for row in here if row["kind"] == "uniform"}
+        best = pareto(uniform.items(), lambda item: item[1][0], lambda item: item[1][1])
+        axis.plot(*zip(*uniform.values(), strict=True), "x", color="tab:gray", ms=4)
+        for name, (_, point) in zip(short_names([cache for cache, _ in best])[0], best, strict=True):
+            label = axis.annotate(
+                name, point, xytext=(4, 4), textcoords="offset points", fontsize=7, color="tab:gray"
+            )
+            label.set_in_layout(False)
+        axis.set(yscale="log", xlabel="bits per cached element, scales included", title=text)
+        axis.margins(x=0.16)
+        axis.set_ylabel("KL divergence from the dense run (nats per token)")
+        axis.grid(alpha=0.3, which="both")
+    bars = any("kld_se" in row for row in rows)
+    axes[0][0].legend(title="searched" + ", bars: one standard error" * bars, fontsize=8)
+    save_figure(figure, file)
+
+
+def best_uniform(rows: list[Row], searched: Row) -> Row | None:
+    """Of the uniform plans within a searched plan's budget, on its text, the one with the least KL."""
+    keys = ("search", "budget", "text")
+    same = [row for row in rows if row["kind"] == "uniform" and all(row[key] == searched[key] for key in keys)]
+    return min(same, key=lambda row: row["kld"], default=None)
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(title="{model}, calibrated on {calibrated_on}".format(**rows[0]), title_justify="left")
+    for name in ("text", "search", "budget", "with scales", "KL", "nll +%", "best uniform", "its KL", "better by"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        if row["kind"] == "searched":
+            other = best_uniform(rows, row)
+            nll = f"{100 * row['nll_increase'] / row['nll_dense']:.2f}"
+            figures = f"{row['budget']:g}", f"{row['bits_asymptotic']:.2f}", f"{row['kld']:.5f}", nll
+            than = (other["cache"], f"{other['kld']:.5f}", difference(other)) if other else ("", "", "")
+            table.add_row(row["text"], row["search"], *figures, *than)
+    return table
+
+
+def difference(row: Row) -> str:
+    """What a uniform plan's KL is above the searched one's, with its 95 % interval."""
+    return f"{row['better_by']:.5f} ± {row['ci95']:.5f}"
+
+
+if __name__ == "__main__":
+    program.run(main, "configs/plans.py")

@@ -1,0 +1,193 @@
+"""Families of caches at equal conditions, their forms paired with their plain ones.
+
+    python -m experiments.quality --config=configs/quality.py --workdir=DIR
+    python -m experiments.quality --config=configs/frontier.py --workdir=DIR
+
+Appends a row per text, condition and cache to DIR/STUDY.jsonl, prints a table and draws DIR/STUDY.png; STUDY is the
+config's `study`. Killed at any moment and started again it goes on where it was. Differences are paired, of the same
+windows, with a 95 % interval by Student's t.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+from ml_collections import config_dict
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from kvjax import hosts, records
+from kvjax.caches.grammar import split_list
+from kvjax.caches.plan import CachePlan
+from kvjax.checkpoints.load import read_config
+from kvjax.errors import KvjaxError
+from kvjax.evaluate.perplexity import Score, mean_and_interval
+from kvjax.evaluate.sweep import Sweep, identity_of
+from kvjax.evaluate.text import name_of, read_windows
+from kvjax.experiments import program
+from kvjax.experiments.pareto import save_figure
+from kvjax.models.config import ModelConfig
+from kvjax.models.model import Model
+
+Row = dict[str, Any]
+
+
+class Case(NamedTuple):
+    """A cache, and the plain one of its family at the same bits and conditions."""
+
+    family: str
+    form: str  # the name or the fields that it has at any bits; "" the plain one
+    condition: str
+    bits: int
+    plan: CachePlan
+    plain: CachePlan
+
+
+def main(config: config_dict.ConfigDict, workdir: Path) -> None:
+    found = cases(config, read_config(config.model))  # refused before weights are loaded
+    model = program.load(config, config.texts)
+    rows = [
+        row
+        for text in split_list(config.texts)
+        for condition, (protocol, _) in config.conditions.items()
+        for row in _rows(config, model, text, protocol, [c for c in found if c.condition == condition], workdir)
+    ]
+    hosts.on_first(lambda: draw(rows, workdir / f"{config.study}.png"))
+    Console(width=160).print(_table(rows))
+
+
+def cases(config: config_dict.ConfigDict, model: ModelConfig) -> list[Case]:
+    """Every family's forms, at all bits, under all conditions.
+
+    Raises:
+      KvjaxError: a cache that the model cannot hold, or bits that are no numbers.
+    """
+    found = []
+    for condition, (_, exact) in config.conditions.items():
+        for family, (plain, forms) in config.families.items():
+            for bits in map(_whole, config.bits.split(",")):
+                plans = {form: CachePlan.parse(_named(plain, form, bits, exact), model) for form in ("", *forms)}
+                found += [Case(family, form, condition, bits, plan, plans[""]) for form, plan in plans.items()]
+    return found
+
+
+def _named(plain: str, form: str, bits: int, exact: str) -> str:
+    """The plain cache with more fields, or another cache where the form is a name."""
+    base, more = (form, "") if "{b}" in form else (plain, form)
+    name, _, own = base.replace("{b}", str(bits)).rstrip(")").partition("(")
+    inside = ",".join(filter(None, (own, exact, more)))
+    return f"{name}({inside})" if inside else name
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise KvjaxError(f"{text!r}; expected whole numbers, separated by commas") from None
+
+
+def _rows(
+    config: config_dict.ConfigDict, model: Model, text: str, protocol: str, found: list[Case], workdir: Path
+) -> list[Row]:
+    """The rows of one text under one condition, from disk where they are there."""
+    cut = read_windows(text, model, config.context, config.windows, config.offset)
+    sweep = Sweep(model, cut, identity_of(model, name_of(text), cut, protocol, offset=config.offset), workdir)
+    dense = CachePlan.parse("dense", model.config)
+    contexts = list(map(_whole, config.contexts.split(",")))
+    scored = lambda plan: sweep.score(plan, lambda done: None)[0]  # noqa: E731
+    rows, file = [], workdir / f"{config.study}.jsonl"
+    for case in track(found, f"{Path(text).name}, {protocol}", console=Console(stderr=True)):
+        point = {"experiment": config.study, **sweep.identity, **_described(case, contexts)}
+        row = hosts.on_first(lambda point=point: records.find_row(file, point))  # type: ignore[misc]
+        if row is None:
+            row = point | _figures(*map(scored, (case.plan, case.plain, dense))) | records.provenance()
+            hosts.on_first(lambda row=row: records.append_row(file, row))  # type: ignore[misc]
+        rows.append(row)
+    return rows
+
+
+def _described(case: Case, contexts: list[int]) -> Row:
+    plan = case.plan
+    return {
+        **{"family": case.family, "form": case.form, "condition": case.condition, "bits": case.bits},
+        **{"cache": str(plan), "plain": str(case.plain), "bits_asymptotic": plan.bits_asymptotic},
+        **{f"bits_{context}": plan.bits_real(context) for context in contexts},
+    }
+
+
+def _figures(score: Score, plain: Score, dense: Score) -> Row:
+    """A cache's figures, and its differences from the plain one and from the dense run."""
+    kld, kld_ci95 = mean_and_interval(np.subtract(score.per_token.kld, plain.per_token.kld))
+    nll, nll_ci95 = mean_and_interval(np.subtract(score.per_token.nll, dense.per_token.nll))
+    paired = {
+        "kld_less_plain": kld,
+        "kld_less_plain_ci95": kld_ci95,
+        "nll_increase": nll,
+        "nll_increase_ci95": nll_ci95,
+    }
+    return {"kld": score.kld, "top1": score.top1, "kld_over_plain": score.kld / plain.kld, **paired}
+
+
+def draw(rows: list[Row], file: Path) -> None:
+    """KL divergence by bits held at the smallest context: a panel for each text and condition, a line a form."""
+    panels = list(dict.fromkeys((row["text"], row["condition"]) for row in rows))
+    forms = list(dict.fromkeys((row["family"], row["form"]) for row in rows))
+    shades, marks = plt.get_cmap("tab20"), "os^vDP"
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(8.6, 4.4 * len(panels)), layout="constrained", squeeze=False, sharex=True
+    )
+    for axis, panel in zip(axes[:, 0], panels, strict=True):
+        for i, form in enumerate(forms):
+            own = [r for r in rows if (r["text"], r["condition"]) == panel and (r["family"], r["form"]) == form]
+            own.sort(key=lambda row: row[_smallest(row)])
+            label = form[1] if "{b}" in form[1] or not form[1] else f"{form[0]}: {form[1]}"
+            xs, ys = [row[_smallest(row)] for row in own], [row["kld"] for row in own]
+            axis.plot(xs, ys, marks[i % len(marks)] + "-", color=shades(i % 20), ms=4, lw=1, label=label or form[0])
+        axis.set(ylabel="KL divergence (nats per token)", yscale="log")
+        axis.set_title("{}, {}".format(*panel), fontsize=9)
+        axis.grid(alpha=0.3, which="both")
+    context = _smallest(rows[0])[5:]
+    axes[-1, 0].set_xlabel(f"bits per element of keys and values at {context} tokens, everything counted")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=7)
+    save_figure(figure, file)
+
+
+HEADER = ("cache", "with scales", "real", "KL", "× plain", "difference", "nll increase", "top-1")
+
+
+def line(row: Row) -> list[str]:
+    """A row's cells under HEADER, real bits at the smallest context."""
+    real = _smallest(row)
+    plain = row["cache"] == row["plain"]
+    return [
+        f"`{row['cache']}`",
+        *(f"{row['bits_asymptotic']:.2f}", f"{row[real]:.2f}", f"{row['kld']:.4f}"),
+        "" if plain else f"{row['kld_over_plain']:.2f}",
+        "" if plain else f"{row['kld_less_plain']:+.4f} ± {row['kld_less_plain_ci95']:.4f}",
+        *(f"{row['nll_increase']:+.4f} ± {row['nll_increase_ci95']:.4f}", f"{row['top1']:.3f}"),
+    ]
+
+
+def _smallest(row: Row) -> str:
+    """The key of bits at the smallest context."""
+    return min((key for key in row if key.startswith("bits_") and key[5:].isdigit()), key=lambda key: int(key[5:]))
+
+
+def _table(rows: list[Row]) -> Table:
+    first = rows[0]
+    title = "{model} ({dtype}), {windows} windows of {context} tokens".format(**first)
+    table = Table(title=title, title_justify="left")
+    for name in ("text", "condition", *HEADER):
+        table.add_column(name, justify="left" if name in ("text", "condition", "cache") else "right", overflow="fold")
+    for row in rows:
+        table.add_row(row["text"], row["condition"], *line(row))
+    return table
+
+
+if __name__ == "__main__":
+    program.run(main, "configs/quality.py")
