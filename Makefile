@@ -10,7 +10,7 @@ $(VENV)/installed: pyproject.toml
 	$(RUN) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: test test-weekly lint sweep readme aot-tpu aot-cuda device
+.PHONY: test test-weekly lint sweep pages aot-tpu aot-cuda device
 test: $(VENV)/installed
 	$(RUN) -m pytest --numprocesses=auto --dist=loadfile
 
@@ -25,8 +25,8 @@ lint: $(VENV)/installed
 sweep: $(VENV)/installed
 	$(RUN) -m experiments.perplexity --config=configs/perplexity.py --workdir=runs/sweep
 
-readme: $(VENV)/installed
-	$(RUN) -m experiments.report
+pages: $(VENV)/installed
+	$(RUN) -m experiments.pages
 
 # libtpu takes a lock for a device that is not there: two processes may both have it.
 aot-tpu aot-cuda: aot-%: .venv-%/installed

@@ -4,7 +4,7 @@ They are in tuning/DEVICE_KIND.json, a list of entries
 
     {"op": "packed_attention", "class": {"key_bits": 4, ...}, "settings": {"block": 128, ...}, "us": 93.1}
 
-written by `python -m experiments.tune_kernels`. Where there is no entry, kernels use heuristics.
+written by `kvjax tune_kernels`. Where there is no entry, kernels use heuristics.
 """
 
 from __future__ import annotations

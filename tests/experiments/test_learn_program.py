@@ -1,4 +1,4 @@
-"""`experiments.learn` on a tiny model: rows, picture, scores, and a second run with other settings."""
+"""`kvjax learn` on a tiny model: rows, picture, scores, and a second run with other settings."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from tests.robustness.bad_input import CASES, Case, attempt
 
 from kvjax import records
 from kvjax.errors import KvjaxError
-from kvjax.experiments.report import bad_inputs
+from kvjax.experiments.pages import bad_inputs
 from kvjax.files import write_atomically
 
 ROOT = Path(__file__).parents[2]

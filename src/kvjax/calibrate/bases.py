@@ -102,7 +102,7 @@ def _make(model: Model, layers: list[tuple[KVWeights, jax.Array]], digest: str, 
         assert model.calibration is not None
         raise KvjaxError(
             f"{spec} is not trained for {model.name} on {model.calibration.text}; run"
-            f" kvjax.learn(model, {str(spec)!r}) or experiments.learn first"
+            f" kvjax.learn(model, {str(spec)!r}) or kvjax learn first"
         )
     print(f"kvjax: computing bases of {len(layers)} layers ({spec.bases_key}), once, for {folder}", file=sys.stderr)
     try:

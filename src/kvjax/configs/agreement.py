@@ -1,7 +1,7 @@
 """How long greedy text with a small cache is the text with a dense one.
 
-    python -m experiments.agreement --config=configs/agreement.py --workdir=runs/agreement
-    python -m experiments.agreement --config=configs/agreement.py:long --workdir=runs/agreement
+    kvjax agreement --workdir=runs/agreement
+    kvjax agreement --config=agreement:long --workdir=runs/agreement
 
 The first takes about five minutes on two CPU cores. The second writes 2000 tokens to each of four prompts: a cache
 that holds for a sentence may not hold for pages.

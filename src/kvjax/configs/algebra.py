@@ -1,6 +1,6 @@
 """Width 16 is no approximation: logits of every X-type form against dense, relative to the largest.
 
-    python -m experiments.algebra --config=configs/algebra.py --workdir=runs/algebra
+    kvjax algebra --workdir=runs/algebra
 
 gives 1e-14 or less in float64 and 3e-6 or less in float32; about five minutes on two CPU cores.
 """

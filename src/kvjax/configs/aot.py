@@ -1,6 +1,6 @@
 """What the kernels compile to, without the device: legality, memory and a static cost.
 
-    python -m experiments.aot --config=configs/aot.py:tpu --workdir=runs/aot
+    kvjax aot --config=aot:tpu --workdir=runs/aot
 
 compiles every kernel for five generations of TPU with libtpu (pip install 'jax[tpu]'), no TPU needed: about an
 hour on two CPU cores, most of it whole decode steps.

@@ -1,7 +1,7 @@
 """What the GPU kernels compile to, without a GPU: legality, registers, spills, shared memory and what the main
 loop loads.
 
-    python -m experiments.aot_cuda --config=configs/aot_cuda.py --workdir=runs/aot
+    kvjax aot_cuda --workdir=runs/aot
 
 compiles them for three generations with what pip install 'kvjax[aot-cuda]' brings: about a quarter of an
 hour on two CPU cores.

@@ -1,6 +1,6 @@
 """How the error of the reconstructed layer input grows with depth: deltas in a closed loop against an open one.
 
-    python -m experiments.closed_loop --config=configs/closed_loop.py --workdir=runs/closed_loop
+    kvjax closed_loop --workdir=runs/closed_loop
 
 About half a minute on two CPU cores.
 """

@@ -1,6 +1,6 @@
 """Compile time of the decode loop by the number of layers.
 
-    python -m experiments.compile_seconds --config=configs/compile_seconds.py --workdir=runs/compile_seconds
+    kvjax compile_seconds --workdir=runs/compile_seconds
 
 compiles a narrow Llama with 2 to 80 layers: a few minutes on two CPU cores.
 """

@@ -1,9 +1,9 @@
 """One decode step at depth: milliseconds and temporary memory of every cache, in one interleaved run.
 
-    python -m experiments.decode --config=configs/decode.py --workdir=runs/decode
+    kvjax decode --workdir=runs/decode
 
-    python -m experiments.decode --config=configs/decode.py:latents --workdir=runs/latents
-    python -m experiments.decode --config=configs/decode.py:mixed --workdir=runs/mixed
+    kvjax decode --config=decode:latents --workdir=runs/latents
+    kvjax decode --config=decode:mixed --workdir=runs/mixed
 
 prefills 7900 tokens of the demo text into each cache of a 135M-parameter model, then times single steps in turn:
 about eight minutes on two CPU cores. `dense` runs twice, with keys and values in float32 and in bfloat16. The second

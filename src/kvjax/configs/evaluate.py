@@ -1,7 +1,7 @@
 """Tasks that a model is asked with each cache.
 
-    python -m experiments.evaluate --config=configs/evaluate.py --workdir=runs/evaluate
-    python -m experiments.evaluate --config=configs/evaluate.py --config.tasks="arc_easy(samples=200)" --workdir=DIR
+    kvjax evaluate --workdir=runs/evaluate
+    kvjax evaluate --config.tasks="arc_easy(samples=200)" --workdir=DIR
 
 asks a 135M-parameter model for hidden numbers and chains of variables in contexts of 1024 tokens. Tasks of
 lm-evaluation-harness, by name or as YAML files, need `pip install 'kvjax[eval]'`.

@@ -1,6 +1,6 @@
 """Scoring speed against HF transformers' float32 forward on the same machine.
 
-    python -m experiments.forward --config=configs/forward.py --workdir=runs/forward
+    kvjax forward --workdir=runs/forward
 
 times both in turn on four windows of 1024 tokens: about four minutes on two CPU cores; needs torch, transformers and
 accelerate.

@@ -1,7 +1,7 @@
 """The methods that people compare, at equal conditions and as their authors run them.
 
-    python -m experiments.quality --config=configs/frontier.py --config.calibration=FILE --workdir=runs/frontier
-    python -m experiments.quality --config=configs/frontier.py:authors --config.calibration=FILE --workdir=runs/own
+    kvjax quality --config=frontier --config.calibration=FILE --workdir=runs/frontier
+    kvjax quality --config=frontier:authors --config.calibration=FILE --workdir=runs/own
 
 The first gives no method an exact token (`stored`), then all of them 4 sinks and 128 recent tokens (`exact`); the
 second has each in the settings of its authors (docs/methods.md). All are compared with the same control: keys and

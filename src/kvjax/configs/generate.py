@@ -1,6 +1,6 @@
 """Text from a model with a small cache.
 
-    python -m experiments.generate --config=configs/generate.py --config.cache=k4v4 --config.prompt="What is a cache?"
+    kvjax generate --config.cache=k4v4 --config.prompt="What is a cache?"
 
 prints the first words within half a minute on two CPU cores, compile included, and about 25 tokens a second.
 """

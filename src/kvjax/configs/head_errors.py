@@ -1,6 +1,6 @@
 """Why keys matter more than values: KVTuner's errors of all pairs of widths in both modes, head by head.
 
-    python -m experiments.head_errors --config=configs/head_errors.py --workdir=runs/head_errors
+    kvjax head_errors --workdir=runs/head_errors
 
 Two minutes on two CPU cores.
 """

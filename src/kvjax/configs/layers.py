@@ -1,6 +1,6 @@
 """Each layer alone under a cache, all others dense: which layers does a cache ruin?
 
-    python -m experiments.layers --config=configs/layers.py --workdir=runs/layers
+    kvjax layers --workdir=runs/layers
 
 compiles a program for every layer and cache: ten to twenty minutes on two CPU cores.
 """

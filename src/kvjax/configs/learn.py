@@ -1,6 +1,6 @@
 """Encoders that are trained on a text and judged on another.
 
-    python -m experiments.learn --config=configs/learn.py --workdir=runs/learn
+    kvjax learn --workdir=runs/learn
 
 trains `xclr2` on the demo essays and judges it on WikiText-2 beside the basis it begins with: about ten minutes on
 two CPU cores. --config.polish=60 then trains all layers together by KL, about ten minutes more.

@@ -1,7 +1,7 @@
 """Memory and disk reads of loading checkpoints of the families' 8B-like shapes, a few layers each.
 
-    python -m experiments.loading_memory --config=configs/loading_memory.py --workdir=runs/loading_memory
-    python -m experiments.loading_memory --config=configs/loading_memory.py:gpt-oss-20b --workdir=runs/loading_memory
+    kvjax loading_memory --workdir=runs/loading_memory
+    kvjax loading_memory --config=loading_memory:gpt-oss-20b --workdir=runs/loading_memory
 
 The first loads Llama-3.2-1B's shapes on one device and on eight of CPU; the others are given by name and load on one.
 Each writes a checkpoint of random weights there (2 to 4 GB) and needs up to 7 GB of memory; a minute or two on two

@@ -1,6 +1,6 @@
 """Perplexity and KL divergence of cache plans on one text.
 
-    python -m experiments.perplexity --config=configs/perplexity.py --workdir=runs/sweep
+    kvjax sweep --workdir=runs/sweep
 
 scores a 135M-parameter model on four windows of 1024 tokens of the demo text under seven caches: about five minutes
 on two CPU cores.

@@ -1,9 +1,9 @@
 """Searched plans at several budgets against uniform caches, on texts that the search never saw, see docs/tuning.md.
 
-    python -m experiments.plans --config=configs/plans.py --workdir=runs/plans
-    python -m experiments.plans --config=configs/plans.py:widths --workdir=runs/widths
-    python -m experiments.plans --config=configs/plans.py:families --workdir=runs/families
-    python -m experiments.plans --config=configs/plans.py:forms --workdir=runs/families
+    kvjax plans --workdir=runs/plans
+    kvjax plans --config=plans:widths --workdir=runs/widths
+    kvjax plans --config=plans:families --workdir=runs/families
+    kvjax plans --config=plans:forms --workdir=runs/families
 
 The first compares KVTuner's pairs in both modes with the uniform pairs that fit each budget, the second those of 2 to
 6 bits; the third searches key-value pairs, latents of X and XQuant-CL alone and together, all in their better forms,

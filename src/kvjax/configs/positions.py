@@ -1,6 +1,6 @@
 """Perplexity by position: does a cache's error grow with depth?
 
-    python -m experiments.positions --config=configs/positions.py --workdir=runs/positions
+    kvjax positions --workdir=runs/positions
 
 scores four windows of 2048 tokens: about five minutes on two CPU cores.
 """

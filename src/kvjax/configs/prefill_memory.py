@@ -1,6 +1,6 @@
 """Temporary memory of one prefill step at long context, as XLA's CPU compiler counts it.
 
-    python -m experiments.prefill_memory --config=configs/prefill_memory.py --workdir=runs/prefill_memory
+    kvjax prefill_memory --workdir=runs/prefill_memory
 
 compiles the step for two layers of Llama-3.1-8B at three lengths: a few minutes on two CPU cores; no weights needed.
 """

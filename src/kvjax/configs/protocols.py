@@ -1,8 +1,8 @@
 """Streaming against decode, per token, on a ragged batch in float64 and float32.
 
-    python -m experiments.protocols --config=configs/protocols.py --workdir=runs/protocols
+    kvjax protocols --workdir=runs/protocols
 
-    python -m experiments.protocols --config=configs/protocols.py:latents --workdir=runs/protocols
+    kvjax protocols --config=protocols:latents --workdir=runs/protocols
 
 give differences of 1e-12 or less in float64; about four minutes each on two CPU cores.
 """

@@ -1,6 +1,6 @@
 """Every family of caches at equal conditions: its forms against its plain one, with the same exact tokens.
 
-    python -m experiments.quality --config=configs/quality.py --config.texts=wikitext-2,demo --workdir=runs/quality
+    kvjax quality --config.texts=wikitext-2,demo --workdir=runs/quality
 
 `stored` gives no family an exact token: no sinks, and each token is read as it is stored (protocol parallel). `exact`
 gives all of them 4 sinks and a residual of 64 tokens, read as decoding reads them (protocol streaming). Two hours

@@ -1,7 +1,7 @@
 """Which cache is fastest on which device, by the bytes and operations of a decode step; nothing is run.
 
-    python -m experiments.roofline --config=configs/roofline.py:gqa --workdir=runs/roofline
-    python -m experiments.roofline --config=configs/roofline.py:mha --workdir=runs/roofline
+    kvjax roofline --config=roofline:gqa --workdir=runs/roofline
+    kvjax roofline --config=roofline:mha --workdir=runs/roofline
 
 `gqa` has the shapes of Llama-3.1-8B and caches that are about as good as k4v4@kivi (the README's tables), `mha` the
 shapes of Llama-2-7B and XQuant's caches for it. Seconds each.

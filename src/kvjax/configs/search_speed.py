@@ -1,6 +1,6 @@
 """Evaluations of cache plans per minute: kvjax's Simulator against HF transformers with a simulated cache.
 
-    python -m experiments.search_speed --config=configs/search_speed.py --workdir=runs/search_speed
+    kvjax search_speed --workdir=runs/search_speed
 
 evaluates the same plans by both in turn on two windows of 1024 tokens: about two minutes on two CPU cores; needs
 torch and transformers.

@@ -1,6 +1,6 @@
 """KVTuner's search against the knapsack: five seeds, equal evaluations, judged on an unseen text, see docs/tuning.md.
 
-    python -m experiments.searches --config=configs/searches.py --config.text=FILE --workdir=runs/searches
+    kvjax searches --config.text=FILE --workdir=runs/searches
 
 runs NSGA-II with pruning and clustering and without (the paper's figure 6), and the knapsack over predicted KL and
 over e_o: about two hours on two CPU cores. A run that was cut off goes on. `--config.seeds=1` takes a fifth of it.

@@ -1,6 +1,6 @@
 """How alike the layer inputs, keys and values of neighbouring layers are, and which channels stick out.
 
-    python -m experiments.similarity --config=configs/similarity.py --workdir=runs/similarity
+    kvjax similarity --workdir=runs/similarity
 
 Half a minute on two CPU cores.
 """

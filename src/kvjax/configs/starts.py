@@ -1,6 +1,6 @@
-"""What kept programs save: a start of experiments.generate with an empty and with a filled $KVJAX_CACHE.
+"""What kept programs save: a start of kvjax generate with an empty and with a filled $KVJAX_CACHE.
 
-    python -m experiments.starts --config=configs/starts.py --workdir=runs/starts
+    kvjax starts --workdir=runs/starts
 
 runs it twice for each cache, in processes of their own: three minutes on two CPU cores.
 """

@@ -1,6 +1,6 @@
 """What a packed cache costs and saves on a device: every op against its floor and against bfloat16, and decode steps.
 
-    python -m experiments.throughput --config=configs/throughput.py:cpu --workdir=runs/throughput
+    kvjax throughput --config=throughput:cpu --workdir=runs/throughput
 
 about five minutes on two CPU cores; `:gpu` and `:tpu` are for one device of that kind, with the shapes of 7B and 8B
 models and random weights. A run stops before `minutes` are over and goes on where it was when started again.

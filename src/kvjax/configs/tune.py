@@ -1,6 +1,6 @@
 """The best plan for a model, a budget of bits and a text, see docs/tuning.md.
 
-    python -m experiments.tune --config=configs/tune.py --config.budget=3.25 --workdir=runs/tune
+    kvjax tune --config.budget=3.25 --workdir=runs/tune
 
 takes about two minutes on two CPU cores and leaves runs/tune/plan.yaml, which `--config.cache` and `--config.caches`
 take everywhere. Other budgets and methods may share the folder: what was measured is not measured again.

@@ -1,6 +1,6 @@
 """Block, splits, warps and stages of packed attention, measured on the device at hand.
 
-    python -m experiments.tune_kernels --config=configs/tune_kernels.py --workdir=runs/tune-kernels
+    kvjax tune_kernels --workdir=runs/tune-kernels
 
 on one GPU. Writes runs/tune-kernels/DEVICE.json; put into pallas_kernels/tuning/ it is what the kernel uses there.
 A run stops before `minutes` are over and goes on where it was.

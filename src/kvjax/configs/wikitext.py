@@ -1,7 +1,7 @@
 """The reference values: 28 caches on the first four windows of WikiText-2, every token read as it is stored.
 
-    python -m experiments.perplexity --config=configs/wikitext.py --workdir=runs/wikitext
-    python -m experiments.perplexity --config=configs/wikitext.py:float64 --workdir=runs/wikitext64
+    kvjax sweep --config=wikitext --workdir=runs/wikitext
+    kvjax sweep --config=wikitext:float64 --workdir=runs/wikitext64
 
 Dense gives nll 3.1395 (perplexity 23.09), k4v4@kivi KL .0158 and k2v2@kivi KL .656 in float64; about eight minutes on
 two CPU cores, twenty in float64. Give --config.text=FILE where the hub is out of reach.

@@ -1,10 +1,10 @@
 """XQuant's orderings on a real model: latents and deltas against KIVI at equal bits, tokens read as they are stored.
 
-    python -m experiments.perplexity --config=configs/xquant.py:gqa --workdir=runs/xquant-gqa
-    python -m experiments.perplexity --config=configs/xquant.py:mha --workdir=runs/xquant-mha
-    python -m experiments.perplexity --config=configs/xquant.py:equal --workdir=runs/xquant-equal
-    python -m experiments.perplexity --config=configs/xquant.py:equal-mha --workdir=runs/xquant-equal-mha
-    python -m experiments.perplexity --config=configs/xquant.py:beyond --workdir=runs/xquant-beyond
+    kvjax sweep --config=xquant:gqa --workdir=runs/xquant-gqa
+    kvjax sweep --config=xquant:mha --workdir=runs/xquant-mha
+    kvjax sweep --config=xquant:equal --workdir=runs/xquant-equal
+    kvjax sweep --config=xquant:equal-mha --workdir=runs/xquant-equal-mha
+    kvjax sweep --config=xquant:beyond --workdir=runs/xquant-beyond
 
 `gqa` is the model as it is, `mha` the same function with the kv heads repeated. `equal` and `equal-mha` have the
 paper's own baseline, KIVI with keys before RoPE (and after it, to tell what that is worth), and layers 0 to 2 of

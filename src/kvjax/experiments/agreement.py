@@ -1,6 +1,6 @@
 """Greedy generation with small caches against the dense one: how many texts are the same, and for how long.
 
-    python -m experiments.agreement --config=configs/agreement.py --workdir=DIR
+    kvjax agreement --workdir=DIR
 
 Appends a row per plan to DIR/agreement.jsonl, what is there already left out.
 """

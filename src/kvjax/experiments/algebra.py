@@ -1,6 +1,6 @@
 """How far the logits of unquantised X-type caches are from dense ones: rematerialisation is exact algebra.
 
-    python -m experiments.algebra --config=configs/algebra.py --workdir=DIR
+    kvjax algebra --workdir=DIR
 
 Appends a row per dtype, model and cache to DIR/algebra.jsonl, what is there already left out.
 """

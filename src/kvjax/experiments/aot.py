@@ -1,7 +1,7 @@
 """Compiles the kernels ahead of time for devices that are not there: what is legal, what memory it takes, and a
 static cost, the number of instruction bundles.
 
-    python -m experiments.aot --config=configs/aot.py:tpu --workdir=DIR
+    kvjax aot --config=aot:tpu --workdir=DIR
 
 Appends a row per kernel, setting and target to DIR/aot.jsonl and prints a table. What is there already is not
 compiled again.

@@ -1,7 +1,7 @@
 """Compiles the GPU kernels for devices that are not there: what is legal, what fits registers, what spills, how many
 blocks a multiprocessor holds, and what the main loop loads how far ahead.
 
-    python -m experiments.aot_cuda --config=configs/aot_cuda.py --workdir=DIR
+    kvjax aot_cuda --workdir=DIR
 
 Needs jax[cuda13] and nvdisasm, but neither GPU nor driver. Appends a row per op, setting and target to
 DIR/aot-cuda.jsonl and prints a table. What is there already is not compiled again. Some refusals of the compiler end

@@ -1,6 +1,6 @@
 """The error of XQuant-CL's reconstruction by depth, on the layer inputs of a real model (XQuant, section 3.2).
 
-    python -m experiments.closed_loop --config=configs/closed_loop.py --workdir=DIR
+    kvjax closed_loop --workdir=DIR
 
 Closed: deltas against the reconstruction, as `xcl` stores them. Open: deltas between exact neighbours, as the paper
 warns against. Writes one row per layer to DIR/closed_loop.jsonl and draws DIR/closed_loop.png.

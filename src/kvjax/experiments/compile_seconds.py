@@ -1,6 +1,6 @@
 """Seconds of compiling the decode loop, by the number of layers. Nothing is run.
 
-    python -m experiments.compile_seconds --config=configs/compile_seconds.py --workdir=DIR
+    kvjax compile_seconds --workdir=DIR
 
 Appends a row per cache and number of layers to DIR/compile_seconds.jsonl and prints a table. What is there already is
 not compiled again. Kept programs (experiments.compilation) are not used. The seconds that count are those of all

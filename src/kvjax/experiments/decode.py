@@ -1,6 +1,6 @@
 """What one decode step costs with each cache: the median of steps taken in turn, so that drift hits all alike.
 
-    python -m experiments.decode --config=configs/decode.py --workdir=DIR
+    kvjax decode --workdir=DIR
 
 Appends a row per cache to DIR/decode.jsonl and prints a table. What is there already is not timed again, but for the
 first cache, which the others are compared with.

@@ -1,6 +1,6 @@
 """Tasks that a model is asked with each cache: hidden numbers, chains of variables, GSM8K, lm-evaluation-harness.
 
-    python -m experiments.evaluate --config=configs/evaluate.py --config.tasks=needle,arc_easy --workdir=DIR
+    kvjax evaluate --config.tasks=needle,arc_easy --workdir=DIR
 
 Appends a row per figure of each task and cache to DIR/evaluate.jsonl and prints a table. Killed at any moment and
 started again it goes on where it was: answers are kept in DIR/answers, apart for each cache.

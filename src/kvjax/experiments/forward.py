@@ -1,6 +1,6 @@
 """Scoring against HF transformers' forward, in one run: tokens per second of both, taken in turn.
 
-    python -m experiments.forward --config=configs/forward.py --workdir=DIR
+    kvjax forward --workdir=DIR
 
 Needs torch, transformers and accelerate, which are no dependencies of kvjax. Appends rows to DIR/forward.jsonl; what
 is there already is not timed again.

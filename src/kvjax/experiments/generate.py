@@ -1,6 +1,6 @@
 """Generates text, shown as it comes.
 
-    python -m experiments.generate --config=configs/generate.py --config.cache=k4v4 --config.prompt="What is a cache?"
+    kvjax generate --config.cache=k4v4 --config.prompt="What is a cache?"
 
 The text goes to standard output, figures to standard error, with --workdir=DIR also to DIR/generate.jsonl.
 """

@@ -1,6 +1,6 @@
 """KVTuner's tables 2 and 9 on a model, and its lemma 1: which heads, layers and widths make keys matter.
 
-    python -m experiments.head_errors --config=configs/head_errors.py --workdir=DIR
+    kvjax head_errors --workdir=DIR
 
 e_k, e_v, e_a and e_o of every head (`kvjax.tuner.sensitivity`, on a full-precision run), and KL divergence and
 perplexity of the model with that cache in all layers (streaming). Appends a row per cache to DIR/head_errors.jsonl,

@@ -1,6 +1,6 @@
 """One layer at a time: KL divergence with a single layer under a cache and all others dense.
 
-    python -m experiments.layers --config=configs/layers.py --config.caches=k4v4,k2v2 --workdir=DIR
+    kvjax layers --config.caches=k4v4,k2v2 --workdir=DIR
 
 One layer alone can ruin a model that looks fine on average. Appends the row of each plan, all layers together among
 them, to DIR/results.jsonl as `experiments.perplexity` does, goes on where it was, prints a table and draws

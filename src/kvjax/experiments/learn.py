@@ -1,6 +1,6 @@
 """Trains the encoders of a cache on a text and judges them on others, beside the encoders they began with.
 
-    python -m experiments.learn --config=configs/learn.py --workdir=DIR
+    kvjax learn --workdir=DIR
 
 Appends a row a layer to DIR/learn.jsonl, and scores to DIR/results.jsonl; draws DIR/learn.png. Killed at any moment
 and started again it goes on where it was. What was learned is kept in $KVJAX_CACHE: every program takes the cache

@@ -1,6 +1,6 @@
 """Loads a model in a fresh process, for experiments.loading_memory, and prints what that took as JSON.
 
-python -m experiments.load_once FOLDER DTYPE MESH
+python -m kvjax.experiments.load_once FOLDER DTYPE MESH
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What loading a checkpoint takes: anonymous memory at its peak, and bytes read from disk.
 
-    python -m experiments.loading_memory --config=configs/loading_memory.py --workdir=DIR
+    kvjax loading_memory --workdir=DIR
 
 Makes a checkpoint of random weights in DIR/checkpoint-MODEL and loads it in fresh processes, on one device and, where
 one is given, on a mesh. Appends a row for each to DIR/loading_memory.jsonl and prints a table. What is there already

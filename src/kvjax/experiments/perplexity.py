@@ -1,6 +1,6 @@
 """The sweep: perplexity, KL divergence and agreement of cache plans on the same windows of a text.
 
-    python -m experiments.perplexity --config=configs/perplexity.py --config.caches=dense,k4v4 --workdir=DIR
+    kvjax sweep --config.caches=dense,k4v4 --workdir=DIR
 
 Appends a row per plan to DIR/results.jsonl, prints a table and draws DIR/pareto.png. Killed at any moment and started
 again it goes on where it was: finished windows are kept in DIR/partial.

@@ -1,6 +1,6 @@
 """Searched plans at several budgets against uniform caches, on texts that the search never saw.
 
-    python -m experiments.plans --config=configs/plans.py --workdir=DIR
+    kvjax plans --workdir=DIR
 
 Every search shares DIR with the others: what one measured, none measures again. The plans go to DIR/plans, rows to
 DIR/plans.jsonl, a picture to DIR/plans.png. Differences between two caches are paired: of the same windows,

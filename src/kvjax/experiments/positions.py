@@ -1,6 +1,6 @@
 """Perplexity by position: how much worse than dense a cache reads the first tokens of a window, and the last.
 
-    python -m experiments.positions --config=configs/positions.py --config.context=4096 --workdir=DIR
+    kvjax positions --config.context=4096 --workdir=DIR
 
 A mean over a window hides an error that grows with depth. Appends a row per cache and part of the window to
 DIR/positions.jsonl, goes on where it was (windows are kept in DIR/partial), prints a table and draws

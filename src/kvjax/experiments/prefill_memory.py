@@ -1,6 +1,6 @@
 """What one prefill step holds beside the model and its cache, as the compiler counts it. Nothing is run.
 
-    python -m experiments.prefill_memory --config=configs/prefill_memory.py --workdir=DIR
+    kvjax prefill_memory --workdir=DIR
 
 Appends a row per cache and length to DIR/prefill_memory.jsonl and prints a table. What is there already is not
 compiled again.

@@ -1,6 +1,6 @@
 """How far `streaming` is from token-by-token `decode`, per token, on a ragged batch of a real model.
 
-    python -m experiments.protocols --config=configs/protocols.py --workdir=DIR
+    kvjax protocols --workdir=DIR
 
 In float64 the two are the same computation; in float32 rounding flips cascade. Appends a row per dtype and plan to
 DIR/protocols.jsonl, what is there already left out.

@@ -1,7 +1,7 @@
 """Families of caches at equal conditions, their forms paired with their plain ones.
 
-    python -m experiments.quality --config=configs/quality.py --workdir=DIR
-    python -m experiments.quality --config=configs/frontier.py --workdir=DIR
+    kvjax quality --workdir=DIR
+    kvjax quality --config=frontier --workdir=DIR
 
 Appends a row per text, condition and cache to DIR/STUDY.jsonl, prints a table and draws DIR/STUDY.png; STUDY is the
 config's `study`. Killed at any moment and started again it goes on where it was. Differences are paired, of the same

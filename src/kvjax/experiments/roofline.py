@@ -1,6 +1,6 @@
 """The least time of a decode step on devices that are not here, from bytes and operations: which cache wins where.
 
-    python -m experiments.roofline --config=configs/roofline.py:gqa --workdir=DIR
+    kvjax roofline --config=roofline:gqa --workdir=DIR
 
 Prints a table per device, appends a row per device and cache to DIR/roofline.jsonl, what is there already left out,
 and draws DIR/roofline.png. `kvjax.evaluate.roofline` says what is counted.

@@ -1,6 +1,6 @@
 """Evaluations of plans per minute, as a search makes them: kvjax's Simulator beside HF transformers, in one run.
 
-    python -m experiments.search_speed --config=configs/search_speed.py --workdir=DIR
+    kvjax search_speed --workdir=DIR
 
 One evaluation is a plan's KL divergence from the dense run, which both sides made before, and its nll, over the whole
 vocabulary and under the `streaming` protocol. HF has a cache that quantises and dequantises what it stores, as

@@ -1,6 +1,6 @@
 """Searches for the same budget, with as many evaluations each, over several seeds, judged on a text they never saw.
 
-    python -m experiments.searches --config=configs/searches.py --workdir=DIR
+    kvjax searches --workdir=DIR
 
 A search makes at most `trials` evaluations, those that measuring the layers' errors costs among them. A seed draws
 NSGA-II's trials and the predictions' tokens. The plan of least KL within each of `judged_budgets` is then judged on

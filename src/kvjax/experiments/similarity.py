@@ -1,6 +1,6 @@
 """What XQuant rests on, on a real model: X changes little from layer to layer, and latents of keys have one outlier.
 
-    python -m experiments.similarity --config=configs/similarity.py --workdir=DIR
+    kvjax similarity --workdir=DIR
 
 Of each layer against the one below, as means over tokens: the cosine, and the norm of the difference over the norm
 (XQuant, figure 3). Of each layer's channels: the largest mean magnitude over the median one, and which channel has it

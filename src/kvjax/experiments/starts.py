@@ -1,6 +1,6 @@
 """Cold and warm starts of experiments.generate: what the programs that it keeps save the next time.
 
-    python -m experiments.starts --config=configs/starts.py --workdir=DIR
+    kvjax starts --workdir=DIR
 
 Starts it twice for each cache, in fresh processes: with an empty $KVJAX_CACHE, which is a temporary folder with
 nothing but the model, and with what the first start left there. Appends a row per cache to DIR/starts.jsonl and

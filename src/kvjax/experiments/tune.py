@@ -1,6 +1,6 @@
 """The search for a plan: sensitivity, pruning, clustering, search, and a plan file with its card.
 
-    python -m experiments.tune --config=configs/tune.py --config.budget=3.25 --workdir=DIR
+    kvjax tune --config.budget=3.25 --workdir=DIR
 
 Leaves DIR/plan.yaml, DIR/front.jsonl and pictures. With --config.judged_on=TEXT, the plan's card also says how good
 it is on that text, which must be another than the one calibrated on. Every stage goes on where it was cut off: errors

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/ from the committed results: python -m experiments.report (or make readme).
+"""Writes the tables of README.md and docs/ from the committed results: make pages.
 
 Each table stands between `<!-- NAME -->` and `<!-- end -->`; the pictures in docs/ are drawn from the same rows, and
 docs/bad_inputs.md is written whole. What has rows of uncommitted changes stays as it is.

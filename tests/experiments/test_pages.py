@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvjax.errors import KvjaxError
-from kvjax.experiments import report
+from kvjax.experiments import pages
 from kvjax.experiments.sources import check_clean, describe_source
 from kvjax.records import read_rows
 
@@ -35,7 +35,7 @@ def test_rows_that_no_commit_reproduces_are_refused() -> None:
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout with one page, whose tables `t` and `u` have rows of a commit and rows of none."""
-    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
     (tmp_path / "results").mkdir()
     (tmp_path / "results/t.jsonl").write_text(json.dumps(row("a")) + "\n")
     (tmp_path / "results/u.jsonl").write_text(json.dumps(row("b+")) + "\n")
@@ -45,32 +45,32 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_table_is_written_and_a_refused_one_stays(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables = {name: (f"{name}.jsonl", describe_source) for name in ("u", "t")}
-    monkeypatch.setattr(report, "TABLES", {"page.md": tables})
-    monkeypatch.setattr(report, "PICTURES", {"p": ("u.jsonl", lambda rows, file: pytest.fail("drawn"))})
-    monkeypatch.setattr(report, "write_bad_inputs", lambda: None)
+    monkeypatch.setattr(pages, "TABLES", {"page.md": tables})
+    monkeypatch.setattr(pages, "PICTURES", {"p": ("u.jsonl", lambda rows, file: pytest.fail("drawn"))})
+    monkeypatch.setattr(pages, "write_bad_inputs", lambda: None)
     with pytest.raises(SystemExit, match=r"^dirty rows: u.jsonl: 1 of 1 \(lines 1\)[^\n]*$"):
-        report.main()
+        pages.main()
     written = PAGE.replace("old", describe_source([row("a")]))
     assert (root / "page.md").read_text() == written + PAGE.replace("t -->", "u -->")
 
 
 def test_every_page_has_its_tables_and_every_table_is_made_of_its_rows() -> None:
-    for page, tables in report.TABLES.items():
-        text = (report.ROOT / page).read_text(encoding="utf-8")
+    for page, tables in pages.TABLES.items():
+        text = (pages.ROOT / page).read_text(encoding="utf-8")
         for name, (file, render) in tables.items():
             assert f"<!-- {name} -->\n" in text
             if not file:  # made of the code itself
                 assert render([])
-            elif rows := read_rows(report.ROOT / "results" / file):
+            elif rows := read_rows(pages.ROOT / "results" / file):
                 assert "\n| --- |" in "\n" + render(rows)
 
 
 def test_bits_stand_beside_one_another_where_rows_have_them() -> None:
     figures = {"cache": "xcl2", "bits_asymptotic": 2.7, "bits_real": 3.76, "nll": 3.0, "kld": 0.1, "top1": 0.9}
     rows = [row("a") | figures | {"text": text, "bits_peak": 4.56} for text in ("wikitext-2", "demo")]
-    *_, last = report.xquant(rows).splitlines()
+    *_, last = pages.xquant(rows).splitlines()
     assert last == "| `xcl2` | 2.70 | 3.76 | 4.56 | 0.1000 | 0.900 | 3.0000 | 0.1000 | 3.0000 |"
-    *_, last = report.xquant([{key: each[key] for key in each if key != "bits_peak"} for each in rows]).splitlines()
+    *_, last = pages.xquant([{key: each[key] for key in each if key != "bits_peak"} for each in rows]).splitlines()
     assert last.startswith("| `xcl2` | 2.70 | 3.76 |  | 0.1000 |")
 
 
@@ -78,7 +78,7 @@ def test_models_stand_beside_one_another() -> None:
     figures = {"bits_asymptotic": 4.25, "kld": 0.1, "top1": 0.9, "nll": 3.0}
     caches = [("one", "dense"), ("one", "k4v4"), ("two", "dense"), ("two", "x4")]
     rows = [row("a") | figures | {"model": model, "cache": cache} for model, cache in caches]
-    *_, header, _, dense, kv, x = report.beside(rows).splitlines()
+    *_, header, _, dense, kv, x = pages.beside(rows).splitlines()
     assert header.count("|") == 10 and "| one: KL |" in header and "| two: nll |" in header
     cells = " 4.25 | 0.1000 | 0.900 | 3.0000 |"
     assert (dense, kv) == (f"| `dense` |{cells}{cells}", f"| `k4v4` |{cells}  |  |  |  |")
@@ -87,7 +87,7 @@ def test_models_stand_beside_one_another() -> None:
 
 def test_a_missing_result_file_is_named(root: Path) -> None:
     with pytest.raises(KvjaxError, match=r"no rows: v\.jsonl"):
-        report.clean_rows("v.jsonl")
+        pages.clean_rows("v.jsonl")
     (root / "results/v.jsonl").write_text("")
     with pytest.raises(KvjaxError, match=r"no rows: v\.jsonl"):
-        report.clean_rows("v.jsonl")
+        pages.clean_rows("v.jsonl")
