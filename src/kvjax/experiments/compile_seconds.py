@@ -9,7 +9,6 @@ threads on the CPU: other programs on the machine make them no longer.
 
 from __future__ import annotations
 
-import functools
 import os
 import time
 from pathlib import Path
@@ -27,14 +26,10 @@ from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
 from kvjax.experiments import program
-from kvjax.experiments.prefill_memory import arguments
-from kvjax.generation.decode import decode_steps, start
-from kvjax.generation.sampling import Sampling
+from kvjax.experiments.shapes import lower_decode_loop
 from kvjax.models.config import ModelConfig
-from kvjax.models.decoder import Decoder
 
 SIZES = ("vocab_size", "model_dim", "mlp_dim", "heads", "kv_heads")
-NEW = 64  # tokens the loop has room for
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
@@ -61,11 +56,8 @@ def _model(config: config_dict.ConfigDict, layers: str) -> ModelConfig:
 
 def compile_loop(model: ModelConfig, plan: CachePlan, max_len: int, dtype: Any) -> dict[str, Any]:
     """Seconds on the CPU of tracing and of compiling the decode loop of one sequence, and its lines before XLA."""
-    params, bases, held = arguments(model, plan, max_len, dtype)
-    run = jax.eval_shape(functools.partial(start, room=NEW), held)
-    sampling, stop = Sampling.of(0.0, None, None, 0, 1, model.vocab_size), jnp.zeros(1, jnp.int32)
     begun, used = time.perf_counter(), _cpu_seconds()
-    lowered = decode_steps.lower(Decoder(model), params, bases, run, sampling, stop, NEW, NEW)
+    lowered = lower_decode_loop(model, plan, max_len, dtype)
     traced = _cpu_seconds()
     lowered.compile()
     return {

@@ -22,7 +22,7 @@ from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import read_config
 from kvjax.evaluate import suite
-from kvjax.experiments import bars, program
+from kvjax.experiments import bars, dry_run, program
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
@@ -68,5 +68,11 @@ def _cell(row: dict[str, Any] | None) -> str:
     return f"{row['value']:.4f}" + ("" if math.isnan(row["stderr"]) else f" ± {row['stderr']:.4f}")
 
 
+def sizes(config: config_dict.ConfigDict) -> dry_run.Sizes:
+    """The longest context that a task names; tasks of the harness name none."""
+    contexts = [getattr(task, "context", 1024) for task in suite.parse_tasks(config.tasks)]
+    return dry_run.Sizes(split_list(config.caches), max(contexts))
+
+
 if __name__ == "__main__":
-    program.run(main, "configs/evaluate.py")
+    program.run(main, "configs/evaluate.py", sizes)

@@ -25,7 +25,7 @@ from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import read_config
 from kvjax.evaluate.tasks import common_prefix
-from kvjax.experiments import compilation, program
+from kvjax.experiments import compilation, dry_run, program
 from kvjax.tables import format_ratio
 
 DEFAULT = "k4v4"
@@ -38,9 +38,8 @@ def main(config: config_dict.ConfigDict, workdir: Path | None) -> None:
         raise kvjax.KvjaxError("compare makes caches of its own; expected no save or resume beside it")
     if config.save and Path(config.save).exists():
         raise kvjax.KvjaxError(f"{config.save} exists already; expected a new folder")
-    names = split_list(config.compare) if config.compare else [config.cache or DEFAULT]
     model_config = read_config(config.model)  # a plan that does not fit is refused before weights are loaded
-    plans = [CachePlan.parse(name, model_config) for name in names]
+    plans = [CachePlan.parse(name, model_config) for name in _names(config)]
     begun = time.perf_counter()
     model = program.load(config)
     load_seconds = time.perf_counter() - begun
@@ -58,6 +57,10 @@ def main(config: config_dict.ConfigDict, workdir: Path | None) -> None:
     if config.save:
         kvjax.save_state(config.save, model, rows[0][1].state)
         print(f"saved: {config.save}", file=sys.stderr)
+
+
+def _names(config: config_dict.ConfigDict) -> list[str]:
+    return split_list(config.compare) if config.compare else [config.cache or DEFAULT]
 
 
 def _generate(
@@ -146,5 +149,11 @@ def _side_by_side(rows: list[tuple[dict[str, Any], kvjax.Generation]]) -> Table:
     return table
 
 
+def sizes(config: config_dict.ConfigDict) -> dry_run.Sizes:
+    """The prompt at a token a byte, which it rarely reaches."""
+    room = config.max_len or len(config.prompt.encode()) + config.max_new_tokens
+    return dry_run.Sizes(_names(config), room)
+
+
 if __name__ == "__main__":
-    program.run_anywhere(main, "configs/generate.py")
+    program.run_anywhere(main, "configs/generate.py", sizes)

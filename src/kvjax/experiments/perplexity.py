@@ -23,7 +23,7 @@ from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import read_config
 from kvjax.evaluate.sweep import COLUMNS
-from kvjax.experiments import bars, pareto, program
+from kvjax.experiments import bars, dry_run, pareto, program
 from kvjax.tables import format_figure, format_with_error
 
 
@@ -66,5 +66,9 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def sizes(config: config_dict.ConfigDict) -> dry_run.Sizes:
+    return dry_run.Sizes(split_list(config.caches), config.context)
+
+
 if __name__ == "__main__":
-    program.run(main, "configs/perplexity.py")
+    program.run(main, "configs/perplexity.py", sizes)

@@ -16,24 +16,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax.traverse_util import unflatten_dict
 from ml_collections import config_dict
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from kvjax import records
-from kvjax.caches.base import CacheShape, CacheSpec, KVWeights
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
 from kvjax.experiments import program
+from kvjax.experiments.shapes import arguments
 from kvjax.generation.decode import feed
-from kvjax.generation.states import Held
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
-from kvjax.models.params import Params, param_shapes
 from kvjax.models.zoo import RANDOM
 
 
@@ -73,28 +69,6 @@ def _figures(model: ModelConfig, plan: CachePlan, tokens: int, dtype: Any) -> di
         "cache_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(held.cache.layers)),
         "compile_seconds": time.perf_counter() - begun,
     }
-
-
-def arguments(model: ModelConfig, plan: CachePlan, max_len: int, dtype: Any) -> tuple[Params, Any, Held]:
-    """What programs take of one sequence, without arrays: parameters, bases, and a state of `max_len` tokens."""
-    shaped: Any = jax.ShapeDtypeStruct
-    params = unflatten_dict({path: shaped(size, dtype) for path, size in param_shapes(model).items()})
-    bases = tuple(jax.tree.map(lambda a: shaped(a.shape, dtype), _bases(spec, model)) for spec in plan.specs)
-    cache = plan.init_shapes(CacheShape.of(model, 1, max_len, dtype))
-    return params, bases, Held(cache, shaped((1, model.model_dim), dtype))
-
-
-@functools.cache
-def _bases(spec: CacheSpec, model: ModelConfig) -> Any:
-    """What a spec computes once per model, of weights that are zero: only its sizes count here."""
-    if not spec.bases_key:
-        return ()
-    if spec.calibrated:
-        raise KvjaxError(f"{spec} learns from a text; expected methods that need none, because no weights are read")
-    zeros: Any = np.zeros((model.kv_heads * model.head_dim, model.model_dim), np.float32)
-    ones: Any = np.ones(model.model_dim)
-    weights = KVWeights(zeros, zeros, norm_eps=model.norm_eps, head_dim=model.head_dim)
-    return spec.bases(weights, ones)
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import logging
 import re
-import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +22,7 @@ from kvjax.caches.registry import load_plugins
 from kvjax.checks import check_path
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.text import check_unseen
+from kvjax.experiments import dry_run, help
 from kvjax.experiments.compilation import keep_programs
 from kvjax.files import brief
 
@@ -31,41 +32,61 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results and partial 
 _COMPILE_CACHE = flags.DEFINE_bool(
     "compile_cache", True, "Keeps compiled programs in $KVJAX_CACHE for the next start."
 )
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Says what would be run, and in how many bytes; runs nothing.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Joins processes that TPU, Slurm or Open MPI started.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "Joins processes started by hand: host:port of process 0.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are, with --coordinator.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this process, from 0, with --coordinator.")
 
 
-def run(main: Callable[[config_dict.ConfigDict, Path], None], config_file: str) -> None:
+Main = Callable[[config_dict.ConfigDict, Path | None], None]
+
+
+def run(
+    main: Callable[[config_dict.ConfigDict, Path], None],
+    config_file: str,
+    sizes: Callable[[config_dict.ConfigDict], dry_run.Sizes] | None = None,
+) -> None:
     """Parses --config and --workdir and runs `main(config, workdir)`, which appends to result files in workdir.
 
     Bad input (an unknown flag, field or value, or a KvjaxError) prints one line and exits with 2.
+
+    Args:
+      main: the program.
+      config_file: its config, in the package's folder.
+      sizes: what it would run, for --dry_run; that is refused where None.
     """
 
     def needs_folder(config: config_dict.ConfigDict, workdir: Path | None) -> None:
         if workdir is None:
-            raise KvjaxError("no --workdir; expected a folder for results")
+            raise KvjaxError("no --workdir; expected a folder for results, as in --workdir=runs/first")
         main(config, workdir)
 
-    run_anywhere(needs_folder, config_file)
+    run_anywhere(needs_folder, config_file, sizes)
 
 
-def run_anywhere(main: Callable[[config_dict.ConfigDict, Path | None], None], config_file: str) -> None:
+def run_anywhere(
+    main: Main, config_file: str, sizes: Callable[[config_dict.ConfigDict], dry_run.Sizes] | None = None
+) -> None:
     """`run` for a program that may go without a workdir."""
 
     def started(config: config_dict.ConfigDict, workdir: Path | None) -> None:
         if _COMPILE_CACHE.value:
             keep_programs()
         with hosts.quiet():
-            main(config, workdir)
+            if not _DRY_RUN.value:
+                main(config, workdir)
+            elif sizes is None:
+                raise KvjaxError("--dry_run is not for this program; expected sweep, generate, tune or evaluate")
+            else:
+                dry_run.show(config.model, config.dtype, config.mesh, config.replicate, sizes(config))
 
     def guarded(_: list[str]) -> None:
         _hush()
         hosts.end_on_sigterm()
         try:
             with _processes():
-                answer(started, flags.FLAGS.config, _WORKDIR.value)
+                answer(started, flags.FLAGS.config, None if _DRY_RUN.value else _WORKDIR.value)
         except KvjaxError as error:  # they cannot be joined
             _fail(str(error))
 
@@ -80,9 +101,7 @@ def _processes() -> contextlib.AbstractContextManager[None]:
     return hosts.joined(*address)
 
 
-def answer(
-    main: Callable[[config_dict.ConfigDict, Path | None], None], config: config_dict.ConfigDict, folder: str | None
-) -> None:
+def answer(main: Main, config: config_dict.ConfigDict, folder: str | None) -> None:
     """Runs a program: bad input prints one line and exits with 2, an interrupt with 130, SIGTERM with 143.
 
     Where another process is lost it prints one line and exits with 1.
@@ -135,18 +154,20 @@ def parse(config_file: Path, argv: list[str], values: flags.FlagValues = flags.F
 
     Args:
       config_file: the program's config.
-      argv: the program's name and its arguments.
+      argv: the program's name and its arguments; with --help among them, prints the fields and exits.
       values: where the flags are defined.
 
     Returns:
       The program's name.
     """
-    fields = list(runpy.run_path(str(config_file))["get_config"]().keys())
-    expected = f"this program's fields are {', '.join(fields)}"
+    argv = _with_named_config(argv)
+    if any(re.fullmatch(r"--?(h|help|helpfull|helpshort)", argument) for argument in argv[1:]):
+        print(_help(config_file, argv))
+        sys.exit(0)
+    fields = list(help.fields_of(config_file))
     for argument in argv[1:]:
-        match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
-        if match and match[1] not in fields:
-            _fail(f"unknown config field {match[1]!r}; {expected}")
+        _check_name(argument, fields, values)
+    expected = f"this program's fields are {', '.join(fields)}"
     try:
         config_flags.DEFINE_config_file("config", str(config_file), HELP, values, lock_config=True, sys_argv=argv)
         rest = values(argv)
@@ -160,6 +181,45 @@ def parse(config_file: Path, argv: list[str], values: flags.FlagValues = flags.F
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}; fields are set as --config.field=value")
     return rest
+
+
+def _with_named_config(argv: list[str]) -> list[str]:
+    """The arguments, with a config that is named as in `xquant:gqa` or `configs/xquant.py:gqa` as a file."""
+    return [_named(argument) for argument in argv]
+
+
+def _named(argument: str) -> str:
+    match = re.fullmatch(r"(--?config=)(?:configs/)?(\w+)(?:\.py)?(:.*)?", argument, re.DOTALL)
+    file = help.CONFIGS / f"{match[2]}.py" if match else None
+    if match is None or file is None or not file.exists() or Path(argument.split("=", 1)[1].split(":")[0]).exists():
+        return argument
+    return f"{match[1]}{file}{match[3] or ''}"
+
+
+def _help(config_file: Path, argv: list[str]) -> str:
+    """The help of the program's config, or of the one that --config names."""
+    named = [argument.split("=", 1)[1] for argument in argv if re.match(r"--?config=", argument)]
+    file, _, variant = (named or [str(config_file)])[-1].partition(":")
+    try:
+        return help.help_text(Path(file), variant)
+    except Exception as error:  # the file is anything
+        _fail(f"{file}: {brief(error)}; expected a config file with get_config()")
+
+
+def _check_name(argument: str, fields: list[str], values: flags.FlagValues) -> None:
+    """Says what was meant by an argument that sets no field and no flag."""
+    match = re.match(r"--?(?:no)?(config\.)?([^=.]*)[^=]*(=.*)?", argument, re.DOTALL)
+    if match is None:
+        return
+    _, name, value = match.groups()
+    if match[1] and name not in fields:
+        close = difflib.get_close_matches(name, fields, 1)
+        hint = f"did you mean {close[0]}? " * bool(close)
+        _fail(f"unknown config field {name!r}; {hint}this program's fields are {', '.join(fields)}")
+    if not match[1] and name in fields and name not in values:
+        _fail(f"unknown flag --{name}; it is a field: --config.{name}{value or '=VALUE'}")
+    if not match[1] and name not in values and (close := difflib.get_close_matches(name, fields, 1)):
+        _fail(f"unknown flag --{name}; did you mean --config.{close[0]}{value or '=VALUE'}?")
 
 
 def _hush() -> None:

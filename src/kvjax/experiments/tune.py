@@ -23,17 +23,19 @@ from rich.table import Table
 
 from kvjax import hosts, records
 from kvjax.caches import modelopt
+from kvjax.caches.grammar import split_list
 from kvjax.caches.kv import KV
 from kvjax.caches.plan import CachePlan
 from kvjax.evaluate import calibrated as evaluated
 from kvjax.evaluate.sweep import identity_of
-from kvjax.experiments import program, tune_pictures
+from kvjax.experiments import dry_run, program, tune_pictures
 from kvjax.files import write_atomically
 from kvjax.models.model import Model
 from kvjax.tuner.evaluations import Evaluations
 from kvjax.tuner.judge import make_judge, make_validation
 from kvjax.tuner.search import Search
 from kvjax.tuner.settings import SearchSettings
+from kvjax.tuner.space import default_candidates
 from kvjax.tuner.tune import Tuning
 
 Row = dict[str, Any]
@@ -161,5 +163,10 @@ def _table(rows: list[Row]) -> Table:
     return table
 
 
+def sizes(config: config_dict.ConfigDict) -> dry_run.Sizes:
+    names = split_list(config.candidates) if config.candidates else default_candidates(config.mode)
+    return dry_run.Sizes(names, config.context)
+
+
 if __name__ == "__main__":
-    program.run(main, "configs/tune.py")
+    program.run(main, "configs/tune.py", sizes)
