@@ -45,11 +45,11 @@ PROMPTS = {"short": (CHATS, TEXTS, 64), "long": (LONG, (), 2000)}
 def get_config(variant: str = "short") -> config_dict.ConfigDict:
     chats, texts, tokens = PROMPTS[variant]
     return config_dict.create(
-        model="smollm2-135m",
-        dtype="float32",
-        caches="k8v8@kivi,k4v4@kivi,k4v2@kivi,k2v2@kivi",
+        model="smollm2-135m",  # a name, a path or a hub name, see kvjax.load
+        dtype="float32",  # or bfloat16, float64
+        caches="k8v8@kivi,k4v4@kivi,k4v2@kivi,k2v2@kivi",  # plans, see kvjax.caches.plan
         plugins="",  # modules or Python files that register more caches, separated by commas
         chats=chats,  # put into the model's chat template
         texts=texts,  # gone on from as they are
-        max_new_tokens=tokens,
+        max_new_tokens=tokens,  # that are generated at most
     )

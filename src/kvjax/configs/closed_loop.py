@@ -9,4 +9,11 @@ from ml_collections import config_dict
 
 
 def get_config() -> config_dict.ConfigDict:
-    return config_dict.create(model="smollm2-135m", text="demo", tokens=256, bits=3, base=2, base_bits=4)
+    return config_dict.create(
+        model="smollm2-135m",  # a name, a path or a hub name, see kvjax.load
+        text="demo",  # a file, demo, wikitext-2 or a hub data set
+        tokens=256,  # of the text
+        bits=3,  # of the deltas
+        base=2,  # the layer that deltas are counted from
+        base_bits=4,  # of layers 0 to `base`
+    )

@@ -33,9 +33,9 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
 
 def _packed() -> config_dict.ConfigDict:
     return config_dict.create(
-        model="smollm2-135m",
-        text="demo",
-        caches="dense,k8v8@token,k4v4@token,k2v2@token,k4v4@kivi,k4v2@kivi,k2v2@kivi",
+        model="smollm2-135m",  # a name, a path or a hub name, see kvjax.load
+        text="demo",  # a file, demo, wikitext-2 or a hub data set
+        caches="dense,k8v8@token,k4v4@token,k2v2@token,k4v4@kivi,k4v2@kivi,k2v2@kivi",  # plans, see kvjax.caches.plan
         plugins="",  # modules or Python files that register more caches, separated by commas
         rebuild="",  # of X-type caches: timed with values rebuilt, too
         dtype="float32",  # of the weights

@@ -15,6 +15,7 @@ def get_config() -> config_dict.ConfigDict:
         model="smollm2-135m",  # a name, a path or a hub name, see kvjax.load
         tasks="needle,tracking",  # see kvjax.evaluate.suite; gsm8k(data=FOLDER) needs its two files
         caches="dense,k8v8@kivi,k4v4@kivi,k2v2@kivi",  # plans, see kvjax.caches.plan
+        calibration="",  # a text that methods such as xclr2(basis=balanced) learn from; see kvjax.calibrated
         plugins="",  # modules or Python files that register more caches, separated by commas
         dtype="float32",  # or bfloat16, float64
         mesh="",  # devices that share the model: data=2,tensor=4, see kvjax.mesh; one device where empty

@@ -11,10 +11,10 @@ from ml_collections import config_dict
 
 def get_config() -> config_dict.ConfigDict:
     return config_dict.create(
-        text="demo",
-        caches="dense,k4v4@token,k4v4@kivi",
+        text="demo",  # a file, demo, wikitext-2 or a hub data set
+        caches="dense,k4v4@token,k4v4@kivi",  # plans, see kvjax.caches.plan
         plugins="",  # modules or Python files that register more caches, separated by commas
-        context=1024,
-        windows=4,
-        repeats=3,
+        context=1024,  # tokens a window
+        windows=4,  # of the text
+        repeats=3,  # of each measurement, of which the median counts
     )

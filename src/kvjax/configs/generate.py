@@ -17,15 +17,15 @@ def get_config() -> config_dict.ConfigDict:
         cache="",  # a plan, see kvjax.caches.plan; k4v4 where neither this nor resume names one
         calibration="",  # a text that methods such as xclr2(basis=balanced) learn from; see kvjax.calibrated
         plugins="",  # modules or Python files that register more caches, separated by commas
-        prompt="Explain in two sentences what a cache is.",
-        max_new_tokens=64,
+        prompt="Explain in two sentences what a cache is.",  # what the model is asked
+        max_new_tokens=64,  # that are generated at most
         max_len=0,  # tokens to make room for; what the prompt (and what is resumed) needs where 0
         prefill_chunk=0,  # tokens of the prompt that are read at a time, all where 0; see kvjax.generate
         chat=True,  # put the prompt into the model's chat template, where it has one
         temperature=0.0,  # 0: greedy
         top_k=0,  # 0: all tokens
-        top_p=1.0,
-        seed=0,
+        top_p=1.0,  # 1: all tokens
+        seed=0,  # of all that is drawn
         stop="",  # a text that ends the answer, which is shown up to it
         compare="",  # a list of plans instead of `cache`: their texts side by side
         save="",  # a new folder for what was read and written, to go on from

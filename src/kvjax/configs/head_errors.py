@@ -13,10 +13,10 @@ PAIRS = [f"k{key}v{value}@{mode}" for mode in ("token", "kivi") for key in WIDTH
 
 def get_config() -> config_dict.ConfigDict:
     return config_dict.create(
-        model="smollm2-135m",
-        text="demo",
-        caches=",".join(PAIRS),
+        model="smollm2-135m",  # a name, a path or a hub name, see kvjax.load
+        text="demo",  # a file, demo, wikitext-2 or a hub data set
+        caches=",".join(PAIRS),  # plans, see kvjax.caches.plan
         context=512,  # tokens a window
-        windows=1,
+        windows=1,  # of the text
         offset=0,  # tokens skipped first
     )

@@ -20,9 +20,9 @@ def get_config() -> config_dict.ConfigDict:
         windows=4,  # of each judged text
         offset=0,  # tokens skipped first
         steps=100,  # of Adam, of every layer alone
-        rate=1e-4,
+        rate=1e-4,  # of Adam in a layer
         polish=0,  # steps of all layers together, by KL divergence
-        polish_rate=3e-5,
+        polish_rate=3e-5,  # of Adam in all layers together
         batch=1,  # windows a step of a layer; a mesh's axis data divides them
         plugins="",  # modules or Python files that register more caches, separated by commas
         dtype="float32",  # or bfloat16

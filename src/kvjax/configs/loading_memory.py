@@ -53,7 +53,7 @@ CHECKPOINTS = {
 
 def get_config(model: str = "llama-3.2-1b") -> config_dict.ConfigDict:
     return config_dict.create(
-        model=model,
+        model=model,  # whose shapes the checkpoint has
         checkpoint=CHECKPOINTS[model],  # its config.json
         files=4,  # safetensors files of the checkpoint
         dtype="bfloat16",  # of the loaded parameters; the files hold bfloat16 or MXFP4

@@ -16,12 +16,12 @@ def get_config() -> config_dict.ConfigDict:
         caches="dense,k8v8@token,k4v4@token,k8v4@kivi,k4v4@kivi,k4v2@kivi,k2v2@kivi",  # plans, see kvjax.caches.plan
         calibration="",  # a text that methods such as xclr2(basis=balanced) learn from; see kvjax.calibrated
         plugins="",  # modules or Python files that register more caches, separated by commas
-        protocol="streaming",  # or decode, parallel
+        protocol="streaming",  # streaming, decode or parallel, see kvjax.evaluate.perplexity
         dtype="float32",  # or bfloat16, float64
         mesh="",  # devices that share the model: data=2,tensor=4, see kvjax.mesh; one device where empty
         replicate="",  # logical axes that each device keeps whole, such as kv_heads
         over="devices",  # which several processes share; or plans, of which each process takes its own
         context=1024,  # tokens a window
-        windows=4,
+        windows=4,  # of the text
         offset=0,  # tokens skipped first
     )

@@ -53,7 +53,7 @@ def get_config(variant: str = "pairs") -> config_dict.ConfigDict:
     config.update(
         {
             "searches": SEARCHES[variant],  # candidates by the search's name
-            "budgets": BUDGETS[variant],
+            "budgets": BUDGETS[variant],  # bits, separated by commas
             "judged_on": "wikitext-2",  # texts that are not calibrated on, separated by commas
             "judged_windows": 4,  # of each text, of `context` tokens
         }

@@ -16,9 +16,9 @@ LATENTS = "x4@latent,x4@head,x4@input,xcl3@latent,xcl3@input"
 def get_config(variant: str = "packed") -> config_dict.ConfigDict:
     caches, lengths = {"packed": (PACKED, "96,71"), "latents": (LATENTS, "180,131")}[variant]
     return config_dict.create(
-        model="smollm2-135m",
-        text="demo",
-        caches=caches,
+        model="smollm2-135m",  # a name, a path or a hub name, see kvjax.load
+        text="demo",  # a file, demo, wikitext-2 or a hub data set
+        caches=caches,  # plans, see kvjax.caches.plan
         plugins="",  # modules or Python files that register more caches, separated by commas
         lengths=lengths,  # tokens of each sequence
     )

@@ -36,10 +36,10 @@ def get_config() -> config_dict.ConfigDict:
     config.update(
         {
             "study": "quality",  # names the files
-            "texts": "wikitext-2,demo",
-            "conditions": CONDITIONS,
-            "families": FAMILIES,
-            "bits": "4,3,2",
+            "texts": "wikitext-2,demo",  # that are judged
+            "conditions": CONDITIONS,  # by name: the protocol, and fields of all forms
+            "families": FAMILIES,  # by name: the plain form, and fields of the others
+            "bits": "4,3,2",  # widths, separated by commas
             "contexts": "1024,8192",  # for which bits are counted
             "windows": 4,
             "offset": 20480,

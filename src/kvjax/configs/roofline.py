@@ -18,9 +18,9 @@ MODELS = {
 def get_config(which: str = "gqa") -> config_dict.ConfigDict:
     model, caches = MODELS[which]
     return config_dict.create(
-        model=model,
-        devices="v5e,v6e,a100,h100,b200",
-        caches=caches,
+        model=model,  # shapes, see kvjax.models.zoo
+        devices="v5e,v6e,a100,h100,b200",  # kinds of device
+        caches=caches,  # plans, see kvjax.caches.plan
         plugins="",  # modules or Python files that register more caches, separated by commas
         contexts=",".join(str(2**i) for i in range(9, 18)),  # tokens of each sequence
         batch=8,  # sequences

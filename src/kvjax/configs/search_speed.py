@@ -11,10 +11,10 @@ from ml_collections import config_dict
 
 def get_config() -> config_dict.ConfigDict:
     return config_dict.create(
-        text="demo",
+        text="demo",  # a file, demo, wikitext-2 or a hub data set
         mode="kivi",  # or token
         context=1024,  # tokens a window
-        windows=2,
+        windows=2,  # of the text
         plans=6,  # of each kind; the first warms up
-        seed=0,
+        seed=0,  # of all that is drawn
     )

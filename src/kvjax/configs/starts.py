@@ -12,5 +12,5 @@ def get_config() -> config_dict.ConfigDict:
     return config_dict.create(
         model="smollm2-135m",  # a name of kvjax.models.zoo
         caches="dense,k4v4,k4v2@kivi",  # plans, see kvjax.caches.plan
-        max_new_tokens=16,
+        max_new_tokens=16,  # that are generated at most
     )

@@ -27,10 +27,10 @@ def get_config(variant: str = "cpu") -> config_dict.ConfigDict:
 def _cpu() -> config_dict.ConfigDict:
     return config_dict.create(
         heads="32/8x128",  # of the ops: query heads / kv heads x head_dim
-        pairs="k8v8@token,k4v4@token,k2v2@token,k8v8@kivi,k4v4@kivi,k2v2@kivi",
+        pairs="k8v8@token,k4v4@token,k2v2@token,k8v8@kivi,k4v4@kivi,k2v2@kivi",  # of keys and values, of the ops
         ops="1x4096,1x32768",  # batch x tokens
-        models="smollm2-135m",
-        caches="dense,k8v8@token,k4v4@token,k4v4@kivi,k2v2@token",
+        models="smollm2-135m",  # names, see kvjax.load
+        caches="dense,k8v8@token,k4v4@token,k4v4@kivi,k2v2@token",  # of the models' steps
         plugins="",  # modules or Python files that register more caches, separated by commas
         points="1x7900",  # batch x tokens in the cache
         dtype="float32",  # of the weights, and of what a step keeps exact
@@ -38,7 +38,7 @@ def _cpu() -> config_dict.ConfigDict:
         replicate="",  # logical axes that each device keeps whole, such as kv_heads
         rounds=15,  # of which the median counts
         calls=3,  # of an op in a round
-        minutes=20.0,
+        minutes=20.0,  # after which nothing new is begun
     )
 
 
@@ -46,11 +46,11 @@ def _gpu() -> config_dict.ConfigDict:
     config = _cpu()
     config.update(
         ops="1x32768,8x32768,32x8192",
-        models="random:llama-3.1-8b,random:qwen2.5-7b,random:llama-2-7b",
+        models="random:llama-3.1-8b,random:qwen2.5-7b,random:llama-2-7b",  # names, see kvjax.load
         caches=f"dense,k8v8@kivi,k4v4@kivi,k4v2@kivi,{KVTUNER_325},{KVTUNER_491},k4v4@token,x4,x2,xcl3",
         points="64x128,16x512,8x1024,8x8192,1x32768,1x131072,128x1024,256x1024,512x1024",
-        dtype="bfloat16",
+        dtype="bfloat16",  # or bfloat16, float64
         calls=16,
-        minutes=9.0,
+        minutes=9.0,  # after which nothing new is begun
     )
     return config

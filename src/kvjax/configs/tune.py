@@ -39,6 +39,6 @@ def get_config() -> config_dict.ConfigDict:
         points=8,  # plans of the knapsack's front that are evaluated
         trials=200,  # of nsga2
         rounds=3,  # of refine, at most
-        seed=0,
+        seed=0,  # of all that is drawn
         worker=0,  # nsga2 processes that share a folder need numbers of their own
     )

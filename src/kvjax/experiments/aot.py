@@ -24,13 +24,12 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from ml_collections import config_dict
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from kvjax import records
 from kvjax.caches.grammar import split_list
 from kvjax.errors import KvjaxError
-from kvjax.experiments import program
+from kvjax.experiments import bars, program
 from kvjax.experiments.aot_cases import SHAPE, Case, Kernels, cases
 from kvjax.files import brief
 from pallas_kernels.packed_attention import mosaic_tpu as packed_attention
@@ -62,7 +61,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         for case in cases(config, KERNELS)
     ]
     missing = [entry for entry in todo if records.find_row(results, entry[2]) is None]
-    for target, case, point in track(missing, "compile", console=Console(stderr=True)):
+    for target, case, point in bars.track(missing, "compile"):
         records.append_row(results, point | compilers[config.platform](target, case) | records.provenance())
     Console(width=140).print(_table([row for entry in todo if (row := records.find_row(results, entry[2]))]))
 

@@ -30,13 +30,12 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from ml_collections import config_dict
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from kvjax import records
 from kvjax.caches.grammar import split_list
 from kvjax.errors import KvjaxError
-from kvjax.experiments import program, sass
+from kvjax.experiments import bars, program, sass
 from kvjax.experiments.aot_cases import SHAPE, Case, Kernels, cases
 from kvjax.files import brief
 from pallas_kernels import gpu_layout
@@ -122,7 +121,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     ]
     missing = [entry for entry in todo if records.find_row(results, entry[2]) is None]
     with Compiler() as compiler:
-        for target, case, point in track(missing, "compile", console=Console(stderr=True)):
+        for target, case, point in bars.track(missing, "compile"):
             figures = compiler.compile_for(target, case)
             records.append_row(results, point | figures | records.provenance())
     Console(width=140).print(_table([row for entry in todo if (row := records.find_row(results, entry[2]))]))

@@ -18,14 +18,13 @@ import jax
 import jax.numpy as jnp
 from ml_collections import config_dict
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from kvjax import records
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
-from kvjax.experiments import program
+from kvjax.experiments import bars, program
 from kvjax.experiments.shapes import lower_decode_loop
 from kvjax.models.config import ModelConfig
 
@@ -39,7 +38,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     plans = [(CachePlan.parse(name, model), model) for name in split_list(config.caches) for model in models]
     points = [shared | {"cache": str(plan), "layers": model.layers} for plan, model in plans]
     jax.config.update("jax_enable_compilation_cache", False)
-    for (plan, model), point in track([*zip(plans, points, strict=True)], "compile", console=Console(stderr=True)):
+    for (plan, model), point in bars.track([*zip(plans, points, strict=True)], "compile"):
         if records.find_row(results, point) is None:
             figures = compile_loop(model, plan, config.max_len, jnp.dtype(config.dtype))
             records.append_row(results, point | figures | records.provenance())

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import config_dict
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from kvjax import records
@@ -32,7 +31,7 @@ from kvjax.calibrate.bases import load_bases
 from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.text import load_text
-from kvjax.experiments import program
+from kvjax.experiments import bars, program
 from kvjax.models.decoder import Decoder
 from kvjax.models.model import Model
 from kvjax.ops import remat
@@ -77,10 +76,9 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     missing = [i for i, point in enumerate(points) if records.find_row(results, point) is None]
     if missing:
         contestants = {
-            i: _prepare(model, ids, *entries[i], config.max_len)
-            for i in track(sorted({0, *missing}), "prefill", console=Console(stderr=True))
+            i: _prepare(model, ids, *entries[i], config.max_len) for i in bars.track(sorted({0, *missing}), "prefill")
         }
-        for _ in track(range(WARM_UP + config.steps), "steps", console=Console(stderr=True)):
+        for _ in bars.track(range(WARM_UP + config.steps), "steps"):
             for contestant in contestants.values():
                 contestant.step(model.params)
         rows = [points[i] | _figures(contestants[i], contestants[0]) | records.provenance() for i in missing]

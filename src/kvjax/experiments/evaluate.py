@@ -14,15 +14,13 @@ from typing import Any
 
 import jax
 from ml_collections import config_dict
-from rich.console import Console
-from rich.table import Table
 
-import kvjax
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import read_config
 from kvjax.evaluate import suite
 from kvjax.experiments import bars, dry_run, program
+from kvjax.experiments.printed import print_table
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
@@ -32,40 +30,19 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     model_config = read_config(config.model)
     for name in names:
         CachePlan.parse(name, model_config)  # one that does not fit is refused before weights are loaded
-    model = kvjax.load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
+    model = program.load(config)
     options = {"batch": config.batch, "chat": config.chat, "prefill_chunk": config.prefill_chunk or None}
     with bars.shown() as tell:
-        progress = lambda task, plan, done, total: tell(f"{task}, {plan}", done, total)  # noqa: E731
+        progress = lambda task, plan, done, total: tell(f"{task} with {plan}", done, total)  # noqa: E731
         rows = suite.evaluate(model, tasks, names, folder=workdir, progress=progress, **options)
-    wide = Console()
-    wide.width = max(wide.width, 150)  # a narrow terminal folds lines, not numbers
-    wide.print(_table(rows))
+    title = "{model} ({dtype})".format(**rows[0])
+    print_table(title, ("task", "figure", "cache", "samples", "value"), map(_cells, rows), left=3)
     print(f"rows: {workdir / 'evaluate.jsonl'}")
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
-    """A line per figure, a column per cache."""
-    caches = list(dict.fromkeys(row["cache"] for row in rows))
-    table = Table(title="{model} ({dtype})".format(**rows[0]), title_justify="left")
-    for name in ("task", "figure"):
-        table.add_column(name, overflow="fold")
-    for cache in ("samples", *caches):
-        table.add_column(cache, justify="right", overflow="fold")
-    figures: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        figures.setdefault((row["part"], row["metric"]), {})[row["cache"]] = row
-    for (part, metric), found in figures.items():
-        samples = {row["samples"] for row in found.values()}
-        table.add_row(
-            part, metric, "/".join(map(str, sorted(samples))), *(_cell(found.get(cache)) for cache in caches)
-        )
-    return table
-
-
-def _cell(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return ""
-    return f"{row['value']:.4f}" + ("" if math.isnan(row["stderr"]) else f" ± {row['stderr']:.4f}")
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    error = "" if math.isnan(row["stderr"]) else f" ± {row['stderr']:.4f}"
+    return row["part"], row["metric"], row["cache"], str(row["samples"]), f"{row['value']:.4f}{error}"
 
 
 def sizes(config: config_dict.ConfigDict) -> dry_run.Sizes:

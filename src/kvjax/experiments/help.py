@@ -52,7 +52,9 @@ def comments_of(config_file: Path) -> dict[str, str]:
         for token in tokenize.generate_tokens(io.StringIO(text).readline)
         if token.type == tokenize.COMMENT
     }
-    return found | {name: said.get(line) or found.get(name, "") for name, line in _fields(tree)}
+    for name, line in _fields(tree):
+        found[name] = said.get(line) or found.get(name, "")
+    return found
 
 
 def _bases(tree: ast.Module) -> Iterator[str]:
@@ -72,6 +74,8 @@ def _fields(tree: ast.Module) -> Iterator[tuple[str, int]]:
             for key, value in zip(node.keys, node.values, strict=True):
                 if isinstance(key, ast.Constant) and isinstance(key.value, str):
                     yield key.value, value.end_lineno or 0
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+            yield node.targets[0].attr, node.end_lineno or 0
 
 
 def help_text(config_file: Path, variant: str = "") -> str:
@@ -84,7 +88,11 @@ def help_text(config_file: Path, variant: str = "") -> str:
     said = ast.get_docstring(ast.parse(config_file.read_text(encoding="utf-8"))) or ""
     paragraphs = ("\n".join(_wrapped(each)) for each in said.split("\n\n"))
     fields = _table(fields_of(config_file, variant), comments_of(config_file))
-    flags = [line for flag, means in FLAGS.items() for line in (f"  {flag}", f"      {means}")]
+    flags = [
+        line
+        for flag, means in FLAGS.items()
+        for line in (f"  {flag}", textwrap.indent(textwrap.fill(means, WIDTH - 6), " " * 6))
+    ]
     return "\n\n".join([*paragraphs, "Fields, each set as --config.FIELD=VALUE:", fields, "Flags:", "\n".join(flags)])
 
 

@@ -19,12 +19,11 @@ from typing import Any
 
 from ml_collections import config_dict
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from kvjax import records
 from kvjax.errors import KvjaxError
-from kvjax.experiments import program
+from kvjax.experiments import bars, program
 from kvjax.experiments.load_once import anonymous_bytes
 from kvjax.experiments.synthetic import make_checkpoint
 from kvjax.models.hf_config import from_hf
@@ -43,7 +42,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         **{key: config[key] for key in ("model", "files", "dtype")},
     }
     points = [shared | {"mesh": mesh} for mesh in dict.fromkeys(("", config.mesh))]
-    for point in track(points, "load", console=Console(stderr=True)):
+    for point in bars.track(points, "load"):
         if records.find_row(results, point) is None:
             files = make_checkpoint(folder, config.checkpoint.to_dict(), config.files)
             forget(files)

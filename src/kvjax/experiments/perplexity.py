@@ -14,16 +14,14 @@ from typing import Any
 
 import jax
 from ml_collections import config_dict
-from rich.console import Console
-from rich.table import Table
 
 import kvjax
 from kvjax import hosts
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import read_config
-from kvjax.evaluate.sweep import COLUMNS
 from kvjax.experiments import bars, dry_run, pareto, program
+from kvjax.experiments.printed import print_table
 from kvjax.tables import format_figure, format_with_error
 
 
@@ -40,30 +38,29 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     with bars.shown("windows") as tell:
         progress = lambda plan, done, total: tell(str(plan), done, total)  # noqa: E731
         rows = kvjax.sweep(model, config.text, names, **sizes, folder=workdir, progress=progress)
-    wide = Console()
-    wide.width = max(wide.width, 150)  # a narrow terminal folds lines, not numbers
-    wide.print(_table(rows))
+    _print(rows)
     hosts.on_first(lambda: pareto.draw(rows, workdir / "pareto.png"))
     print(f"rows: {workdir / 'results.jsonl'}\nplot: {workdir / 'pareto.png'}")
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
-    first = rows[0]
-    title = "{model} ({dtype}), {text}: {windows} windows of {context} tokens, {protocol}".format(**first)
-    table = Table(title=title, title_justify="left")
-    table.add_column("cache", overflow="fold")
-    for name in (*COLUMNS, "KL", "KL p99", "top-1", "nll", "ppl", "seconds"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        name = row["cache"] + " (simulated)" * row.get("simulated", False)
-        bits = [format_figure(row, key, ".2f") for key in COLUMNS.values()]
-        if "error" in row:
-            table.add_row(name, *bits, row["error"])
-            continue
-        kld, nll = (format_with_error(row, key, ".4f") for key in ("kld", "nll"))
-        rest = f"{row['ppl']:.2f}", f"{row['seconds']:.1f}"
-        table.add_row(name, *bits, kld, f"{row['kld_p99']:.3f}", f"{row['top1']:.3f}", nll, *rest)
-    return table
+def _print(rows: list[dict[str, Any]]) -> None:
+    title = "{model} ({dtype}), {text}: {windows} windows of {context} tokens, {protocol}".format(**rows[0])
+    print_table(title, ("cache", "bits", "real", "smaller", "KL", "top-1", "nll", "ppl"), map(_cells, rows))
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    bits = [format_figure(row, key, ".2f") for key in ("bits_nominal", "bits_real", "compression")]
+    name = row["cache"] + " (simulated)" * row.get("simulated", False)
+    if "error" in row:
+        return name, *bits, row["error"]
+    return (
+        name,
+        *bits,
+        format_with_error(row, "kld", ".4f"),
+        f"{row['top1']:.3f}",
+        f"{row['nll']:.4f}",
+        f"{row['ppl']:.2f}",
+    )
 
 
 def sizes(config: config_dict.ConfigDict) -> dry_run.Sizes:

@@ -26,9 +26,9 @@ from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import mean_and_interval
 from kvjax.evaluate.text import check_unseen, strip_paths
-from kvjax.experiments import program
+from kvjax.experiments import bars, program
 from kvjax.experiments.pareto import save_figure
-from kvjax.experiments.tune import Bars, Chooser, calibration, make_search, seen_by, settings_of, validation
+from kvjax.experiments.tune import Chooser, calibration, make_search, seen_by, settings_of, validation
 from kvjax.experiments.tune_pictures import short_names
 from kvjax.files import write_atomically
 from kvjax.models.model import Model
@@ -56,10 +56,10 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     rows = []
     for text, judge in judges.items():
         plans = list(dict.fromkeys(plan for _, _, plan, uniform, _ in found for plan in [plan, *uniform]))
-        with Bars() as bars:
+        with bars.shown() as tell:
             for count, plan in enumerate(plans, 1):
                 judge(plan)
-                bars(f"judging on {Path(text).name}", count, len(plans))
+                tell(f"judging on {Path(text).name}", count, len(plans))
         rows += [row for each in found for row in _rows(config, model, judge, *each)]
     rows = [row | records.provenance() for row in rows]
     hosts.on_first(lambda: records.write_rows(workdir / "plans.jsonl", rows))
@@ -97,7 +97,7 @@ def _search(
                 search.share(shared)
                 search.layer_errors.share(shared.layer_errors)
             shared = search
-            with Bars() as search.progress:
+            with bars.shown() as search.progress:
                 plan = search.choose([*search.plans(), *search.uniform])
             file = workdir / "plans" / f"{name.replace(', ', '-').replace(' ', '-')}-{budget:g}.yaml"
             hosts.on_first(functools.partial(write_atomically, file, f"plan: {plan}\n".encode()))

@@ -18,14 +18,13 @@ import jax
 import jax.numpy as jnp
 from ml_collections import config_dict
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from kvjax import records
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
-from kvjax.experiments import program
+from kvjax.experiments import bars, program
 from kvjax.experiments.shapes import arguments
 from kvjax.generation.decode import feed
 from kvjax.models.config import ModelConfig
@@ -42,7 +41,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     shared = {"experiment": "prefill_memory", **{key: config[key] for key in ("model", "layers", "dtype")}}
     todo = [(plan, tokens) for plan in plans for tokens in _lengths(config.tokens, model)]
     points = [shared | {"cache": str(plan), "tokens": tokens} for plan, tokens in todo]
-    for (plan, tokens), point in track([*zip(todo, points, strict=True)], "compile", console=Console(stderr=True)):
+    for (plan, tokens), point in bars.track([*zip(todo, points, strict=True)], "compile"):
         if records.find_row(results, point) is None:
             figures = _figures(model, plan, tokens, jnp.dtype(config.dtype))
             records.append_row(results, point | figures | records.provenance())

@@ -145,6 +145,7 @@ def load(config: config_dict.ConfigDict, judged: str = "") -> Model:
     """
     if judged and config.calibration:
         check_unseen(judged, config.calibration)
+    print(f"loading {config.model}", file=sys.stderr, flush=True)
     model = kvjax.load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
     return kvjax.calibrated(model, config.calibration) if config.calibration else model
 
@@ -189,10 +190,13 @@ def _with_named_config(argv: list[str]) -> list[str]:
 
 
 def _named(argument: str) -> str:
-    match = re.fullmatch(r"(--?config=)(?:configs/)?(\w+)(?:\.py)?(:.*)?", argument, re.DOTALL)
-    file = help.CONFIGS / f"{match[2]}.py" if match else None
-    if match is None or file is None or not file.exists() or Path(argument.split("=", 1)[1].split(":")[0]).exists():
+    match = re.fullmatch(r"(--?config=)([^:]*)(:.*)?", argument, re.DOTALL)
+    if match is None or Path(match[2]).exists():
         return argument
+    stem = re.sub(r"^configs/|\.py$", "", match[2])
+    file = help.CONFIGS / f"{stem}.py"
+    if not re.fullmatch(r"\w+", stem) or not file.exists():
+        _fail(f"{match[2]}: No such file; expected a config, or the name of one in kvjax/configs, such as xquant")
     return f"{match[1]}{file}{match[3] or ''}"
 
 

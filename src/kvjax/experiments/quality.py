@@ -17,7 +17,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from ml_collections import config_dict
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from kvjax import hosts, records
@@ -28,7 +27,7 @@ from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score, mean_and_interval
 from kvjax.evaluate.sweep import Sweep, identity_of
 from kvjax.evaluate.text import name_of, read_windows
-from kvjax.experiments import program
+from kvjax.experiments import bars, program
 from kvjax.experiments.pareto import save_figure
 from kvjax.models.config import ModelConfig
 from kvjax.models.model import Model
@@ -100,7 +99,7 @@ def _rows(
     contexts = list(map(_whole, config.contexts.split(",")))
     scored = lambda plan: sweep.score(plan, lambda done: None)[0]  # noqa: E731
     rows, file = [], workdir / f"{config.study}.jsonl"
-    for case in track(found, f"{Path(text).name}, {protocol}", console=Console(stderr=True)):
+    for case in bars.track(found, f"{Path(text).name}, {protocol}"):
         point = {"experiment": config.study, **sweep.identity, **_described(case, contexts)}
         row = hosts.on_first(lambda point=point: records.find_row(file, point))  # type: ignore[misc]
         if row is None:

@@ -31,9 +31,9 @@ from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.sweep import kept_in
-from kvjax.experiments import program
+from kvjax.experiments import bars, program
 from kvjax.experiments.pareto import save_figure
-from kvjax.experiments.tune import Bars, calibration, make_search
+from kvjax.experiments.tune import calibration, make_search
 from kvjax.tuner.evaluations import Evaluations
 from kvjax.tuner.judge import make_judge
 from kvjax.tuner.search import Search
@@ -115,7 +115,7 @@ def _run(
         dataclasses.replace(first.settings, **asked), first.model, first.windows, first.identity, first.folder
     )
     search.share(first)
-    with Bars() as search.progress:
+    with bars.shown() as search.progress:
         plans = list(dict.fromkeys(search.plans()))
     evaluated = {plan: (search.bits.of_plan(plan), search.evaluations(plan)["kld"]) for plan in plans}
     reference = first.bits.budget, max(first.evaluations(plan)["kld"] for plan in first.uniform)

@@ -21,7 +21,6 @@ from typing import Any
 
 from ml_collections import config_dict
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from kvjax import records
@@ -30,7 +29,7 @@ from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import read_config
 from kvjax.downloads import fetch
 from kvjax.errors import KvjaxError
-from kvjax.experiments import program
+from kvjax.experiments import bars, program
 from kvjax.models.zoo import FILES
 
 
@@ -39,7 +38,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     results = workdir / "starts.jsonl"
     shared = {"experiment": "starts", "model": config.model, "max_new_tokens": config.max_new_tokens}
     points = [shared | {"cache": str(CachePlan.parse(name, model))} for name in split_list(config.caches)]
-    for point in track(points, "start", console=Console(stderr=True)):
+    for point in bars.track(points, "start"):
         if records.find_row(results, point) is None:
             records.append_row(results, point | measure(point) | records.provenance())
     Console(width=120).print(_table([row for point in points if (row := records.find_row(results, point))]))

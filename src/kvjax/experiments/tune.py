@@ -17,9 +17,6 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import config_dict
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from kvjax import hosts, records
 from kvjax.caches import modelopt
@@ -28,7 +25,8 @@ from kvjax.caches.kv import KV
 from kvjax.caches.plan import CachePlan
 from kvjax.evaluate import calibrated as evaluated
 from kvjax.evaluate.sweep import identity_of
-from kvjax.experiments import dry_run, program, tune_pictures
+from kvjax.experiments import bars, dry_run, program, tune_pictures
+from kvjax.experiments.printed import print_table
 from kvjax.files import write_atomically
 from kvjax.models.model import Model
 from kvjax.tuner.evaluations import Evaluations
@@ -53,10 +51,10 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     if config.judged_on:
         seen, sizes = seen_by(windows, chooser), (config.context, config.windows)
         judge = make_judge(model, config.text, seen, config.judged_on, *sizes, workdir / "judgements")
-    with Bars() as search.progress:
+    with bars.shown() as search.progress:
         tuning = Tuning.of(search, judge)
     hosts.on_first(lambda: _leave(search, tuning, workdir))
-    Console(width=150).print(_table(tuning.rows))
+    _print(tuning.rows)
     if judged := tuning.card.get("judged"):
         print("judged on {text}: KL {kld:.5f}, nll {nll:.4f}, top-1 {top1:.3f}".format(**judged))
     print(f"plan: {workdir / 'plan.yaml'}\nfront: {workdir / 'front.jsonl'}\npictures: {workdir}/*.png")
@@ -103,28 +101,6 @@ def make_search(
     return Search(settings_of(config), model, windows, identity, workdir, validation=chooser and chooser[1])
 
 
-class Bars:
-    """A progress bar for each stage of a search, while it is entered; called as a search calls its progress."""
-
-    def __init__(self) -> None:
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        self._progress = Progress(*columns, console=Console(stderr=True))
-        self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> Bars:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        name = stage.partition(",")[0]
-        if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(stage)
-        self._progress.update(self._tasks[name], description=stage, completed=done, total=total)
-
-
 def draw(search: Search, rows: list[Row], workdir: Path) -> None:
     """The pictures of a search and the rows of its front."""
     tune_pictures.front(rows, workdir / "front.png")
@@ -146,21 +122,16 @@ def _write_presets(plan: CachePlan, workdir: Path) -> None:
             write_atomically(file, plan.preset().encode())
 
 
-def _table(rows: list[Row]) -> Table:
-    first = rows[0]
-    title = "{model} ({dtype}), calibrated on {text}: {windows} windows of {context} tokens each; {method}".format(
-        **first
-    )
-    table = Table(title=title, title_justify="left")
-    table.add_column("cache", overflow="ellipsis", no_wrap=True, max_width=60)
-    for name in ("kind", "bits", "with scales", "KL", "predicted", "nll", "top-1"):
-        table.add_column(name, justify="right")
-    for row in sorted(rows, key=lambda row: (row["kind"] == "chosen", row["bits_asymptotic"])):
-        predicted = "" if row["predicted"] is None else f"{row['predicted']:.5f}"
-        bits = f"{row['bits_nominal']:.2f}", f"{row['bits_asymptotic']:.2f}"
-        figures = f"{row['kld']:.5f}", predicted, f"{row['nll']:.4f}", f"{row['top1']:.3f}"
-        table.add_row(row["cache"], row["kind"], *bits, *figures)
-    return table
+def _print(rows: list[Row]) -> None:
+    title = "{model} ({dtype}), calibrated on {text}: {windows} windows of {context} tokens each; {method}"
+    header = ("cache", "kind", "bits", "with scales", "KL", "nll", "top-1")
+    ordered = sorted(rows, key=lambda row: (row["kind"] == "chosen", row["bits_asymptotic"]))
+    print_table(title.format(**rows[0]), header, map(_cells, ordered), left=2)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    bits = f"{row['bits_nominal']:.2f}", f"{row['bits_asymptotic']:.2f}"
+    return row["cache"], row["kind"], *bits, f"{row['kld']:.5f}", f"{row['nll']:.4f}", f"{row['top1']:.3f}"
 
 
 def sizes(config: config_dict.ConfigDict) -> dry_run.Sizes:
