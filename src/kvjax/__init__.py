@@ -8,7 +8,10 @@ print(kvjax.tune(model, "demo", budget=3.25).plan)
 print(kvjax.roofline("random:llama-3.1-8b", "h100", "dense,k4v4@kivi,x4@head").table())
 """
 
+import os
 from importlib import metadata
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before jax: XLA's alarm at a slow compile reads like an error
 
 from kvjax.caches.plan import CachePlan
 from kvjax.caches.registry import load_plugins, register

@@ -218,7 +218,7 @@ def _check_name(argument: str, fields: list[str], values: flags.FlagValues) -> N
     _, name, value = match.groups()
     if match[1] and name not in fields:
         close = difflib.get_close_matches(name, fields, 1)
-        hint = f"did you mean {close[0]}? " * bool(close)
+        hint = "".join(f"did you mean {each}? " for each in close)
         _fail(f"unknown config field {name!r}; {hint}this program's fields are {', '.join(fields)}")
     if not match[1] and name in fields and name not in values:
         _fail(f"unknown flag --{name}; it is a field: --config.{name}{value or '=VALUE'}")
