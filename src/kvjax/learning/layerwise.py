@@ -17,9 +17,9 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
+from kvjax.learning import training
 from kvjax.learning.encoders import Bases, Changes, Encoder, changed, cost, no_changes
-
-LOOKS = 10  # times that the unseen window is looked at
+from kvjax.learning.training import Curve, State
 
 
 @struct.dataclass
@@ -38,10 +38,10 @@ class Task:
 
 
 class Trained(NamedTuple):
-    """An encoder, and what it costs on the unseen window: (step, nats per token) at every look."""
+    """An encoder, and what it costs on the unseen window."""
 
     bases: Bases
-    curve: list[tuple[int, float]]
+    curve: Curve
 
     @property
     def first(self) -> float:
@@ -67,17 +67,15 @@ def train(
       place: spreads a batch over the devices.
     """
     seen = len(task.units) - 1
-    by = no_changes(task.start)
-    state = optimizer.init(by)
-    best, curve = by, [(0, float(_mean_cost(task, by, *task.part(np.array([seen])))))]
-    for step in range(1, steps + 1):
-        rows = (np.arange(batch) + step * batch) % seen
-        by, state = _step(optimizer, task, by, state, *place(task.part(rows)))
-        if step % -(-steps // LOOKS) == 0 or step == steps:
-            now = float(_mean_cost(task, by, *task.part(np.array([seen]))))
-            best = by if now < min(cost for _, cost in curve) else best
-            curve.append((step, now))
-    return Trained(changed(task.start, best), curve)
+
+    def step(state: State) -> State:
+        rows = (np.arange(batch) + (state.step + 1) * batch) % seen
+        by, inner = _step(optimizer, task, state.by, state.optimizer, *place(task.part(rows)))
+        return state._replace(step=state.step + 1, by=by, optimizer=inner)
+
+    look = lambda by: float(_mean_cost(task, by, *task.part(np.array([seen]))))  # noqa: E731
+    state, curve = training.train(training.begun(no_changes(task.start), optimizer), steps, step, look)
+    return Trained(changed(task.start, state.best), curve)
 
 
 @jax.jit
@@ -93,9 +91,7 @@ def _mean_cost(task: Task, by: Changes, units: Float[Array, "b N D"], below: Flo
 
 @functools.partial(jax.jit, static_argnames="optimizer")
 def _step(optimizer, task, by, state, units, below):
-    gradient = jax.grad(_mean_cost, 1)(task, by, units, below)
-    updates, state = optimizer.update(gradient, state)
-    return optax.apply_updates(by, updates), state
+    return training.update(optimizer, jax.grad(_mean_cost, 1)(task, by, units, below), state, by)
 
 
 @jax.jit

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kvjax import records
@@ -23,13 +20,12 @@ from kvjax.caches.base import CacheSpec
 from kvjax.caches.plan import CachePlan
 from kvjax.calibrate import bases
 from kvjax.calibrate.statistics import load_statistics
-from kvjax.checkpoints.orbax import new_folder, together, write_arrays
 from kvjax.checks import check_path, check_whole
 from kvjax.errors import KvjaxError
-from kvjax.files import brief
-from kvjax.learning import layerwise, polish
+from kvjax.learning import layerwise, polish, training
 from kvjax.learning.encoders import as_arrays, changed, counted_tokens, encoder_of, no_changes
 from kvjax.learning.forward import exact_layer
+from kvjax.learning.training import Curve, Kept, State
 from kvjax.mesh import fetch
 from kvjax.models.decoder import embed, first_alike
 from kvjax.models.model import Model, check_model
@@ -121,11 +117,6 @@ def _check(model: Model, plan: CachePlan) -> None:
         raise KvjaxError(f"{plan} has several caches; expected one for all layers")
 
 
-def _adam(rate: float, steps: int) -> optax.GradientTransformation:
-    """Adam with a rate that falls to 0 by a cosine. Costs are tiny, and so are their gradients: eps is far below."""
-    return optax.adam(optax.cosine_decay_schedule(rate, steps), eps=1e-16)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Run:
     model: Model
@@ -172,7 +163,7 @@ class _Run:
     def _layers(self) -> tuple[list[Row], list[Any], list[Any]]:
         """Rows, encoders and what they learned, of every layer."""
         model, config = self.model, self.model.config
-        optimizer = _adam(self.settings.rate, self.settings.steps)
+        optimizer = training.adam(self.settings.rate, self.settings.steps)
         h = [embed(config, model.params["embed"], jnp.asarray(window[None], jnp.int32)) for window in self.windows]
         below = jnp.zeros((len(h), *h[0].shape[1:]), jnp.float32)
         rows: list[Row] = []
@@ -218,7 +209,7 @@ class _Run:
             return batch
         return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
 
-    def _keep(self, point: Row, curve: list[tuple[int, float]]) -> Row:
+    def _keep(self, point: Row, curve: Curve) -> Row:
         figures = {"first": curve[0][1], "least": min(cost for _, cost in curve), "curve": curve}
         row = point | figures | records.provenance()
         records.append_row(self._file, row)
@@ -232,43 +223,15 @@ class _Run:
         counted = counted_tokens(self.plan.specs[0], len(unseen))
         stack = polish.Stack(self.model, encoders, found, counted)
         exact = [polish.exact_output(self.model, window) for window in (*seen, unseen)]
-        optimizer = _adam(settings.polish_rate, settings.polish)
+        optimizer = training.adam(settings.polish_rate, settings.polish)
         point = self._identity | {"layer": "all", "polish": settings.polish, "polish_rate": settings.polish_rate}
-        none = [no_changes(each) for each in found]
-        state, curve = self._restored(point, polish.State(0, none, optimizer.init(none), none))
-        look = lambda: polish.loss(stack, state.by, unseen, exact[-1])  # noqa: E731
-        curve = curve or [(0, look())]
-        while state.step < settings.polish:
+        none = training.begun([no_changes(each) for each in found], optimizer)
+        look = lambda by: polish.loss(stack, by, unseen, exact[-1])  # noqa: E731
+
+        def step(state: State) -> State:
             w = state.step % len(seen)
-            state = polish.step(stack, optimizer, state, seen[w], exact[w])
-            if state.step % -(-settings.polish // layerwise.LOOKS) == 0 or state.step == settings.polish:
-                now = look()
-                state = state._replace(best=state.by if now < min(cost for _, cost in curve) else state.best)
-                curve.append((state.step, now))
-                self._save(point, state, curve)
+            return polish.step(stack, optimizer, state, seen[w], exact[w])
+
+        state, curve = training.train(none, settings.polish, step, look, Kept(self.workdir, "polish", point))
         row = records.find_row(self._file, point) or self._keep(point, curve)
         return row, [changed(*pair) for pair in zip(found, state.best, strict=True)]
-
-    def _save(self, point: Row, state: polish.State, curve: list[tuple[int, float]]) -> None:
-        """The newest state in an Orbax checkpoint; older ones are removed."""
-        folder = self.workdir / f"polish-{state.step}"
-        shutil.rmtree(folder, ignore_errors=True)
-        with new_folder(folder) as part:
-            write_arrays(part.absolute() / "state", state._asdict())
-            records.append_row(part / "curve.jsonl", point | {"curve": curve})
-        for old in self.workdir.glob("polish-*"):
-            if old != folder:
-                shutil.rmtree(old, ignore_errors=True)
-
-    def _restored(self, point: Row, start: polish.State) -> tuple[polish.State, list[tuple[int, float]]]:
-        """The state that was saved of this run, and its curve; the start and nothing where there is none."""
-        folder = next(iter(sorted(self.workdir.glob("polish-*"), key=lambda path: -int(path.name[7:]))), None)
-        row = folder and records.find_row(folder / "curve.jsonl", point)
-        if not folder or not row:
-            return start, []
-        try:
-            with ocp.StandardCheckpointer(multiprocessing_options=together()) as checkpointer:
-                saved = checkpointer.restore(folder.absolute() / "state", start._asdict())
-        except Exception as error:  # Orbax and its storage raise many kinds
-            raise KvjaxError(f"{folder} cannot be restored: {brief(error)}; remove it to train again") from None
-        return polish.State(**saved | {"step": int(saved["step"])}), [tuple(look) for look in row["curve"]]

@@ -6,16 +6,15 @@ program. The last window is not trained on; of all that was tried the encoders w
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
 from kvjax.learning.encoders import Bases, Changes, Encoder
 from kvjax.learning.forward import divergence, encoded_layer, exact_layer, pull_layer
+from kvjax.learning.training import State, update
 from kvjax.models.decoder import embed, first_alike
 from kvjax.models.model import Model
 
@@ -33,15 +32,6 @@ class Stack(NamedTuple):
         config = self.model.config
         params = self.model.params[f"layer_{i}"]
         return config, first_alike(config, i), params, self.encoders[i], self.bases[i], self.counted, by[i]
-
-
-class State(NamedTuple):
-    """A training that may go on."""
-
-    step: int
-    by: list[Changes]
-    optimizer: Any
-    best: list[Changes]
 
 
 def exact_output(model: Model, window: Array) -> Float[Array, "1 N D"]:
@@ -71,14 +61,8 @@ def gradient(stack: Stack, by: list[Changes], window: Array, exact: Float[Array,
 
 def step(stack: Stack, optimizer: optax.GradientTransformation, state: State, window: Array, exact: Array) -> State:
     """One step of training."""
-    by, inner = _update(optimizer, gradient(stack, state.by, window, exact), state.optimizer, state.by)
+    by, inner = update(optimizer, gradient(stack, state.by, window, exact), state.optimizer, state.by)
     return state._replace(step=state.step + 1, by=by, optimizer=inner)
-
-
-@functools.partial(jax.jit, static_argnames="optimizer")
-def _update(optimizer, gradients, inner, by):
-    updates, inner = optimizer.update(gradients, inner)
-    return optax.apply_updates(by, updates), inner
 
 
 def _forward(stack: Stack, by: list[Changes], window: Array) -> tuple[list[Array], list[Array]]:
