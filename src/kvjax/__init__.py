@@ -23,6 +23,8 @@ from kvjax.evaluate.roofline import roofline
 from kvjax.evaluate.sweep import Rows, score, sweep
 from kvjax.generation.generate import Generation, generate, logits, plan, prefill, stream
 from kvjax.generation.states import State, restore_state, save_state
+from kvjax.learning.adapters import Adapters, adapted
+from kvjax.learning.distill import learn_adapters
 from kvjax.learning.learn import learn
 from kvjax.models.model import Model
 from kvjax.tuner.tune import Tuning, tune
@@ -33,6 +35,7 @@ except metadata.PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "Adapters",
     "CachePlan",
     "Comparison",
     "Generation",
@@ -43,9 +46,11 @@ __all__ = [
     "State",
     "Tuning",
     "__version__",
+    "adapted",
     "calibrated",
     "generate",
     "learn",
+    "learn_adapters",
     "load",
     "load_plugins",
     "logits",

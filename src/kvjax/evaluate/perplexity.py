@@ -8,6 +8,7 @@ token is read as stored, its own included, as in XQuant's perplexity tables.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -209,6 +210,30 @@ class Scorer:
         """Drops a plan's program and bases, so that memory does not grow with the number of plans."""
         self._compiled.pop(plan, None)
         self._loaded.pop(plan, None)
+
+
+def score_against(
+    reference: Model, model: Model, plan: CachePlan, windows: Int[np.ndarray, "w c"], protocol: str = "streaming"
+) -> Score:
+    """The score of a plan of a model, its KL divergence counted from the dense run of another one.
+
+    Args:
+      reference: the model that predictions are compared with.
+      model: one with the same vocabulary.
+      plan: of `model`.
+      windows: token ids.
+      protocol: see the module.
+
+    Raises:
+      KvjaxError: what `Scorer` raises.
+    """
+    exact, own = (Scorer(each, windows.shape[1], len(windows), protocol) for each in (reference, model))
+    dense, parts = CachePlan.parse("dense", reference.config), []
+    for start in range(0, len(windows), exact.batch):
+        cut = windows[start : start + exact.batch]
+        _, run, _ = exact.run(dense, cut, None)
+        parts.append(own.run(plan, cut, run)[0])
+    return Score.of(functools.reduce(concatenate, parts), windows)
 
 
 def _pad_rows(a: np.ndarray, rows: int) -> list[tuple[int, int]]:

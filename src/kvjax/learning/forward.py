@@ -27,7 +27,7 @@ class Exact:
     """A cache that stores keys and values as they are."""
 
     def attend(self, chunk: Chunk, carry: Any):
-        return _attention(chunk, chunk.k, chunk.v), self, carry
+        return attention(chunk, rotate_heads(chunk.k, chunk.rotation), chunk.v), self, carry
 
 
 @struct.dataclass
@@ -42,11 +42,12 @@ class Encoded:
         unit = chunk.weights.normalize(chunk.h)[0].astype(jnp.float32)
         rows, here = self.encoder.read(self.bases, unit, below, self.counted)
         k, v = _keys_and_values(rows.astype(chunk.k.dtype), chunk.weights, chunk.k.shape[2])
-        return _attention(chunk, k, v), self, here
+        return attention(chunk, rotate_heads(k, chunk.rotation), v), self, here
 
 
-def _attention(chunk: Chunk, k: Float[Array, "1 N K d"], v: Float[Array, "1 N K d"]) -> Float[Array, "1 N H d"]:
-    k, reach = rotate_heads(k, chunk.rotation), None if chunk.window is None else (chunk.window - 1, 0)
+def attention(chunk: Chunk, k: Float[Array, "1 N K d"], v: Float[Array, "1 N K d"]) -> Float[Array, "1 N H d"]:
+    """Causal attention over keys after RoPE, in the layer's window."""
+    reach = None if chunk.window is None else (chunk.window - 1, 0)
     return jax.nn.dot_product_attention(chunk.q, k, v, is_causal=True, local_window_size=reach)
 
 
