@@ -16,6 +16,7 @@ def get_config() -> config_dict.ConfigDict:
         tasks="needle,tracking",  # see kvjax.evaluate.suite; gsm8k(data=FOLDER) needs its two files
         caches="dense,k8v8@kivi,k4v4@kivi,k2v2@kivi",  # plans, see kvjax.caches.plan
         calibration="",  # a text that methods such as xclr2(basis=balanced) learn from; see kvjax.calibrated
+        adapters="",  # a file that kvjax learn --config.what=lora left for this model
         plugins="",  # modules or Python files that register more caches, separated by commas
         dtype="float32",  # or bfloat16, float64
         mesh="",  # devices that share the model: data=2,tensor=4, see kvjax.mesh; one device where empty

@@ -16,6 +16,7 @@ def get_config() -> config_dict.ConfigDict:
         replicate="",  # logical axes that each device keeps whole, such as kv_heads
         cache="",  # a plan, see kvjax.caches.plan; k4v4 where neither this nor resume names one
         calibration="",  # a text that methods such as xclr2(basis=balanced) learn from; see kvjax.calibrated
+        adapters="",  # a file that kvjax learn --config.what=lora left for this model
         plugins="",  # modules or Python files that register more caches, separated by commas
         prompt="Explain in two sentences what a cache is.",  # what the model is asked
         max_new_tokens=64,  # that are generated at most

@@ -15,6 +15,7 @@ def get_config() -> config_dict.ConfigDict:
         text="demo",  # a file, demo, wikitext-2 or a hub data set
         caches="dense,k8v8@token,k4v4@token,k8v4@kivi,k4v4@kivi,k4v2@kivi,k2v2@kivi",  # plans, see kvjax.caches.plan
         calibration="",  # a text that methods such as xclr2(basis=balanced) learn from; see kvjax.calibrated
+        adapters="",  # a file that kvjax learn --config.what=lora left for this model
         plugins="",  # modules or Python files that register more caches, separated by commas
         protocol="streaming",  # streaming, decode or parallel, see kvjax.evaluate.perplexity
         dtype="float32",  # or bfloat16, float64

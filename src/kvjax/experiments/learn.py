@@ -1,14 +1,18 @@
-"""Trains the encoders of a cache on a text and judges them on others, beside the encoders they began with.
+"""Trains the encoders of a cache, or adapters of a model for a cache, on a text, and judges them on others.
 
     kvjax learn --workdir=DIR
+    kvjax learn --config=learn:lora --config.cache=k2v2@kivi --workdir=DIR
 
 Appends a row a layer to DIR/learn.jsonl, and scores to DIR/results.jsonl; draws DIR/learn.png. Killed at any moment
 and started again it goes on where it was. What was learned is kept in $KVJAX_CACHE: every program takes the cache
-from then on, with --config.calibration as here.
+from then on, with --config.calibration as here. Adapters go to DIR/adapters.safetensors, which programs take as
+--config.adapters, and their scores to DIR/adapters.jsonl.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +20,14 @@ import matplotlib.pyplot as plt
 from ml_collections import config_dict
 
 import kvjax
-from kvjax import hosts
+from kvjax import Adapters, Model, hosts, records
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import read_config
 from kvjax.errors import KvjaxError
+from kvjax.evaluate.calibrated import check_judged
+from kvjax.evaluate.perplexity import score_against
+from kvjax.evaluate.text import read_windows
 from kvjax.experiments import bars, program
 from kvjax.experiments.pareto import save_figure
 from kvjax.tables import align_columns
@@ -31,10 +38,17 @@ SIZES = ("protocol", "context", "windows", "offset")
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
+    programs = {"encoders": learn_encoders, "lora": learn_adapters}
+    if config.what not in programs:
+        raise KvjaxError(f"what={config.what!r}; expected one of {', '.join(programs)}")
     if not config.calibration:
         raise KvjaxError("calibration is empty; expected the text to learn from")
     plan = CachePlan.parse(config.cache, read_config(config.model))
-    model = program.load(config, config.judged_on)
+    programs[config.what](config, program.load(config, config.judged_on), plan, workdir)
+
+
+def learn_encoders(config: config_dict.ConfigDict, model: Model, plan: CachePlan, workdir: Path) -> None:
+    """Trains and judges the encoders of a cache."""
     settings = {name: config[name] for name in SETTINGS}
     rows = kvjax.learn(model, plan, **settings, folder=workdir, progress=_tell)
     caches = [config.cache.replace("basis=learned", "basis=balanced"), config.cache]
@@ -48,6 +62,46 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     print(table(judged))
 
 
+def learn_adapters(config: config_dict.ConfigDict, model: Model, plan: CachePlan, workdir: Path) -> None:
+    """Trains adapters for a cache, leaves them in DIR/adapters.safetensors, and judges the adapted model.
+
+    KL divergence is from the model without adapters and with exact keys and values, with and without adapters.
+    """
+    trained: list[Row] = []
+    options = {name: config[name] for name in ("rank", "steps", "rate")}
+    adapters = kvjax.learn_adapters(model, plan, **options, folder=workdir, progress=trained.append)
+    hosts.on_first(lambda: adapters.save(workdir / "adapters.safetensors"))
+    print("KL on the unseen window: {first:.4f} at the start, {least:.4f} at best".format(**trained[0]))
+    rows = [
+        {"text": Path(text).name, **row}
+        for text in split_list(config.judged_on)
+        for row in _judged(config, model, adapters, plan, text)
+    ]
+    rows = [{"experiment": "adapters_judged", **_without_curve(trained[0]), **row} for row in rows]
+    hosts.on_first(lambda: records.write_rows(workdir / "adapters.jsonl", rows))
+    print(table(rows))
+
+
+def _judged(
+    config: config_dict.ConfigDict, model: Model, adapters: Adapters, plan: CachePlan, text: str
+) -> Iterator[Row]:
+    """Rows of the plan without adapters, and of the exact cache and the plan with them."""
+    windows = read_windows(text, model, config.context, config.windows, config.offset)
+    check_judged(model, windows)
+    sizes = {name: config[name] for name in SIZES}
+    dense, other = CachePlan.parse("dense", model.config), kvjax.adapted(model, adapters)
+    scored = functools.partial(score_against, model, windows=windows, protocol=config.protocol)
+    plain = scored(model, plan)
+    for cache, score in ((plan, plain), (dense, scored(other, dense)), (plan, scored(other, plan))):
+        less = score.compare(plain)
+        paired = {"kld_less_plain": less.kld, "kld_less_plain_ci95": less.kld_interval}
+        yield {"cache": str(cache), "adapters": score is not plain, **sizes, **score.figures, **paired}
+
+
+def _without_curve(row: Row) -> Row:
+    return {key: value for key, value in row.items() if key != "curve"}
+
+
 def _tell(row: Row) -> None:
     print(f"layer {row['layer']}: {row['first']:.3g} to {row['least']:.3g} nats on the unseen window", flush=True)
 
@@ -55,7 +109,9 @@ def _tell(row: Row) -> None:
 def table(rows: list[Row]) -> str:
     """KL and nll of what was judged."""
     lines: list[tuple[str, ...]] = [("cache", "text", "KL", "nll")]
-    lines += [(row["cache"], row["text"], f"{row['kld']:.4f}", f"{row['nll']:.4f}") for row in rows]
+    for row in rows:
+        name = row["cache"] + " with adapters" * row.get("adapters", False)
+        lines.append((name, row["text"], f"{row['kld']:.4f}", f"{row['nll']:.4f}"))
     return align_columns(lines, left=2)
 
 

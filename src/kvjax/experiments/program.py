@@ -134,19 +134,21 @@ def answer(main: Main, config: config_dict.ConfigDict, folder: str | None) -> No
 
 
 def load(config: config_dict.ConfigDict, judged: str = "") -> Model:
-    """The model that a program's config names, calibrated where it names a text for that.
+    """The model that a program's config names, with adapters and calibrated where it names a file and a text.
 
     Args:
       config: the config.
       judged: names of texts that figures are stated for.
 
     Raises:
-      KvjaxError: a text is both calibrated on and judged; what `kvjax.load` and `kvjax.calibrated` raise.
+      KvjaxError: a text is both calibrated on and judged; what `kvjax.load`, `kvjax.adapted` and `kvjax.calibrated`
+        raise.
     """
     if judged and config.calibration:
         check_unseen(judged, config.calibration)
     print(f"loading {config.model}", file=sys.stderr, flush=True)
     model = kvjax.load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
+    model = kvjax.adapted(model, config.adapters) if config.get("adapters") else model
     return kvjax.calibrated(model, config.calibration) if config.calibration else model
 
 
