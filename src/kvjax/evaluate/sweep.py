@@ -225,6 +225,7 @@ class Sweep:
         self.model, self.windows, self.identity, self.folder = model, windows, identity, folder
         self.scorer = Scorer(model, windows.shape[1], len(windows), identity["protocol"])
         self.dense = CachePlan.parse("dense", model.config)
+        self._trained = functools.cache(functools.partial(trained_identity, model))  # it hashes the weights
 
     def rows(self, plans: Sequence[CachePlan], progress: Progress) -> Rows:
         """The rows of plans, from results.jsonl where they are there, else appended to it."""
@@ -279,7 +280,7 @@ class Sweep:
             "experiment": "perplexity",
             **self.identity,
             "cache": str(plan),
-            **trained_identity(self.model, plan),
+            **self._trained(plan),
         }
 
     def row(self, plan: CachePlan, progress: Callable[[int], None]) -> Row:
@@ -327,7 +328,7 @@ class Sweep:
 
     def _batch(self, plan: CachePlan, start: int) -> tuple[TokenScores, Timing]:
         """Scores of the windows from `start`, from disk where they are there."""
-        file = self._file("; ".join([str(plan), *trained_identity(self.model, plan).values()]), start)
+        file = self._file("; ".join([str(plan), *self._trained(plan).values()]), start)
         if not hosts.on_first(file.exists):
             windows = self.windows[start : start + self.scorer.batch]
             dense = None if plan == self.dense else self._dense(start)
