@@ -23,7 +23,8 @@ from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import read_config
 from kvjax.evaluate.sweep import COLUMNS
-from kvjax.experiments import bars, pareto, program
+from kvjax.experiments import bars, program
+from kvjax.extras import MissingExtra, needed
 from kvjax.tables import format_figure, format_with_error
 
 
@@ -43,8 +44,19 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     wide = Console()
     wide.width = max(wide.width, 150)  # a narrow terminal folds lines, not numbers
     wide.print(_table(rows))
-    hosts.on_first(lambda: pareto.draw(rows, workdir / "pareto.png"))
-    print(f"rows: {workdir / 'results.jsonl'}\nplot: {workdir / 'pareto.png'}")
+    print(f"rows: {workdir / 'results.jsonl'}")
+    hosts.on_first(lambda: _draw(rows, workdir / "pareto.png"))
+
+
+def _draw(rows: list[dict[str, Any]], file: Path) -> None:
+    """Draws the rows and says where; what is missing, where matplotlib is not installed: the rows are done."""
+    try:
+        with needed("matplotlib"):
+            from kvjax.experiments import pareto
+        pareto.draw(rows, file)
+        print(f"plot: {file}")
+    except MissingExtra as error:
+        print(f"no plot: {error}")
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
