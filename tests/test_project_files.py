@@ -97,3 +97,17 @@ def test_the_citation_is_of_this_version() -> None:
 def test_the_changelog_knows_this_version() -> None:
     text = (ROOT / "CHANGELOG.md").read_text()
     assert "## [Unreleased]" in text and PROJECT["version"] in text
+
+
+def test_the_wheel_holds_every_file_of_the_packages() -> None:
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    asked = {file for name, globs in data.items() for each in globs for file in (ROOT / "src" / name).glob(each)}
+    kept = {
+        file for file in (ROOT / "src").rglob("*") if file.is_file() and not {".egg-info", ".pyc"} & _endings(file)
+    }
+    assert {file for file in kept if file.suffix != ".py"} == asked
+    assert all((file.parent / "__init__.py").exists() for file in kept if file.suffix == ".py")
+
+
+def _endings(file: Path) -> set[str]:
+    return {Path(part).suffix for part in file.relative_to(ROOT).parts}
