@@ -25,6 +25,7 @@ LAYERS = [
     "kvjax.quant",
     "kvjax.downloads",
     "kvjax.records",
+    "kvjax.extras",
     "kvjax.files",
     "kvjax.tables",
     "kvjax.checks",

@@ -193,7 +193,8 @@ def provenance() -> dict[str, Any]:
     kind = device.device_kind if device.platform != "cpu" else f"{_cpu()}, {os.cpu_count()} cores"
     packages = ("kvjax", "jax", "jaxlib", "flax", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
-    return {"device": kind, "versions": {"python": platform.python_version(), **versions}, "git": _commit()}
+    versions = {"python": platform.python_version(), **versions}
+    return {"device": kind, "versions": versions, "git": commit_of(Path(__file__))}
 
 
 def _cpu() -> str:
@@ -217,12 +218,23 @@ def describe_cpu(cpuinfo: str) -> str:
     return ", ".join(filter(None, (model, unit))) if fields else ""
 
 
-@functools.cache  # a call starts two processes, and the code in memory is that of the start anyway
-def _commit() -> str | None:
-    """The checkout's commit, with a + where files differ from the commit; None outside a checkout."""
-    here = Path(__file__).parent
-    git = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout  # noqa: E731
+@functools.cache  # a call starts three processes, and the code in memory is that of the start anyway
+def commit_of(file: Path) -> str | None:
+    """The commit of the checkout that a file belongs to, with a + where files differ from the commit.
+
+    Args:
+      file: of the package.
+
+    Returns:
+      None where git does not track the file: outside a checkout, or installed into a folder of another project's.
+    """
+
+    def git(*args: str) -> str:
+        command = ["git", *args]
+        return subprocess.run(command, cwd=file.parent, capture_output=True, text=True, check=True).stdout
+
     try:
+        git("ls-files", "--error-unmatch", file.name)
         return git("rev-parse", "--short", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -161,7 +161,7 @@ def test_rows_for_people(swept: tuple[Rows, Path], monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=lambda given: ("frame", given)))
     assert rows.to_pandas() == ("frame", list(rows))
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(kvjax.KvjaxError, match="pandas is not installed"):
+    with pytest.raises(kvjax.KvjaxError, match="to_pandas needs pandas; expected: pip install pandas"):
         rows.to_pandas()
 
 

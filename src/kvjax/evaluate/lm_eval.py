@@ -27,19 +27,16 @@ from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.answers import Answers, Writing
 from kvjax.evaluate.task import Figure, Task
+from kvjax.extras import needed
 from kvjax.files import brief
 from kvjax.models.model import Model
 
-try:
+with needed("lm_eval"):
     from lm_eval import simple_evaluate
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-except ImportError as error:
-    raise KvjaxError(
-        f"lm-evaluation-harness is not there ({error}); expected it (pip install 'kvjax[eval]')"
-    ) from None
 
 NEW_TOKENS = 256  # of a text where the task does not say; the harness's own default
 DRAWS = 1000  # of the harness's bootstrap

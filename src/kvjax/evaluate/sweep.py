@@ -31,6 +31,7 @@ from kvjax.evaluate.calibrated import check_judged
 from kvjax.evaluate.perplexity import Score, Scorer, Timing, concatenate, standard_error
 from kvjax.evaluate.text import Text, name_of, read_windows, strip_paths
 from kvjax.evaluate.vocabulary import DenseRun, TokenScores
+from kvjax.extras import needed
 from kvjax.models.model import Model, check_model
 from kvjax.tables import align_columns, format_figure
 
@@ -57,10 +58,8 @@ class Rows(list[Row]):
         Raises:
           KvjaxError: pandas is not installed.
         """
-        try:
+        with needed("pandas"):
             import pandas
-        except ImportError:
-            raise KvjaxError("pandas is not installed; expected it for to_pandas (pip install pandas)") from None
         return pandas.DataFrame(list(self))
 
     def table(self) -> str:

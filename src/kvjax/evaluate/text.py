@@ -17,6 +17,7 @@ from kvjax.caches.grammar import split_list
 from kvjax.downloads import Pinned, fetch
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import cut_windows
+from kvjax.extras import needed
 from kvjax.files import brief
 from kvjax.models.model import Model
 from kvjax.models.tokenizer import AnyTokenizer
@@ -214,7 +215,8 @@ def _read(file: Path) -> str:
 
 
 def _read_dataset(name: str, config: str | None, split: str) -> str:
-    import datasets  # seconds of imports, for those who need it
+    with needed("datasets"):
+        import datasets  # seconds of imports
 
     try:
         rows = datasets.load_dataset(name, config, split=split)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvjax.downloads import fetch
-from kvjax.errors import KvjaxError
+from kvjax.extras import needed
 from kvjax.models import zoo
 
 
@@ -15,13 +15,10 @@ def smollm2() -> Any:
     Raises:
       KvjaxError: a package is missing.
     """
-    try:
+    with needed("transformers"):
         import accelerate  # noqa: F401 - transformers reads GGUF files by it
         import torch
         import transformers
-    except ImportError as error:
-        needed = "torch, transformers and accelerate"
-        raise KvjaxError(f"{error.name} is not installed; this comparison needs {needed}") from None
     file = fetch(zoo.SMOLLM2)
     model: Any = transformers.AutoModelForCausalLM
     return model.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()

@@ -20,8 +20,9 @@ from kvjax import hosts
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import read_config
-from kvjax.experiments import bars, dry_run, pareto, program
+from kvjax.experiments import bars, dry_run, program
 from kvjax.experiments.printed import print_table
+from kvjax.extras import MissingExtra, needed
 from kvjax.tables import format_figure, format_with_error
 
 
@@ -39,8 +40,19 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         progress = lambda plan, done, total: tell(str(plan), done, total)  # noqa: E731
         rows = kvjax.sweep(model, config.text, names, **sizes, folder=workdir, progress=progress)
     _print(rows)
-    hosts.on_first(lambda: pareto.draw(rows, workdir / "pareto.png"))
-    print(f"rows: {workdir / 'results.jsonl'}\nplot: {workdir / 'pareto.png'}")
+    print(f"rows: {workdir / 'results.jsonl'}")
+    hosts.on_first(lambda: _draw(rows, workdir / "pareto.png"))
+
+
+def _draw(rows: list[dict[str, Any]], file: Path) -> None:
+    """Draws the rows and says where; what is missing, where matplotlib is not installed: the rows are done."""
+    try:
+        with needed("matplotlib"):
+            from kvjax.experiments import pareto
+        pareto.draw(rows, file)
+        print(f"plot: {file}")
+    except MissingExtra as error:
+        print(f"no plot: {error}")
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

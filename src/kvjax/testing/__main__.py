@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kvjax.caches import registry
 from kvjax.errors import KvjaxError
+from kvjax.extras import needed
 
 # Plugins of pytest that the package itself imports were imported before pytest could rewrite them.
 QUIET = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
@@ -21,13 +22,10 @@ def main() -> int:
     parser.add_argument("--plugins", default="", help="modules or files that register methods, separated by commas")
     parser.add_argument("--cache", default="", help="one plan name; the examples of the plugins' methods where empty")
     own, rest = parser.parse_known_args()
-    try:
-        import pytest
-    except ImportError:
-        print("error: the contract suite needs pytest; pip install 'kvjax[test]'", file=sys.stderr)
-        return 2
     sys.path.insert(0, "")
     try:
+        with needed("pytest"):
+            import pytest
         before = registry.methods()
         registry.load_plugins(own.plugins)
         added = [method for method in registry.methods() if method not in before] or registry.methods()

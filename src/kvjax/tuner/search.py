@@ -29,7 +29,6 @@ from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score
 from kvjax.models.model import Model
 from kvjax.tuner.evaluations import Evaluations
-from kvjax.tuner.evolve import evolve
 from kvjax.tuner.knapsack import Error, knapsack, reachable
 from kvjax.tuner.layer_errors import LayerErrors, Row, Rows
 from kvjax.tuner.objective import make_objective
@@ -234,6 +233,8 @@ class Search:
         return lambda layer, spec, below: rows[layer, Place.of(spec, below).label]["predicted"]
 
     def _nsga2(self) -> list[CachePlan]:
+        from kvjax.tuner.evolve import evolve  # by Optuna, an extra, which the settings have asked for
+
         groups, choices = self.groups()
         settings, names = self.settings, [[str(spec) for spec in choice] for choice in choices]
         identity = [self.evaluations.identity, names, groups, settings.objective, str(self.bits), self.bits.budget]

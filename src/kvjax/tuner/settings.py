@@ -10,6 +10,7 @@ from typing import Any
 
 from kvjax.checks import check_real, check_whole, show
 from kvjax.errors import KvjaxError
+from kvjax.extras import needed
 
 CHOICES = {
     "budget_of": ("nominal", "asymptotic", "real"),
@@ -98,6 +99,9 @@ class SearchSettings:
             raise KvjaxError(f"{seeds}; expected at least 0, and a seed below 2**32")
         if not 0 < self.budget < math.inf:
             raise KvjaxError(f"budget={self.budget}; expected bits above 0")
+        if self.method == "nsga2":
+            with needed("optuna"):
+                import optuna  # noqa: F401 - asked before errors are measured
         if self.objective in ANSWERS and not self.problems:
             raise KvjaxError(f"objective={self.objective} needs problems; expected GSM8K's jsonl file")
 

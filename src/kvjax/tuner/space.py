@@ -19,6 +19,7 @@ from kvjax.caches.base import CacheShape, CacheSpec, ModelShapes
 from kvjax.caches.plan import CachePlan
 from kvjax.caches.registry import parse_spec
 from kvjax.errors import KvjaxError
+from kvjax.extras import needed
 
 EPS, MIN_SAMPLES = 0.05, 2  # settings of DBSCAN, as in the paper
 PAIRS = (2, 4, 8)
@@ -147,7 +148,8 @@ def cluster(
     Returns:
       The layers of each group, groups in order of their first layers.
     """
-    from sklearn.cluster import DBSCAN  # a second of imports, for those who need it
+    with needed("sklearn"):
+        from sklearn.cluster import DBSCAN  # a second of imports
 
     groups: list[list[int]] = []
     for choice in dict.fromkeys(map(tuple, candidates)):
