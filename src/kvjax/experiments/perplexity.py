@@ -23,7 +23,7 @@ from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import read_config
 from kvjax.evaluate.sweep import COLUMNS
-from kvjax.experiments import bars, pareto, program
+from kvjax.experiments import bars, pareto, program, style
 from kvjax.tables import format_figure, format_with_error
 
 
@@ -43,8 +43,8 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     wide = Console()
     wide.width = max(wide.width, 150)  # a narrow terminal folds lines, not numbers
     wide.print(_table(rows))
-    hosts.on_first(lambda: pareto.draw(rows, workdir / "pareto.png"))
-    print(f"rows: {workdir / 'results.jsonl'}\nplot: {workdir / 'pareto.png'}")
+    print(f"rows: {workdir / 'results.jsonl'}")
+    hosts.on_first(lambda: style.write(workdir / "pareto.png", pareto.draw, rows))
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
