@@ -57,14 +57,24 @@ def _settings(
 
 def to_text(spec: Any) -> str:
     """The canonical name, which `parse` takes back."""
+    return _named(spec, spec.form, {})
+
+
+def short_text(spec: Any) -> str:
+    """The shortest of the names that `parse` takes back, those under its method's aliases among them."""
+    return min((_named(spec, *each) for each in ((spec.form, {}), *spec.aliases.items())), key=len)
+
+
+def _named(spec: Any, form: str, preset: Mapping[str, Any]) -> str:
+    """The name in a form, with what differs from the form's preset and from the defaults."""
     in_name = lambda x: np.format_float_positional(x, trim="-") if isinstance(x, float) else x  # noqa: E731
-    name = spec.form.format_map({f.name: in_name(getattr(spec, f.name)) for f in dataclasses.fields(spec)})
-    mode = f"@{spec.mode}" if spec.modes and spec.mode is not None else ""
-    named = _PLACE.findall(spec.form)
+    name = form.format_map({f.name: in_name(getattr(spec, f.name)) for f in dataclasses.fields(spec)})
+    mode = f"@{spec.mode}" if spec.modes and spec.mode not in (None, preset.get("mode")) else ""
+    named = _PLACE.findall(form)
     items = [
         f"{f.name}={str(value).lower() if isinstance(value, bool) else value}"
         for f in _shown(type(spec))
-        if f.name not in named and (value := getattr(spec, f.name)) != f.default
+        if f.name not in named and (value := getattr(spec, f.name)) != preset.get(f.name, f.default)
     ]
     return name + mode + (f"({','.join(items)})" if items else "")
 

@@ -9,10 +9,10 @@ warns against. Writes one row per layer to DIR/closed_loop.jsonl and draws DIR/c
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 from jaxtyping import Array, Float
 from ml_collections import config_dict
 
@@ -23,11 +23,13 @@ from kvjax.caches.registry import parse_spec
 from kvjax.checkpoints.load import load
 from kvjax.evaluate.perplexity import cut_windows
 from kvjax.evaluate.text import load_text
-from kvjax.experiments import program
-from kvjax.experiments.pareto import save_figure
+from kvjax.experiments import program, style
 from kvjax.models.decoder import Decoder, normed
 from kvjax.models.model import Model
 from kvjax.quant import affine
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
@@ -51,8 +53,8 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         rows.append({"experiment": "closed_loop", **config.to_dict(), "layer": i, **errors, **records.provenance()})
     (workdir / "closed_loop.jsonl").unlink(missing_ok=True)
     records.append_rows(workdir / "closed_loop.jsonl", rows)
-    draw(rows, workdir / "closed_loop.png")
-    print(f"rows: {workdir / 'closed_loop.jsonl'}\nplot: {workdir / 'closed_loop.png'}")
+    print(f"rows: {workdir / 'closed_loop.jsonl'}")
+    style.write(workdir / "closed_loop.png", draw, rows)
 
 
 def layer_inputs(model: Model, tokens: Array) -> list[Float[Array, "T D"]]:
@@ -66,18 +68,19 @@ def layer_inputs(model: Model, tokens: Array) -> list[Float[Array, "T D"]]:
     return [normed(w, "attention_norm", h, config.norm_eps)[0] for w, h in zip(layers, hidden, strict=True)]
 
 
-def draw(rows: list[dict], file: Path) -> None:
+def draw(rows: list[dict]) -> Figure:
     """Relative error by layer, one line a loop."""
-    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for loop in ("closed", "open"):
-        axis.plot([row["layer"] for row in rows], [row[loop] for row in rows], "o-", ms=3, label=f"{loop} loop")
-    first = rows[0]
-    title = "{model}, {text}: deltas of {bits} bits above layer {base}, {base_bits} bits up to it".format(**first)
-    axis.set(xlabel="layer", ylabel="relative error of the reconstructed input", title=title, yscale="log")
-    axis.title.set_fontsize(10)
-    axis.grid(alpha=0.3, which="both")
-    axis.legend()
-    save_figure(figure, file)
+    figure, ((axis,),) = style.subplots()
+    for loop, mark in (("closed", "o"), ("open", "s")):
+        axis.plot([row["layer"] for row in rows], [row[loop] for row in rows], f"{mark}-", ms=4, label=f"{loop} loop")
+    axis.set(xlabel="layer", ylabel="relative error of the reconstructed layer input", yscale="log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(which="minor", labelsize=style.SMALL)
+    said = "{model}, {tokens} tokens of {text}: deltas of {bits} bits above layer {base}, {base_bits} bits up to it"
+    style.title(figure, said.format(**rows[0]))
+    style.legend(figure, axis)
+    return figure
 
 
 if __name__ == "__main__":

@@ -12,15 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Float
-from matplotlib.colors import LogNorm
 from ml_collections import config_dict
 from scipy.stats import spearmanr
 
@@ -29,11 +24,13 @@ from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import load
 from kvjax.evaluate.text import read_windows
-from kvjax.experiments import program
-from kvjax.experiments.pareto import save_figure
+from kvjax.experiments import program, style
 from kvjax.tables import align_columns
 from kvjax.tuner.sensitivity import RELATIVE, head_errors
 from kvjax.tuner.simulate import Simulator
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ERRORS = ("e_k", "e_v", "e_a", "e_o")
 DIGITS = 4  # of an error in rows
@@ -65,8 +62,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     if lines := key_lines(rows):
         print("\n" + align_columns([KEYS_HEADER, *lines], left=1))
     if {*SHOWN} <= {row["cache"] for row in rows}:
-        draw(rows, workdir / "head_errors.png")
-        print(f"\nplot: {workdir / 'head_errors.png'}")
+        style.write(workdir / "head_errors.png", draw, rows)
     print(f"rows: {file}")
 
 
@@ -120,23 +116,32 @@ def key_lines(rows: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
-def draw(rows: Sequence[Row], file: Path) -> None:
+def draw(rows: Sequence[Row]) -> Figure:
     """e_o by layer and head, of keys alone in both modes and of values alone; and e_o over the largest weight."""
     at = {row["cache"]: row for row in rows}
     errors = {name: np.array(at[name]["e_o"]) for name in SHOWN}
-    norm = LogNorm(min(e.min() for e in errors.values()), max(e.max() for e in errors.values()))
-    figure, axes = plt.subplots(1, len(SHOWN) + 1, figsize=(4 * (len(SHOWN) + 1), 4.2), layout="constrained")
+    limits = {"vmin": min(e.min() for e in errors.values()), "vmax": max(e.max() for e in errors.values())}
+    figure, (axes,) = style.subplots(1, len(SHOWN) + 1, (4 * (len(SHOWN) + 1), 4.4))
     for axis, name in zip(axes, SHOWN, strict=False):
-        mesh = axis.pcolormesh(errors[name].T, norm=norm, cmap="viridis", edgecolors="white", linewidth=0.3)
-        axis.set(xlabel="layer", ylabel="query head", title=f"e_o of {name}")
-    figure.colorbar(mesh, ax=list(axes[:-1]), location="bottom", aspect=60)
+        layers, heads = errors[name].shape
+        centres = np.arange(layers), np.arange(heads)
+        axis.grid(False)
+        mesh = axis.pcolormesh(
+            *centres, errors[name].T, norm="log", cmap=style.color_map(), edgecolors="white", linewidth=0.3, **limits
+        )
+        axis.set(xlabel="layer", ylabel="query head")
+        axis.set_title(name, fontsize=style.TITLE)
+    bar = figure.colorbar(mesh, ax=list(axes[:-1]), location="bottom", aspect=60)
+    bar.set_label("e_o, the relative error of the attention output", fontsize=style.PLAIN)
+    bar.ax.tick_params(labelsize=style.SMALL)
     weights = np.array(at["dense"]["largest_weight"])
-    for i, name in enumerate(SHOWN):
-        axes[-1].plot(weights.ravel(), errors[name].ravel(), ".", ms=4, alpha=0.6, color=f"C{i}", label=name)
-    axes[-1].set(xlabel="largest attention weight, averaged over queries", ylabel="e_o", yscale="log")
-    axes[-1].grid(alpha=0.3, which="both")
-    axes[-1].legend(fontsize=8)
-    save_figure(figure, file)
+    for name, mark in zip(SHOWN, style.MARKS, strict=False):
+        axes[-1].plot(weights.ravel(), errors[name].ravel(), mark, ms=3, alpha=0.5, label=name)
+    axes[-1].set(xlabel="largest attention weight, averaged over queries", ylabel="e_o of a head", yscale="log")
+    spacing = {"ncols": len(SHOWN), "columnspacing": 1, "handletextpad": 0.1}
+    axes[-1].legend(fontsize=style.SMALL, loc="lower center", bbox_to_anchor=(0.5, 1), **spacing)
+    style.title(figure, f"{style.describe(rows[0])}: keys alone in 4 bits (k4v8) and values alone (k8v4)")
+    return figure
 
 
 if __name__ == "__main__":

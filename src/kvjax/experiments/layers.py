@@ -21,7 +21,7 @@ from kvjax import hosts
 from kvjax.caches.grammar import join_layers, split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import read_config
-from kvjax.experiments import bars, curves, program
+from kvjax.experiments import bars, curves, program, style
 from kvjax.tables import align_columns, format_with_error
 
 Row = dict[str, Any]
@@ -45,8 +45,8 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     each = {name: [row_of(text) for text in texts] for name, texts in plans.items()}
     print(table(each, {name: row_of(name) for name in plans}))
     lines = {name: (range(len(rows)), rows) for name, rows in each.items()}
-    hosts.on_first(lambda: curves.draw(lines, "the layer that has the cache", workdir / "layers.png"))
-    print(f"rows: {workdir / 'results.jsonl'}\nplot: {workdir / 'layers.png'}")
+    print(f"rows: {workdir / 'results.jsonl'}")
+    hosts.on_first(lambda: style.write(workdir / "layers.png", curves.draw, lines, "the layer that has the cache"))
 
 
 def alone(name: str, layers: int) -> list[str]:

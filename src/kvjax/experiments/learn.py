@@ -14,9 +14,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 from ml_collections import config_dict
 
 import kvjax
@@ -28,9 +27,11 @@ from kvjax.errors import KvjaxError
 from kvjax.evaluate.calibrated import check_judged
 from kvjax.evaluate.perplexity import score_against
 from kvjax.evaluate.text import read_windows
-from kvjax.experiments import bars, program
-from kvjax.experiments.pareto import save_figure
+from kvjax.experiments import bars, program, style
 from kvjax.tables import align_columns
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 SETTINGS = ("steps", "rate", "polish", "polish_rate", "batch")
@@ -58,7 +59,7 @@ def learn_encoders(config: config_dict.ConfigDict, model: Model, plan: CachePlan
         for text in split_list(config.judged_on):
             sizes = {name: config[name] for name in SIZES}
             judged += kvjax.sweep(model, text, caches, **sizes, folder=workdir, progress=progress)
-    hosts.on_first(lambda: draw(rows, workdir / "learn.png"))
+    hosts.on_first(lambda: style.write(workdir / "learn.png", draw, rows))
     print(table(judged))
 
 
@@ -115,23 +116,22 @@ def table(rows: list[Row]) -> str:
     return align_columns(lines, left=2)
 
 
-def draw(rows: list[Row], file: Path) -> None:
+def draw(rows: list[Row]) -> Figure:
     """What the encoders cost on the unseen window as they are trained, as parts of what they cost at the start."""
-    figure, axis = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
-    shades = plt.get_cmap("viridis")
+    figure, ((axis,),) = style.subplots()
+    depth = style.scale(0, len(rows))
     for row in rows:
         steps, costs = zip(*row["curve"], strict=True)
         together = row["layer"] == "all"
-        style: Row = {"color": "black", "lw": 2} if together else {"color": shades(row["layer"] / len(rows)), "lw": 1}
+        look: Row = {"color": "black", "lw": 2} if together else {"color": depth.to_rgba(row["layer"]), "lw": 1}
         label = "all layers, KL divergence" if together else None
-        axis.plot(steps, [cost / row["first"] for cost in costs], label=label, **style)
-    axis.axhline(1, color="gray", lw=0.8, ls=":")
-    first = rows[0]
+        axis.plot(steps, [cost / row["first"] for cost in costs], label=label, **look)
+    axis.axhline(1, color=style.GRAY, lw=0.8, ls=":")
     axis.set(xlabel="step", ylabel="cost on the unseen window, at the start 1")
-    axis.set_title(f"{first['model']}, {first['cache']}: one line a layer, dark to light from the first", fontsize=9)
-    if rows[-1]["layer"] == "all":
-        axis.legend()
-    save_figure(figure, file)
+    first, name = rows[0], style.short_name(rows[0]["cache"])
+    style.title(figure, f"{style.describe(first)}, {name}: one line a layer, dark to light from the first")
+    style.legend(figure, axis)
+    return figure
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from kvjax.experiments import (
     plans,
     quality,
     similarity,
+    style,
     tune_pictures,
 )
 from kvjax.experiments import roofline as roofline_program
@@ -564,13 +565,9 @@ TABLES: dict[str, Tables] = {
 }
 
 
-def _xquant_picture(rows: list[Row], file: Path) -> None:
-    pareto.draw([row for row in rows if row["text"] != "demo"], file)
-
-
-PICTURES: dict[str, tuple[str, Callable[[list[Row], Path], None]]] = {  # by name: the result file, and what draws it
+PICTURES: dict[str, tuple[str, Callable[[list[Row]], Any]]] = {  # by name: the result file, and what draws its figure
     "pareto": ("demo-streaming.jsonl", pareto.draw),
-    "xquant-gqa": ("xquant-gqa.jsonl", _xquant_picture),
+    "xquant-gqa": ("xquant-gqa.jsonl", lambda rows: pareto.draw([row for row in rows if row["text"] != "demo"])),
     "closed_loop": ("closed_loop.jsonl", closed_loop.draw),
     "tune-plans": ("plans-pairs.jsonl", plans.draw),
     "tune-families": ("plans-families.jsonl", plans.draw),
@@ -578,7 +575,7 @@ PICTURES: dict[str, tuple[str, Callable[[list[Row], Path], None]]] = {  # by nam
     "head_errors": ("head_errors.jsonl", head_errors.draw),
     "roofline": ("roofline.jsonl", roofline_program.draw),
     "similarity": ("similarity.jsonl", similarity.draw),
-    "tune-sensitivity": ("sensitivity.jsonl", lambda rows, file: tune_pictures.heat_map(rows, "kld", file)),
+    "tune-sensitivity": ("sensitivity.jsonl", lambda rows: tune_pictures.heat_map(rows, "kld")),
 }
 
 
@@ -623,7 +620,7 @@ def fill(page: Path, name: str, file: str | None, render: Callable[[list[Row]], 
 def draw(name: str) -> None:
     """Draws a picture of PICTURES. Raises KvjaxError where its rows are refused."""
     file, draw_rows = PICTURES[name]
-    _of_rows(lambda rows: draw_rows(rows, ROOT / "docs" / f"{name}.png"), file)
+    _of_rows(functools.partial(style.write, ROOT / "docs" / f"{name}.png", draw_rows), file)
 
 
 def write_bad_inputs() -> None:

@@ -20,9 +20,8 @@ from kvjax import hosts
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import read_config
-from kvjax.experiments import bars, dry_run, program
+from kvjax.experiments import bars, dry_run, pareto, program, style
 from kvjax.experiments.printed import print_table
-from kvjax.extras import MissingExtra, needed
 from kvjax.tables import format_figure, format_with_error
 
 
@@ -41,18 +40,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         rows = kvjax.sweep(model, config.text, names, **sizes, folder=workdir, progress=progress)
     _print(rows)
     print(f"rows: {workdir / 'results.jsonl'}")
-    hosts.on_first(lambda: _draw(rows, workdir / "pareto.png"))
-
-
-def _draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """Draws the rows and says where; what is missing, where matplotlib is not installed: the rows are done."""
-    try:
-        with needed("matplotlib"):
-            from kvjax.experiments import pareto
-        pareto.draw(rows, file)
-        print(f"plot: {file}")
-    except MissingExtra as error:
-        print(f"no plot: {error}")
+    hosts.on_first(lambda: style.write(workdir / "pareto.png", pareto.draw, rows))
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

@@ -10,11 +10,11 @@ whose means give the 95 % interval by Student's t.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from ml_collections import config_dict
 from rich.console import Console
@@ -26,15 +26,17 @@ from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import mean_and_interval
 from kvjax.evaluate.text import check_unseen, strip_paths
-from kvjax.experiments import bars, program
-from kvjax.experiments.pareto import save_figure
+from kvjax.experiments import bars, program, style
 from kvjax.experiments.tune import Chooser, calibration, make_search, seen_by, settings_of, validation
-from kvjax.experiments.tune_pictures import short_names
 from kvjax.files import write_atomically
 from kvjax.models.model import Model
 from kvjax.tuner.evaluations import Evaluations
 from kvjax.tuner.judge import make_judge
 from kvjax.tuner.space import pareto
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 
@@ -63,7 +65,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         rows += [row for each in found for row in _rows(config, model, judge, *each)]
     rows = [row | records.provenance() for row in rows]
     hosts.on_first(lambda: records.write_rows(workdir / "plans.jsonl", rows))
-    hosts.on_first(lambda: draw(rows, workdir / "plans.png"))
+    hosts.on_first(lambda: style.write(workdir / "plans.png", draw, rows))
     Console(width=160).print(_table(rows))
 
 
@@ -140,31 +142,42 @@ def _rows(
     return [rows[0] | calibrated, *rows[1:]]
 
 
-def draw(rows: list[Row], file: Path) -> None:
+def draw(rows: list[Row]) -> Figure:
     """KL over bits with scales on every judged text: a line a search, uniform caches as points."""
     texts = list(dict.fromkeys(row["text"] for row in rows))
-    figure, axes = plt.subplots(1, len(texts), figsize=(6.6 * len(texts), 4.8), squeeze=False, layout="constrained")
-    for axis, text in zip(axes[0], texts, strict=True):
+    figure, (axes,) = style.subplots(1, len(texts), (6.6 * len(texts), 5.4))
+    for axis, text in zip(axes, texts, strict=True):
         here = [row for row in rows if row["text"] == text]
-        for name in dict.fromkeys(row["search"] for row in here):
-            mine = [row for row in here if row["kind"] == "searched" and row["search"] == name]
-            own = sorted((row["bits_asymptotic"], row["kld"], row.get("kld_se", math.nan)) for row in mine)
-            axis.errorbar(*zip(*own, strict=True), fmt="o-", ms=4, capsize=2, elinewidth=1, label=name)
-        uniform = {row["cache"]: (row["bits_asymptotic"], row["kld"]) for row in here if row["kind"] == "uniform"}
-        best = pareto(uniform.items(), lambda item: item[1][0], lambda item: item[1][1])
-        axis.plot(*zip(*uniform.values(), strict=True), "x", color="tab:gray", ms=4)
-        for name, (_, point) in zip(short_names([cache for cache, _ in best])[0], best, strict=True):
-            label = axis.annotate(
-                name, point, xytext=(4, 4), textcoords="offset points", fontsize=7, color="tab:gray"
-            )
-            label.set_in_layout(False)
-        axis.set(yscale="log", xlabel="bits per cached element, scales included", title=text)
-        axis.margins(x=0.16)
-        axis.set_ylabel("KL divergence from the dense run (nats per token)")
-        axis.grid(alpha=0.3, which="both")
-    bars = any("kld_se" in row for row in rows)
-    axes[0][0].legend(title="searched" + ", bars: one standard error" * bars, fontsize=8)
-    save_figure(figure, file)
+        _draw_searches(axis, here)
+        axis.set(yscale="log", xlabel=style.BITS, ylabel=style.KL)
+        axis.set_title(f"judged on {text}", fontsize=style.TITLE)
+        axis.margins(x=0.1, y=0.08)
+    said = "{model}: plans searched on {calibrated_on}, judged on {windows} windows of {context} tokens, {protocol}"
+    bars = "; bars: one standard error" * any("kld_se" in row for row in rows)
+    style.title(figure, said.format(**rows[0]) + "; lower left is better" + bars)
+    style.legend(figure, axes[0])
+    for axis, text in zip(axes, texts, strict=True):
+        best = pareto(_uniform(rows, text).items(), lambda item: item[1][0], lambda item: item[1][1])
+        style.name_points(axis, [point for _, point in best], style.short_names([cache for cache, _ in best])[0])
+    return figure
+
+
+def _draw_searches(axis: Axes, rows: list[Row]) -> None:
+    """A line a search, and a mark a uniform cache."""
+    uniform = _uniform(rows, rows[0]["text"])
+    axis.plot(*zip(*uniform.values(), strict=True), "x", color=style.GRAY, ms=4.5, label="uniform caches")
+    for name, mark in zip(dict.fromkeys(row["search"] for row in rows), itertools.cycle(style.MARKS), strict=False):
+        mine = [row for row in rows if row["kind"] == "searched" and row["search"] == name]
+        own = sorted((row["bits_asymptotic"], row["kld"], row.get("kld_se", math.nan)) for row in mine)
+        look: dict[str, Any] = {"fmt": f"{mark}-", "ms": 4.5, "lw": 1.4, "capsize": 2, "elinewidth": 1}
+        bits, kld, error = zip(*own, strict=True)
+        axis.errorbar(bits, kld, error, label=f"searched: {name}", **look)
+
+
+def _uniform(rows: list[Row], text: str) -> dict[str, tuple[float, float]]:
+    """Bits and KL of the uniform caches on a text."""
+    own = [row for row in rows if row["kind"] == "uniform" and row["text"] == text]
+    return {row["cache"]: (row["bits_asymptotic"], row["kld"]) for row in own}
 
 
 def best_uniform(rows: list[Row], searched: Row) -> Row | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -28,8 +28,11 @@ from kvjax.evaluate.perplexity import standard_error
 from kvjax.evaluate.sweep import Sweep, identity_of
 from kvjax.evaluate.text import name_of, read_windows
 from kvjax.evaluate.vocabulary import TokenScores
-from kvjax.experiments import bars, curves, program
+from kvjax.experiments import bars, curves, program, style
 from kvjax.tables import align_columns, format_with_error
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 
@@ -52,8 +55,8 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
             point = {"experiment": "positions", **identity, "parts": parts, "cache": str(plan)}
             rows += _found_or_scored(sweep, plan, point, workdir / "positions.jsonl", tell)
     print(table(rows))
-    hosts.on_first(lambda: draw(rows, workdir / "positions.png"))
-    print(f"rows: {workdir / 'positions.jsonl'}\nplot: {workdir / 'positions.png'}")
+    print(f"rows: {workdir / 'positions.jsonl'}")
+    hosts.on_first(lambda: style.write(workdir / "positions.png", draw, rows))
 
 
 def _found_or_scored(sweep: Sweep, plan: CachePlan, point: Row, file: Path, tell: bars.Tell) -> list[Row]:
@@ -109,12 +112,12 @@ def table(rows: Sequence[Row]) -> str:
     return align_columns(lines, left=1)
 
 
-def draw(rows: Sequence[Row], file: Path) -> None:
+def draw(rows: Sequence[Row]) -> Figure:
     """KL divergence by position, one line a cache."""
     own = {cache: [row for row in rows if row["cache"] == cache] for cache in dict.fromkeys(r["cache"] for r in rows)}
     middles = lambda rows: [(row["first"] + row["last"]) / 2 for row in rows]  # noqa: E731
     lines = {cache: (middles(rows), rows) for cache, rows in own.items()}
-    curves.draw(lines, "position in the window", file)
+    return curves.draw(lines, "position in the window")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,8 @@ windows, with a 95 % interval by Student's t.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 from ml_collections import config_dict
 from rich.console import Console
@@ -27,10 +26,12 @@ from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score, mean_and_interval
 from kvjax.evaluate.sweep import Sweep, identity_of
 from kvjax.evaluate.text import name_of, read_windows
-from kvjax.experiments import bars, program
-from kvjax.experiments.pareto import save_figure
+from kvjax.experiments import bars, program, style
 from kvjax.models.config import ModelConfig
 from kvjax.models.model import Model
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 
@@ -55,7 +56,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         for condition, (protocol, _) in config.conditions.items()
         for row in _rows(config, model, text, protocol, [c for c in found if c.condition == condition], workdir)
     ]
-    hosts.on_first(lambda: draw(rows, workdir / f"{config.study}.png"))
+    hosts.on_first(lambda: style.write(workdir / f"{config.study}.png", draw, rows))
     Console(width=160).print(_table(rows))
 
 
@@ -131,29 +132,33 @@ def _figures(score: Score, plain: Score, dense: Score) -> Row:
     return {"kld": score.kld, "top1": score.top1, "kld_over_plain": score.kld / plain.kld, **paired}
 
 
-def draw(rows: list[Row], file: Path) -> None:
+def draw(rows: list[Row]) -> Figure:
     """KL divergence by bits held at the smallest context: a panel for each text and condition, a line a form."""
     panels = list(dict.fromkeys((row["text"], row["condition"]) for row in rows))
     forms = list(dict.fromkeys((row["family"], row["form"]) for row in rows))
-    shades, marks = plt.get_cmap("tab20"), "os^vDP"
-    figure, axes = plt.subplots(
-        len(panels), 1, figsize=(8.6, 4.4 * len(panels)), layout="constrained", squeeze=False, sharex=True
-    )
+    figure, axes = style.subplots(len(panels), 1, (9, 0.6 + 4 * len(panels)), sharex=True)
     for axis, panel in zip(axes[:, 0], panels, strict=True):
         for i, form in enumerate(forms):
             own = [r for r in rows if (r["text"], r["condition"]) == panel and (r["family"], r["form"]) == form]
             own.sort(key=lambda row: row[_smallest(row)])
-            label = form[1] if "{b}" in form[1] or not form[1] else f"{form[0]}: {form[1]}"
             xs, ys = [row[_smallest(row)] for row in own], [row["kld"] for row in own]
-            axis.plot(xs, ys, marks[i % len(marks)] + "-", color=shades(i % 20), ms=4, lw=1, label=label or form[0])
-        axis.set(ylabel="KL divergence (nats per token)", yscale="log")
-        axis.set_title("{}, {}".format(*panel), fontsize=9)
-        axis.grid(alpha=0.3, which="both")
+            again, which = divmod(i, len(style.COLORS))
+            look = style.MARKS[(which + again) % len(style.MARKS)] + ("-", "--", ":")[again % 3]
+            axis.plot(xs, ys, look, color=style.COLORS[which], ms=4, lw=1, label=_label(form))
+        axis.set(ylabel=style.KL, yscale="log")
+        axis.set_title("{}, {}".format(*panel), fontsize=style.TITLE)
     context = _smallest(rows[0])[5:]
     axes[-1, 0].set_xlabel(f"bits per element of keys and values at {context} tokens, everything counted")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=7)
-    save_figure(figure, file)
+    alone: Row = {key: rows[0][key] for key in ("model", "windows", "context") if key in rows[0]}
+    style.title(figure, f"{style.describe(alone)}; lower left is better")
+    style.legend(figure, axes[0, 0])
+    return figure
+
+
+def _label(form: tuple[str, str]) -> str:
+    """The name of a family's form."""
+    family, more = form
+    return (more or family).replace("{b}", "*") if "{b}" in more or not more else f"{family}: {more}"
 
 
 HEADER = ("cache", "with scales", "real", "KL", "× plain", "difference", "nll increase", "top-1")

@@ -8,16 +8,12 @@ and draws DIR/roofline.png. `kvjax.evaluate.roofline` says what is counted.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 from ml_collections import config_dict
 
 import kvjax
@@ -25,9 +21,11 @@ from kvjax import records
 from kvjax.caches.grammar import split_list
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.roofline import DEVICES, Step
-from kvjax.experiments import program
-from kvjax.experiments.pareto import save_figure
-from kvjax.experiments.tune_pictures import short_names
+from kvjax.experiments import program, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 TABLE_CONTEXTS = (1024, 8192, 32768, 131072)  # what the docs' table shows of a row's contexts
@@ -46,8 +44,8 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
             row = {"experiment": "roofline", "model": config.model, "on": name, **_figures(own)}
             if records.find_row(file, row) is None:
                 records.append_row(file, row | records.provenance())
-    draw(records.read_rows(file), workdir / "roofline.png")
-    print(f"rows: {file}\nplot: {workdir / 'roofline.png'}")
+    print(f"rows: {file}")
+    style.write(workdir / "roofline.png", draw, records.read_rows(file))
 
 
 def _contexts(text: str) -> list[int]:
@@ -82,37 +80,41 @@ def fits(row: Row, context: int) -> bool:
     return row["held_bytes"][row["contexts"].index(context)] <= DEVICES[row["on"]].memory
 
 
-def draw(rows: Sequence[Row], file: Path) -> None:
+def draw(rows: Sequence[Row]) -> Figure:
     """A panel per model and device: time over the dense cache's by context; dotted where it does not fit."""
     models, devices = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "on"))
-    size = 1.7 + 2.4 * len(devices), 0.7 + 2.7 * len(models)
-    shared: dict[str, Any] = {"sharex": True, "sharey": "row", "squeeze": False, "layout": "constrained"}
-    figure, axes = plt.subplots(len(models), len(devices), figsize=size, **shared)
+    caches = list(dict.fromkeys(row["cache"] for row in rows))
+    looks = dict(zip(caches, itertools.cycle(zip(style.COLORS, style.MARKS, strict=True)), strict=False))
+    size = 1.0 + 2.4 * len(devices), 1.3 + 2.6 * len(models)
+    figure, axes = style.subplots(len(models), len(devices), size, sharex=True, sharey="row")
     for line, model in zip(axes, models, strict=True):
         for axis, device in zip(line, devices, strict=True):
-            _draw_device(axis, [row for row in rows if (row["model"], row["on"]) == (model, device)])
-            axis.set_title(f"{model.removeprefix('random:')}, {device}", fontsize=10)
-        line[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1))
-    figure.supxlabel(
-        f"tokens of each of {rows[0]['batch']} sequences; dotted: the device's memory does not hold them"
-    )
-    figure.supylabel("least time of a step, over the dense cache's")
-    save_figure(figure, file)
+            _draw_device(axis, [row for row in rows if (row["model"], row["on"]) == (model, device)], looks)
+            axis.set(xlabel="tokens of each sequence" if model == models[-1] else "")
+            axis.set_title(f"{model.removeprefix('random:')}, {device}", fontsize=style.TITLE)
+    for name, (color, mark) in zip(style.short_names(caches)[0], looks.values(), strict=True):
+        axes[0, 0].plot([], [], f"{mark}-", ms=4, color=color, label=name)
+    figure.supylabel("least time of a decode step, over the dense cache's", fontsize=style.PLAIN)
+    said = "Computed, not measured: {batch} sequences; dotted: the device's memory does not hold them"
+    style.title(figure, said.format(**rows[0]))
+    style.legend(figure, axes[0, 0])
+    return figure
 
 
-def _draw_device(axis: Axes, rows: Sequence[Row]) -> None:
+def _draw_device(axis: Axes, rows: Sequence[Row], looks: Mapping[str, tuple[str, str]]) -> None:
     dense = next(row for row in rows if row["cache"] == "dense")["seconds"]
-    names, _ = short_names([row["cache"] for row in rows])
-    for i, (row, name) in enumerate(zip(rows, names, strict=True)):
+    for i, row in enumerate(rows):
+        color, mark = looks[row["cache"]]
         ratios = [own / other for own, other in zip(row["seconds"], dense, strict=True)]
         fitting = [ratio if fits(row, n) else math.nan for ratio, n in zip(ratios, row["contexts"], strict=True)]
-        axis.plot(row["contexts"], ratios, ":", lw=1, color=f"C{i}")
-        axis.plot(row["contexts"], fitting, "-", lw=1.6, color=f"C{i}", label=name)
+        axis.plot(row["contexts"], ratios, ":", lw=1, color=color)
+        width = 3.0 - 0.35 * i  # of lines that coincide, those below show
+        axis.plot(row["contexts"], fitting, f"{mark}-", lw=width, ms=4, markevery=(i % 2, 2), color=color)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
+    axis.set_xticks([2**11, 2**13, 2**15, 2**17])
     axis.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1024:g}K")
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.grid(alpha=0.3)
 
 
 if __name__ == "__main__":

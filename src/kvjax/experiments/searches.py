@@ -17,11 +17,9 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 from ml_collections import config_dict
 from rich.console import Console
 from rich.table import Table
@@ -31,13 +29,16 @@ from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.sweep import kept_in
-from kvjax.experiments import bars, program
-from kvjax.experiments.pareto import save_figure
+from kvjax.experiments import bars, program, style
 from kvjax.experiments.tune import calibration, make_search
 from kvjax.tuner.evaluations import Evaluations
 from kvjax.tuner.judge import make_judge
 from kvjax.tuner.search import Search
 from kvjax.tuner.space import hypervolume
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SEARCHES: dict[str, dict[str, str]] = {
     "NSGA-II": {"method": "nsga2", "prune": "none", "cluster": "none"},
@@ -67,7 +68,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
                 row = _run(first, name, seed, _sensitivity(first, workdir / "costs.jsonl"), judge, budgets)
                 hosts.on_first(functools.partial(records.append_row, file, point | row | records.provenance()))
     rows = hosts.on_first(lambda: records.find_rows(file, asked))
-    hosts.on_first(lambda: draw(rows, workdir / "searches.png"))
+    hosts.on_first(lambda: style.write(workdir / "searches.png", draw, rows))
     Console(width=200).print(_table(rows))
 
 
@@ -209,23 +210,22 @@ def _table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def draw(rows: Sequence[Row], file: Path) -> None:
+def draw(rows: Sequence[Row]) -> Figure:
     """Hypervolume by evaluations, and the chosen plans on the judged text: medians, and ranges over the seeds."""
-    figure, axes = plt.subplots(1, 2, figsize=(12.4, 4.8), layout="constrained")
-    for (name, own), marker in zip(_by_name(rows).items(), "soD^v*", strict=False):
-        _draw_courses(axes[0], own, marker)
-        _draw_judged(axes[1], own, name, marker)
+    figure, (axes,) = style.subplots(1, 2, (12.4, 5.4))
+    for (name, own), mark in zip(_by_name(rows).items(), style.MARKS, strict=False):
+        _draw_courses(axes[0], own, mark)
+        _draw_judged(axes[1], own, name, mark)
     axes[0].set(xscale="log", xlabel="evaluations of the model (sensitivity counted in them)")
-    axes[0].set(ylabel="hypervolume of bits and log10 KL, calibrated text")
+    axes[0].set(ylabel="hypervolume of bits and log10 KL, calibrated text; more is better")
     axes[1].set(yscale="log", xlabel="budget, {budget_of} bits".format(**rows[0]))
-    axes[1].set(ylabel="KL from the dense run on {judged_on} (nats per token)".format(**rows[0]))
-    for axis in axes:
-        axis.grid(alpha=0.3, which="both")
-    axes[1].legend(fontsize=8)
+    axes[1].set(ylabel="KL divergence from the dense run on {judged_on} (nats per token)".format(**rows[0]))
+    axes[1].set_xticks(sorted({each["budget"] for row in rows for each in row["judged"]}))
     seeds = len({row["seed"] for row in rows})
-    title = "{model}, searched on {text}, {windows} × {context} tokens; seeds: {seeds} (median and range)"
-    figure.suptitle(title.format(**rows[0], seeds=seeds), fontsize=10)
-    save_figure(figure, file)
+    said = "{model}, searched on {text}, {windows} × {context} tokens; medians and ranges of {seeds} seeds"
+    style.title(figure, said.format(**rows[0], seeds=seeds))
+    style.legend(figure, axes[1])
+    return figure
 
 
 def _draw_courses(axis: Axes, rows: Sequence[Row], marker: str) -> None:

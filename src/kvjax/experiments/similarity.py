@@ -14,10 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import config_dict
@@ -25,11 +24,13 @@ from ml_collections import config_dict
 from kvjax import records
 from kvjax.checkpoints.load import load
 from kvjax.evaluate.text import read_windows
-from kvjax.experiments import program
-from kvjax.experiments.pareto import save_figure
+from kvjax.experiments import program, style
 from kvjax.models.decoder import Weights, normed, project
 from kvjax.quant.basis import svd_basis
 from kvjax.tuner.simulate import Simulator
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SIMILAR = ("X", "X/w", "K", "V")
 OUTLYING = ("X", "XU_k", "XU_v")
@@ -54,8 +55,8 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         rows.append(row | records.provenance())
         below = here
     records.write_rows(workdir / "similarity.jsonl", rows)
-    draw(rows, workdir / "similarity.png")
-    print(f"rows: {workdir / 'similarity.jsonl'}\nplot: {workdir / 'similarity.png'}")
+    print(f"rows: {workdir / 'similarity.jsonl'}")
+    style.write(workdir / "similarity.png", draw, rows)
 
 
 def tensors(weights: Weights, x: Float[Array, "T D"]) -> dict[str, Float[Array, "T _"]]:
@@ -82,33 +83,31 @@ def outlier(x: Float[Array, "T n"]) -> tuple[int, float]:
     return int(sizes.argmax()), float(sizes.max() / np.median(sizes))
 
 
-def draw(rows: Sequence[Row], file: Path) -> None:
+def draw(rows: Sequence[Row]) -> Figure:
     """Three panels over the layers: cosine, relative step, outliers."""
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    for axis, kind in zip(axes, ("cosine", "step"), strict=False):
-        for name in SIMILAR:
-            axis.plot([row["layer"] for row in rows[1:]], [row[f"{kind} {name}"] for row in rows[1:]], "o-", ms=3)
-        axis.legend(["X, the norm's weight left out" if name == "X/w" else name for name in SIMILAR], fontsize=8)
-    for name in OUTLYING:
-        first = sum(row[f"channel {name}"] == 0 for row in rows)
-        label = f"{name}: channel 0 in {first} of {len(rows)} layers"
-        axes[2].plot(
-            [row["layer"] for row in rows], [row[f"outlier {name}"] for row in rows], "o-", ms=3, label=label
-        )
-    axes[2].set_yscale("log")
-    axes[2].set_ylim(1, 400)
-    axes[2].legend(fontsize=8, loc="upper right")
+    figure, (axes,) = style.subplots(1, 3, (14, 5))
     titles = (
         "cosine with the layer below",
         "norm of the difference from the layer below,\nover the norm",
         "largest mean magnitude of a channel,\nover the median channel's",
     )
-    for axis, title in zip(axes, titles, strict=True):
+    for axis, kind, said in zip(axes, ("cosine", "step", "outlier"), titles, strict=True):
+        for name, mark in zip(OUTLYING if kind == "outlier" else SIMILAR, style.MARKS, strict=False):
+            found = [(row["layer"], row[f"{kind} {name}"]) for row in rows if f"{kind} {name}" in row]
+            axis.plot(*zip(*found, strict=True), f"{mark}-", ms=3.5, lw=1.2, label=_label(rows, kind, name))
         axis.set(xlabel="layer")
-        axis.set_title(title, fontsize=10)
-        axis.grid(alpha=0.3, which="both")
-    figure.suptitle("{model}, {tokens} tokens of {text}; means over tokens".format(**rows[0]), fontsize=10)
-    save_figure(figure, file)
+        axis.set_title(said, fontsize=style.TITLE)
+        axis.legend(fontsize=style.SMALL, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    axes[2].set_yscale("log")
+    style.title(figure, "{model}, {tokens} tokens of {text}; means over tokens".format(**rows[0]))
+    return figure
+
+
+def _label(rows: Sequence[Row], kind: str, name: str) -> str:
+    """A line's name; of outliers, also how often channel 0 has it."""
+    if kind == "outlier":
+        return f"{name}: channel 0 in {sum(row[f'channel {name}'] == 0 for row in rows)} of {len(rows)} layers"
+    return "X, the norm's weight left out" if name == "X/w" else name
 
 
 if __name__ == "__main__":

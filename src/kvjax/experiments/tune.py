@@ -25,7 +25,7 @@ from kvjax.caches.kv import KV
 from kvjax.caches.plan import CachePlan
 from kvjax.evaluate import calibrated as evaluated
 from kvjax.evaluate.sweep import identity_of
-from kvjax.experiments import bars, dry_run, program, tune_pictures
+from kvjax.experiments import bars, dry_run, program, style, tune_pictures
 from kvjax.experiments.printed import print_table
 from kvjax.files import write_atomically
 from kvjax.models.model import Model
@@ -57,7 +57,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     _print(tuning.rows)
     if judged := tuning.card.get("judged"):
         print("judged on {text}: KL {kld:.5f}, nll {nll:.4f}, top-1 {top1:.3f}".format(**judged))
-    print(f"plan: {workdir / 'plan.yaml'}\nfront: {workdir / 'front.jsonl'}\npictures: {workdir}/*.png")
+    print(f"plan: {workdir / 'plan.yaml'}\nfront: {workdir / 'front.jsonl'}")
 
 
 def _leave(search: Search, tuning: Tuning, workdir: Path) -> None:
@@ -103,10 +103,10 @@ def make_search(
 
 def draw(search: Search, rows: list[Row], workdir: Path) -> None:
     """The pictures of a search and the rows of its front."""
-    tune_pictures.front(rows, workdir / "front.png")
+    style.write(workdir / "front.png", tune_pictures.front, rows)
     if errors := search.measured_errors():
-        tune_pictures.heat_map(errors, search.settings.error, workdir / "sensitivity.png")
-        tune_pictures.clusters(errors, search.named_groups(), workdir / "clusters.png")
+        style.write(workdir / "sensitivity.png", tune_pictures.heat_map, errors, search.settings.error)
+        style.write(workdir / "clusters.png", tune_pictures.clusters, errors, search.named_groups())
 
 
 def _write_presets(plan: CachePlan, workdir: Path) -> None:
