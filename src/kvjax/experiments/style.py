@@ -93,6 +93,8 @@ def legend(figure: Figure, axis: Axes, **more: Any) -> None:
 def describe(row: Row) -> str:
     """Which run a row is of: model, text, windows and protocol, as far as it says."""
     parts = [str(row[key]) for key in ("model", "text") if key in row]
+    if "model" in row and "dtype" in row:
+        parts[0] += f" ({row['dtype']})"
     if {"windows", "context"} <= row.keys():
         plural = "s" * (row["windows"] != 1)
         parts.append("{windows} window{plural} of {context} tokens".format(**row, plural=plural))
