@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib.version
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -205,7 +206,9 @@ def aligned(width: int) -> Iterator[tuple[Int[np.ndarray, "B"], Int[np.ndarray, 
         yield at, np.minimum(width, ENDS - at)
 
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # compiles far sooner
+QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}  # as exact, and compiles far sooner
+if jaxlib.version.__version_info__ < (0, 12, 0, 1):  # later ones have no such option
+    QUICK["xla_cpu_use_fusion_emitters"] = False
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
