@@ -212,7 +212,7 @@ def _tables(file: Path, prefix: str) -> list[Table]:
 def _drawn(tables: Sequence[Table]) -> dict[str, list[Picture]]:
     """Pictures of rows of a known kind, by the stem of the program's own picture."""
     pictures: dict[str, list[Picture]] = {}
-    if not style.installed():
+    if style.missing():
         return pictures
     for table in tables:
         if kind := KINDS.get(str(table.rows[0].get("experiment"))):

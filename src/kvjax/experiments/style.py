@@ -123,6 +123,16 @@ def png(figure: Figure) -> bytes:
     return picture.getvalue()
 
 
+def missing() -> str:
+    """Why nothing can be drawn here; "" where it can."""
+    try:
+        with needed("matplotlib"):
+            import matplotlib  # noqa: F401
+    except MissingExtra as error:
+        return str(error)
+    return ""
+
+
 def write(file: Path, draw: Callable[..., Figure], *args: Any) -> None:
     """Draws a picture, writes it and prints its name; says so where matplotlib is not installed.
 
@@ -134,11 +144,8 @@ def write(file: Path, draw: Callable[..., Figure], *args: Any) -> None:
     Raises:
       KvjaxError: the file cannot be written.
     """
-    try:
-        with needed("matplotlib"):
-            import matplotlib  # noqa: F401
-    except MissingExtra as error:
-        print(f"no plot: {error}")
+    if reason := missing():
+        print(f"no plot: {reason}")
         return
     write_atomically(file, png(draw(*args)))
     print(f"plot: {file}")
