@@ -212,7 +212,7 @@ def test_rows_that_cannot_be_drawn_are_tables(tmp_path: Path, monkeypatch: pytes
     rows = [{"experiment": name, "cache": ["odd"], "kld": "many"} for name in report.KINDS]
     write_rows(tmp_path / "results.jsonl", [*rows, {"cache": None}, {}])
     report.main([tmp_path], tmp_path / "report.html")
-    monkeypatch.setattr(style, "installed", lambda: False)
+    monkeypatch.setattr(style, "missing", lambda: "no matplotlib")
     write_rows(tmp_path / "results.jsonl", SWEPT)
     report.main([tmp_path], tmp_path / "plain.html")
     assert not Page((tmp_path / "plain.html").read_text()).images
