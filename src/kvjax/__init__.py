@@ -17,6 +17,7 @@ from kvjax.caches.plan import CachePlan
 from kvjax.caches.registry import load_plugins, register
 from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
+from kvjax.evaluate.adapters import learn_adapters
 from kvjax.evaluate.calibrated import calibrated
 from kvjax.evaluate.perplexity import Comparison, Score
 from kvjax.evaluate.roofline import roofline
@@ -24,7 +25,6 @@ from kvjax.evaluate.sweep import Rows, score, sweep
 from kvjax.generation.generate import Generation, generate, logits, plan, prefill, stream
 from kvjax.generation.states import State, restore_state, save_state
 from kvjax.learning.adapters import Adapters, adapted
-from kvjax.learning.distill import learn_adapters
 from kvjax.learning.learn import learn
 from kvjax.models.model import Model
 from kvjax.tuner.tune import Tuning, tune

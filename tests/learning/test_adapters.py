@@ -12,7 +12,6 @@ import pytest
 
 import kvjax
 from kvjax.caches.plan import CachePlan
-from kvjax.calibrate import statistics
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import score_against
 from kvjax.learning import distill, training
@@ -29,25 +28,21 @@ CONFIG = ModelConfig(
 TOKENS = 48
 IDS = np.random.default_rng(1).integers(0, 256, 400)
 PLAN = "k2v2@kivi(group=8,residual=8,sink=2)"
-QUICK = {"rank": 3, "steps": 20, "rate": 3e-3}
+# One window thrice: a random model has nothing to learn that holds for other tokens.
+TEXT = np.tile(IDS[:TOKENS], 3)
+QUICK = {"context": TOKENS, "windows": 3, "rank": 3, "steps": 20, "rate": 3e-3}
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    folder = tmp_path_factory.mktemp("adapters")
+def model() -> Model:
     params = jax.tree.map(lambda a: 4 * a if a.ndim > 1 else a, random_params(CONFIG, jnp.float32))
-    plain = Model("tiny", CONFIG, params, ByteTokenizer(), jnp.dtype("float32"), "0")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "cache_folder", lambda: folder)
-        # One window thrice: a random model has nothing to learn that holds for other tokens.
-        return kvjax.calibrated(plain, np.tile(IDS[:TOKENS], 3), context=TOKENS, windows=3)
+    return Model("tiny", CONFIG, params, ByteTokenizer(), jnp.dtype("float32"), "0")
 
 
 @pytest.fixture(scope="module")
-def found(model: Model) -> tuple[Adapters, list[dict]]:
-    rows: list[dict] = []
-    return kvjax.learn_adapters(model, PLAN, **QUICK, progress=rows.append), rows
+def found(model: Model) -> Adapters:
+    return kvjax.learn_adapters(model, PLAN, TEXT, **QUICK)
 
 
 @pytest.mark.parametrize("cache", [PLAN, "0-1:k2v4@token(group=8);2:x2@input(group=8)"])
@@ -83,19 +78,19 @@ def test_gradients_are_those_of_differences(model: Model) -> None:
 
 
 def test_they_learn_and_the_adapted_model_is_what_was_looked_at(model: Model, found) -> None:
-    adapters, (row,) = found
-    assert row["least"] < 0.9 * row["first"] and len(row["curve"]) == 1 + QUICK["steps"] // 2
-    unseen = model.calibration.windows[-1:]
-    exact = dataclasses.replace(model, calibration=None)
+    costs = [cost for _, cost in found.card["curve"]]
+    assert min(costs) < 0.9 * costs[0] and len(costs) == 1 + QUICK["steps"] // 2
+    unseen = TEXT[None, -TOKENS:]
+    exact = model
     plan = CachePlan.parse(PLAN, CONFIG)
     before, after = (
-        score_against(exact, each, plan, unseen, "parallel") for each in (exact, kvjax.adapted(exact, adapters))
+        score_against(exact, each, plan, unseen, "parallel") for each in (exact, kvjax.adapted(exact, found))
     )
-    assert after.kld / before.kld == pytest.approx(row["least"] / row["first"], rel=0.05)
+    assert after.kld / before.kld == pytest.approx(min(costs) / costs[0], rel=0.05)
 
 
 def test_kept_in_a_file(model: Model, found, tmp_path: Path) -> None:
-    adapters, _ = found
+    adapters = found
     file = tmp_path / "adapters.safetensors"
     adapters.save(file)
     one, other = (kvjax.adapted(model, each) for each in (adapters, file))
@@ -106,7 +101,7 @@ def test_kept_in_a_file(model: Model, found, tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_cut_off_goes_on_to_the_same_losses(model: Model, found, tmp_path: Path, monkeypatch) -> None:
-    whole, calls = found[1][0]["curve"], []
+    whole, calls = found.card["curve"], []
 
     def killed(*arguments):
         calls.append(1)
@@ -117,27 +112,26 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_losses(model: Model, found, 
     update = training.update
     monkeypatch.setattr(training, "update", killed)
     with pytest.raises(KeyboardInterrupt):
-        kvjax.learn_adapters(model, PLAN, **QUICK, folder=tmp_path)
+        kvjax.learn_adapters(model, PLAN, TEXT, **QUICK, folder=tmp_path)
     monkeypatch.undo()
-    rows: list[dict] = []
-    kvjax.learn_adapters(model, PLAN, **QUICK, folder=tmp_path, progress=rows.append)
-    np.testing.assert_allclose(np.array(rows[0]["curve"]), np.array(whole), rtol=1e-6)
+    again = kvjax.learn_adapters(model, PLAN, TEXT, **QUICK, folder=tmp_path)
+    np.testing.assert_allclose(np.array(again.card["curve"]), np.array(whole), rtol=1e-6)
 
 
 def test_bad_input_is_one_line(model: Model, found, tmp_path: Path) -> None:
-    adapters, _ = found
+    adapters = found
     broken = tmp_path / "broken.safetensors"
     adapters.save(broken)
     broken.write_bytes(broken.read_bytes()[:-8])
     other = dataclasses.replace(model, checksum="1")
-    plain = dataclasses.replace(model, calibration=None)
+    sizes = {"context": TOKENS, "windows": 3}
     cases = [
         (lambda: kvjax.adapted(other, adapters), "other weights"),
         (lambda: kvjax.adapted(model, broken), "adapters that kvjax saved"),
         (lambda: kvjax.adapted(model, tmp_path / "none.safetensors"), "adapters that kvjax saved"),
-        (lambda: kvjax.learn_adapters(plain, PLAN), "kvjax.calibrated"),
-        (lambda: kvjax.learn_adapters(model, "x2@latent"), "expected methods without"),
-        (lambda: kvjax.learn_adapters(model, PLAN, rank=0), "rank"),
+        (lambda: kvjax.learn_adapters(model, PLAN, TEXT, context=TOKENS, windows=1), "expected two or more"),
+        (lambda: kvjax.learn_adapters(model, "x2@latent", TEXT, **sizes), "expected methods without"),
+        (lambda: kvjax.learn_adapters(model, PLAN, TEXT, **sizes, rank=0), "rank"),
         (lambda: adapters.save(tmp_path / "a.bin"), ".safetensors"),
     ]
     for call, says in cases:

@@ -36,6 +36,8 @@ def _encoders() -> config_dict.ConfigDict:
         polish=0,  # steps of all layers together, by KL divergence
         polish_rate=3e-5,  # of Adam in all layers together
         rank=8,  # of adapters
+        seen_context=512,  # tokens a window that adapters are learned from
+        seen_windows=32,  # of each text that adapters are learned from; the last of all chooses
         batch=1,  # windows a step of a layer; a mesh's axis data divides them
         plugins="",  # modules or Python files that register more caches, separated by commas
         dtype="float32",  # or bfloat16

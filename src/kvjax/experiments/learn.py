@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from jaxtyping import Int
 from ml_collections import config_dict
 
 import kvjax
@@ -24,9 +26,9 @@ from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import read_config
 from kvjax.errors import KvjaxError
-from kvjax.evaluate.calibrated import check_judged
+from kvjax.evaluate.calibrated import calibration
 from kvjax.evaluate.perplexity import score_against
-from kvjax.evaluate.text import read_windows
+from kvjax.evaluate.text import check_disjoint, check_unseen, read_windows
 from kvjax.experiments import bars, program, style
 from kvjax.tables import align_columns
 
@@ -45,11 +47,13 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     if not config.calibration:
         raise KvjaxError("calibration is empty; expected the text to learn from")
     plan = CachePlan.parse(config.cache, read_config(config.model))
-    programs[config.what](config, program.load(config, config.judged_on), plan, workdir)
+    check_unseen(config.judged_on, config.calibration)
+    programs[config.what](config, plan, workdir)
 
 
-def learn_encoders(config: config_dict.ConfigDict, model: Model, plan: CachePlan, workdir: Path) -> None:
+def learn_encoders(config: config_dict.ConfigDict, plan: CachePlan, workdir: Path) -> None:
     """Trains and judges the encoders of a cache."""
+    model = program.load(config)
     settings = {name: config[name] for name in SETTINGS}
     rows = kvjax.learn(model, plan, **settings, folder=workdir, progress=_tell)
     caches = [config.cache.replace("basis=learned", "basis=balanced"), config.cache]
@@ -63,32 +67,41 @@ def learn_encoders(config: config_dict.ConfigDict, model: Model, plan: CachePlan
     print(table(judged))
 
 
-def learn_adapters(config: config_dict.ConfigDict, model: Model, plan: CachePlan, workdir: Path) -> None:
+def learn_adapters(config: config_dict.ConfigDict, plan: CachePlan, workdir: Path) -> None:
     """Trains adapters for a cache, leaves them in DIR/adapters.safetensors, and judges the adapted model.
 
     KL divergence is from the model without adapters and with exact keys and values, with and without adapters.
     """
-    trained: list[Row] = []
-    options = {name: config[name] for name in ("rank", "steps", "rate")}
-    adapters = kvjax.learn_adapters(model, plan, **options, folder=workdir, progress=trained.append)
-    hosts.on_first(lambda: adapters.save(workdir / "adapters.safetensors"))
-    print("KL on the unseen window: {first:.4f} at the start, {least:.4f} at best".format(**trained[0]))
-    rows = [
-        {"text": Path(text).name, **row}
+    model = program.load_plain(config)  # without statistics of the text, which adapters need not
+    seen = calibration(model, config.calibration, config.seen_context, config.seen_windows, 0)
+    judged = {
+        text: read_windows(text, model, config.context, config.windows, config.offset)
         for text in split_list(config.judged_on)
-        for row in _judged(config, model, adapters, plan, text)
+    }
+    for windows in judged.values():
+        check_disjoint(windows, seen)
+    sizes = {"context": config.seen_context, "windows": config.seen_windows, "folder": workdir}
+    options = {name: config[name] for name in ("rank", "steps", "rate")}
+    with bars.shown("steps") as tell:
+        progress = functools.partial(tell, str(plan))
+        adapters = kvjax.learn_adapters(model, plan, config.calibration, **sizes, **options, progress=progress)
+    hosts.on_first(lambda: adapters.save(workdir / "adapters.safetensors"))
+    costs = [cost for _, cost in adapters.card["curve"]]
+    print(f"KL on the window that is not learned from: {costs[0]:.4f} at the start, {min(costs):.4f} at best")
+    known = {"experiment": "adapters", **adapters.card, **records.provenance()}
+    rows = [
+        {**known, "text": Path(text).name, **row}
+        for text, windows in judged.items()
+        for row in _judged(config, model, adapters, plan, windows)
     ]
-    rows = [{"experiment": "adapters_judged", **_without_curve(trained[0]), **row} for row in rows]
     hosts.on_first(lambda: records.write_rows(workdir / "adapters.jsonl", rows))
     print(table(rows))
 
 
 def _judged(
-    config: config_dict.ConfigDict, model: Model, adapters: Adapters, plan: CachePlan, text: str
+    config: config_dict.ConfigDict, model: Model, adapters: Adapters, plan: CachePlan, windows: Int[np.ndarray, "w c"]
 ) -> Iterator[Row]:
     """Rows of the plan without adapters, and of the exact cache and the plan with them."""
-    windows = read_windows(text, model, config.context, config.windows, config.offset)
-    check_judged(model, windows)
     sizes = {name: config[name] for name in SIZES}
     dense, other = CachePlan.parse("dense", model.config), kvjax.adapted(model, adapters)
     scored = functools.partial(score_against, model, windows=windows, protocol=config.protocol)
@@ -97,10 +110,6 @@ def _judged(
         less = score.compare(plain)
         paired = {"kld_less_plain": less.kld, "kld_less_plain_ci95": less.kld_interval}
         yield {"cache": str(cache), "adapters": score is not plain, **sizes, **score.figures, **paired}
-
-
-def _without_curve(row: Row) -> Row:
-    return {key: value for key, value in row.items() if key != "curve"}
 
 
 def _tell(row: Row) -> None:

@@ -146,10 +146,15 @@ def load(config: config_dict.ConfigDict, judged: str = "") -> Model:
     """
     if judged and config.calibration:
         check_unseen(judged, config.calibration)
-    print(f"loading {config.model}", file=sys.stderr, flush=True)
-    model = kvjax.load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
+    model = load_plain(config)
     model = kvjax.adapted(model, config.adapters) if config.get("adapters") else model
     return kvjax.calibrated(model, config.calibration) if config.calibration else model
+
+
+def load_plain(config: config_dict.ConfigDict) -> Model:
+    """The model that a program's config names, as it is. Raises what `kvjax.load` raises."""
+    print(f"loading {config.model}", file=sys.stderr, flush=True)
+    return kvjax.load(config.model, config.dtype, mesh=config.mesh, replicate=config.replicate)
 
 
 def parse(config_file: Path, argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:

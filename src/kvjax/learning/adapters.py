@@ -29,6 +29,7 @@ from kvjax.mesh import fetch
 from kvjax.models.model import Model, check_model
 
 WEIGHTS = ("q", "k", "v", "o")
+CARD = ("model", "model_sha256", "dtype", "cache", "learned_from", "rank", "steps", "rate", "curve")
 
 
 @struct.dataclass
@@ -48,7 +49,8 @@ class Adapters:
 
     Attributes:
       layers: the changes of every layer.
-      card: the plan, the model's checksum, the text that was learned from.
+      card: the plan, the model's name and checksum, the text that was learned from, rank, steps and rate; `curve`,
+        the (step, KL) of every look at the window that is not learned from.
     """
 
     layers: Layers
@@ -120,7 +122,7 @@ def read_adapters(file: str | Path) -> Adapters:
     try:
         pair = lambda i, name: LowRank(*(arrays[f"layer_{i}.{name}.{part}"] for part in ("up", "down")))  # noqa: E731
         layers = [{name: pair(i, name) for name in WEIGHTS} for i in range(len(arrays) // (2 * len(WEIGHTS)))]
-        return Adapters(layers, {key: card[key] for key in ("cache", "model_sha256", "learned_from")})
+        return Adapters(layers, {key: card[key] for key in CARD})
     except (KeyError, TypeError) as error:
         raise KvjaxError(f"{path} lacks {brief(error)}; expected adapters that kvjax saved") from None
 

@@ -1,4 +1,4 @@
-"""`kvjax.learn_adapters`: a model under a plan learns to predict what it predicts with exact keys and values.
+"""Adapters that are trained by self-distillation: a model under a plan learns to predict what the exact one does.
 
 The loss is the KL divergence from the exact model's predictions, with every token read as it is stored (protocol
 `parallel`). Keys and values carry the cache's errors forwards; backwards they count as exact (straight-through).
@@ -19,8 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from kvjax import records
-from kvjax.caches.base import CacheSpec, Chunk, LayerCache
+from kvjax.caches.base import Chunk, LayerCache
 from kvjax.caches.plan import Cache, CachePlan
 from kvjax.checks import check_path, check_whole
 from kvjax.errors import KvjaxError
@@ -29,48 +28,48 @@ from kvjax.learning.adapters import Adapters, Layers, first_adapters, with_chang
 from kvjax.learning.forward import attention, divergence
 from kvjax.learning.polish import exact_output
 from kvjax.learning.training import Kept, State
+from kvjax.models.calibration import Calibration
 from kvjax.models.decoder import embed, first_alike, run_layer
-from kvjax.models.model import Model, check_model
+from kvjax.models.model import Model
 from kvjax.ops.rotate import rotate_heads
 
-Row = dict[str, Any]
+Progress = Callable[[int, int], None]
 still = jax.lax.stop_gradient
 
 
-def learn_adapters(
+def distill(
     model: Model,
-    cache: str | CacheSpec | CachePlan,
-    *,
-    rank: int = 8,
-    steps: int = 100,
-    rate: float = 1e-3,
-    folder: str | Path | None = None,
-    progress: Callable[[Row], None] | None = None,
+    plan: CachePlan,
+    text: Calibration,
+    rank: int,
+    steps: int,
+    rate: float,
+    folder: str | Path | None,
+    progress: Progress,
 ) -> Adapters:
-    """Trains low-rank adapters of q, k, v and o for a plan; the model itself is not changed.
+    """Trains low-rank adapters of q, k, v and o for a plan; see `kvjax.learn_adapters`.
 
     Args:
-      model: calibrated, see `kvjax.calibrated`, on two windows or more: the last one chooses, the others are learned
-        from, one a step.
-      cache: the plan; methods that compute bases of the weights are refused, since the weights change.
+      model: the model; it is not changed.
+      plan: methods that compute bases of the weights are refused, since the weights change.
+      text: two windows or more: the last one chooses, the others are learned from, one a step.
       rank: of every adapter.
       steps: of Adam.
       rate: its learning rate, which falls to 0 by a cosine.
       folder: from which a run that was cut off goes on; a temporary one where None.
-      progress: called with the row of the training, which has its curve.
+      progress: called as progress(step, steps) at every step.
 
     Raises:
-      KvjaxError: the model is not calibrated, the plan is refused, numbers that are not possible, or files that
-        cannot be written.
+      KvjaxError: a plan that is refused, numbers that are not possible, or files that cannot be written.
     """
-    check_model(model)
-    plan = CachePlan.cast(cache, model.config)
     for name, value in {"rank": rank, "steps": steps}.items():
         check_whole(name, value, 1)
     if not (isinstance(rate, float) and 0 < rate < math.inf):
         raise KvjaxError(f"rate={rate}; expected a number above 0")
     _check(model, plan)
-    run = functools.partial(_run, model, plan, rank, steps, rate, progress or (lambda row: None))
+    if len(text.windows) < 2:
+        raise KvjaxError("the text has one window; expected two or more: one is for choosing")
+    run = functools.partial(_run, model, plan, text, rank, steps, rate, progress)
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
             return run(Path(temporary))
@@ -78,8 +77,6 @@ def learn_adapters(
 
 
 def _check(model: Model, plan: CachePlan) -> None:
-    if model.calibration is None or len(model.calibration.windows) < 2:
-        raise KvjaxError("expected kvjax.calibrated(model, TEXT) on two windows or more before adapters are learned")
     if based := next((spec for spec in plan.specs if spec.bases_key), None):
         raise KvjaxError(f"{based} computes bases of weights, which adapters change; expected methods without")
     if model.config.learned_sinks:
@@ -88,13 +85,20 @@ def _check(model: Model, plan: CachePlan) -> None:
 
 
 def _run(
-    model: Model, plan: CachePlan, rank: int, steps: int, rate: float, hears: Callable[[Row], None], folder: Path
+    model: Model,
+    plan: CachePlan,
+    text: Calibration,
+    rank: int,
+    steps: int,
+    rate: float,
+    progress: Progress,
+    folder: Path,
 ) -> Adapters:
-    assert model.calibration is not None
-    *seen, unseen = [jnp.asarray(window, jnp.int32) for window in model.calibration.windows]
-    card = {"cache": str(plan), "model_sha256": model.checksum, "learned_from": model.calibration.identity}
-    settings = {"rank": rank, "steps": steps, "rate": rate}
-    point = {"experiment": "adapters", "model": model.name, "dtype": str(model.dtype), **card, **settings}
+    *seen, unseen = [jnp.asarray(window, jnp.int32) for window in text.windows]
+    card = {
+        **{"model": model.name, "model_sha256": model.checksum, "dtype": str(model.dtype), "cache": str(plan)},
+        **{"learned_from": text.identity, "rank": rank, "steps": steps, "rate": rate},
+    }
     optimizer = training.adam(rate, steps)
     with model.layout.entered():
         exact = [exact_output(model, window) for window in (*seen, unseen)]
@@ -105,14 +109,13 @@ def _run(
             by, inner = training.update(
                 optimizer, gradient(model, empty, state.by, seen[w], exact[w]), state.optimizer, state.by
             )
+            progress(state.step + 1, steps)
             return state._replace(step=state.step + 1, by=by, optimizer=inner)
 
         look = lambda by: loss(model, empty, by, unseen, exact[-1])  # noqa: E731
         begun = training.begun(first_adapters(model, rank), optimizer)
-        state, curve = training.train(begun, steps, step, look, Kept(folder, "adapters", point))
-    figures = {"first": curve[0][1], "least": min(cost for _, cost in curve), "curve": curve}
-    hears(point | figures | records.provenance())
-    return Adapters(state.best, card)
+        state, curve = training.train(begun, steps, step, look, Kept(folder, "adapters", card))
+    return Adapters(state.best, card | {"curve": curve})
 
 
 # ---- the model under a plan, with gradients
