@@ -1,5 +1,6 @@
 # make test: the suite.  make test-weekly: its long tests.  make sweep: the main job.  make lint: style and types.  PYTHON=python3.12 make test works too.
 # make aot-tpu, make aot-cuda: the kernels compiled for devices that are not here; each installs into a folder of its own.
+# make docs: the pages as a site, in site/; every warning is an error.
 # make device: on a machine with a GPU or TPU and jax for it, parity of the kernels, then their speed. DEVICE=gpu or tpu.
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ $(VENV)/installed: pyproject.toml
 	$(RUN) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: test test-weekly lint sweep pages aot-tpu aot-cuda device
+.PHONY: test test-weekly lint sweep pages docs aot-tpu aot-cuda device
 test: $(VENV)/installed
 	$(RUN) -m pytest --numprocesses=auto --dist=loadfile
 
@@ -28,6 +29,9 @@ sweep: $(VENV)/installed
 pages: $(VENV)/installed
 	$(RUN) -m experiments.pages
 
+docs: .venv-docs/installed
+	.venv-docs/bin/python -m mkdocs build --strict --quiet
+
 # libtpu takes a lock for a device that is not there: two processes may both have it.
 aot-tpu aot-cuda: aot-%: .venv-%/installed
 	ALLOW_MULTIPLE_LIBTPU_LOAD=1 JAX_PLATFORMS=cpu .venv-$*/bin/python -m $(AOT_$*) --workdir=runs/aot
@@ -36,6 +40,7 @@ AOT_tpu := experiments.aot --config=configs/aot.py:tpu
 AOT_cuda := experiments.aot_cuda --config=configs/aot_cuda.py
 EXTRA_tpu := tpu
 EXTRA_cuda := aot-cuda
+EXTRA_docs := docs
 
 .venv-%/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-$*
