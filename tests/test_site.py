@@ -1,12 +1,19 @@
-"""README.md stays short and without results; what README.md and docs/ link to is there."""
+"""README.md stays short and without results; links lead somewhere; commands and caches that pages name exist."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+import kvjax
+from kvjax.caches.grammar import split_list
+from kvjax.caches.plan import CachePlan
+from kvjax.models.zoo import RANDOM
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -31,6 +38,12 @@ def anchors(page: Path) -> set[str]:
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of each kvjax command in a page's code."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    return [shlex.split(line) for line in re.findall(r"^ {4,}(kvjax [a-z].*)$", text, re.MULTILINE)]
 
 
 def test_readme_is_short() -> None:
@@ -72,7 +85,21 @@ def test_the_site_shows_every_page_once() -> None:
 
 
 def test_the_api_reference_has_all_that_kvjax_gives() -> None:
-    import kvjax
-
     shown = re.findall(r"^::: kvjax\.(\w+)$", (ROOT / "docs/api/index.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(shown) == sorted(set(kvjax.__all__) - {"__version__"})
+
+
+@pytest.mark.parametrize("page", [page for page in (README, *DOCS) if commands(page)], ids=lambda page: page.stem)
+def test_commands_have_programs_fields_and_caches(page: Path) -> None:
+    for _, name, *words in commands(page):
+        program = "perplexity" if name == "sweep" else name
+        importlib.import_module(f"kvjax.experiments.{program}")
+        given = dict(word.partition("=")[::2] for word in words if word.startswith("--config"))
+        file, _, variant = given.pop("--config", program).partition(":")
+        get_config = importlib.import_module(f"kvjax.configs.{Path(file).stem}").get_config
+        config = get_config(variant) if variant else get_config()
+        for field in given:
+            assert field.removeprefix("--config.") in config, (name, field)
+        if "--config.plugins" not in given and "$" not in given.get("--config.caches", ""):
+            for cache in split_list(given.get("--config.caches", "dense")):
+                CachePlan.parse(cache, RANDOM["random:llama-3.1-8b"])
