@@ -85,6 +85,15 @@ def test_models_stand_beside_one_another() -> None:
     assert x == f"| `x4` |  |  |  |  |{cells}"
 
 
+def test_a_page_of_a_method_has_its_rows_alone() -> None:
+    figures = {"bits_asymptotic": 4.25, "kld": 0.1, "top1": 0.9, "nll": 3.0, "text": "wikitext-2"}
+    names = [("dense", "float32"), ("x4@latent", "float32"), ("xcl4@latent", "float32"), ("x4@latent", "float64")]
+    rows = [row("a") | figures | {"cache": cache, "dtype": dtype} for cache, dtype in names]
+    rows.append(rows[1] | {"text": "demo"})
+    *_, dense, x = pages.only(pages.brief, "dense", "x?@*", dtype="float32")(rows).splitlines()
+    assert (dense, x) == tuple(f"| `{name}` | 4.25 | 0.1000 | 0.900 | 3.0000 |" for name in ("dense", "x4@latent"))
+
+
 def test_a_missing_result_file_is_named(root: Path) -> None:
     with pytest.raises(KvjaxError, match=r"no rows: v\.jsonl"):
         pages.clean_rows("v.jsonl")

@@ -4,7 +4,7 @@
     kvjax quality --config=frontier:authors --config.calibration=FILE --workdir=runs/own
 
 The first gives no method an exact token (`stored`), then all of them 4 sinks and 128 recent tokens (`exact`); the
-second has each in the settings of its authors (docs/methods.md). All are compared with the same control: keys and
+second has each in the settings of its authors (docs/methods). All are compared with the same control: keys and
 values turned by a Hadamard matrix, with fitted scales. Methods that learn do so from FILE, a text that is not judged.
 About two minutes a method on two CPU cores; what is done already is not done again.
 """

@@ -3,7 +3,7 @@
     kvjax roofline --config=roofline:gqa --workdir=runs/roofline
     kvjax roofline --config=roofline:mha --workdir=runs/roofline
 
-`gqa` has the shapes of Llama-3.1-8B and caches that are about as good as k4v4@kivi (the README's tables), `mha` the
+`gqa` has the shapes of Llama-3.1-8B and caches that are about as good as k4v4@kivi (docs/results.md), `mha` the
 shapes of Llama-2-7B and XQuant's caches for it. Seconds each.
 """
 

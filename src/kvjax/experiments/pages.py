@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/ from the committed results: make pages.
+"""Writes the tables of docs/ from the committed results: make pages.
 
 Each table stands between `<!-- NAME -->` and `<!-- end -->`; the pictures in docs/ are drawn from the same rows, and
 docs/bad_inputs.md is written whole. What has rows of uncommitted changes stays as it is.
@@ -6,6 +6,7 @@ docs/bad_inputs.md is written whole. What has rows of uncommitted changes stays 
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import math
 import re
@@ -151,6 +152,22 @@ def beyond(rows: list[Row]) -> str:
     return f"{describe_source(rows)}\n\n" + table(("cache", *BITS, "KL", "nll"), lines)
 
 
+def brief(rows: list[Row]) -> str:
+    """Caches on WikiText-2 alone."""
+    lines = [[f"`{row['cache']}`", *_figures(row)] for row in rows if row["text"] != "demo"]
+    return f"{describe_source(rows)}\n\n" + table(("cache", "with scales", "KL", "top-1", "nll"), lines)
+
+
+def only(render: Callable[[list[Row]], str], *patterns: str, **fields: str) -> Callable[[list[Row]], str]:
+    """A table of the rows whose caches have one of these patterns and which have these fields."""
+
+    def rendered(rows: list[Row]) -> str:
+        own = [row for row in rows if all(row[key] == value for key, value in fields.items())]
+        return render([row for row in own if any(fnmatch.fnmatchcase(row["cache"], each) for each in patterns)])
+
+    return rendered
+
+
 def at_equal_conditions(rows: list[Row]) -> str:
     """Families of caches under the same conditions, a table for each text and condition."""
     parts = [describe_source(rows)]
@@ -243,7 +260,8 @@ def predictors(rows: list[Row]) -> str:
     return f"{describe_source(rows)} {_calibration(rows)}\n\n" + table(header, lines)
 
 
-def searched(rows: list[Row]) -> str:
+def judged(rows: list[Row]) -> str:
+    """Searched plans beside the best uniform cache of their budget."""
     lines = []
     for row in rows:
         if row["kind"] == "searched":
@@ -258,9 +276,12 @@ def searched(rows: list[Row]) -> str:
             lines.append([row["text"], row["search"], *bits, f"{row['kld']:.5f}", nll, f"{row['top1']:.3f}", *than])
     figures = ("budget", "with scales", "real", "KL", "nll", "top-1")
     header = ("judged on", "search", *figures, "best uniform", "its KL", "better by")
-    judged = f"{describe_source(rows)} {_calibration(rows)}\n\n{table(header, lines)}"
+    return f"{describe_source(rows)} {_calibration(rows)}\n\n{table(header, lines)}"
+
+
+def searched(rows: list[Row]) -> str:
     least = "Nearly lossless, KL ≤ .01 and nll + 1 % at most, on both texts: the fewest bits of these budgets."
-    return f"{judged}\n\n{least}\n\n{lossless(rows)}"
+    return f"{judged(rows)}\n\n{least}\n\n{lossless(rows)}"
 
 
 def lossless(rows: list[Row]) -> str:
@@ -496,8 +517,13 @@ def _key_table(keys: Mapping[str, str]) -> Callable[[list[Row]], str]:
     return lambda _: table(("key", "what"), checkpoint_keys.noted_lines(keys), numbers=False)
 
 
+def _rival(*patterns: str) -> tuple[str, Callable[[list[Row]], str]]:
+    """A method of others at equal conditions, beside the control."""
+    return "frontier.jsonl", only(at_equal_conditions, "k?v?@token(*rotate=hadamard*", *patterns)
+
+
 TABLES: dict[str, Tables] = {
-    "README.md": {
+    "docs/results.md": {
         "sweep": ("demo-streaming.jsonl", sweep),
         "reference": ("wikitext2-parallel.jsonl", reference),
         "decode": ("decode.jsonl", decode),
@@ -511,14 +537,30 @@ TABLES: dict[str, Tables] = {
     },
     "docs/tuning.md": {
         "predictors": ("sensitivity.jsonl", predictors),
-        "pairs": ("head_errors.jsonl", pairs),
-        "keys-alone": ("head_errors.jsonl", keys_alone),
         "plans": ("plans-pairs.jsonl", searched),
         "families": ("plans-families.jsonl", searched),
         "searches": ("searches.jsonl", searches),
         "search-speed": ("search_speed.jsonl", search_speed),
         "mixed": ("mixed.jsonl", mixed),
     },
+    "docs/reproduce-kvtuner.md": {
+        "pairs": ("head_errors.jsonl", pairs),
+        "keys-alone": ("head_errors.jsonl", keys_alone),
+        "kvtuner": ("plans-pairs.jsonl", only(judged, "*", text="wiki.test.raw", search="kivi")),
+    },
+    "docs/reproduce-xquant.md": {
+        "gqa": ("xquant-gqa.jsonl", brief),
+        "mha": ("xquant-mha.jsonl", brief),
+    },
+    "docs/methods/kv.md": {"kv": ("wikitext2-parallel.jsonl", only(brief, "dense", "k*", dtype="float32"))},
+    "docs/methods/xquant.md": {"x": ("xquant-gqa.jsonl", only(brief, "dense", "k*", "x?@*"))},
+    "docs/methods/xquant-cl.md": {"xcl": ("xquant-gqa.jsonl", only(brief, "dense", "k*", "xcl*"))},
+    "docs/methods/turboquant.md": {"turboquant": _rival("tq*")},
+    "docs/methods/oscar.md": {"oscar": _rival("oscar*")},
+    "docs/methods/kvarn.md": {"kvarn": _rival("kvarn*")},
+    "docs/methods/gear.md": {"gear": _rival("gear*")},
+    "docs/methods/kvquant.md": {"kvquant": _rival("kvquant*")},
+    "docs/methods/aqua.md": {"aqua": _rival("aqua*")},
     "docs/kernels.md": {
         "ops": ("throughput-cpu.jsonl", ops),
         "aot-tpu": ("aot.jsonl", compiled),
