@@ -180,6 +180,35 @@ def at_equal_conditions(rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
+CONTEXTS = ("1024", "8192", "131072")
+
+
+def frontier(rows: list[Row]) -> str:
+    """Methods beside the control at the same bits, a table for each text and condition; bits at three contexts."""
+    header = ("cache", *(f"{int(each) // 1024}K" for each in CONTEXTS), *quality.HEADER[3:])
+    parts = [describe_source(rows)]
+    for text, condition in dict.fromkeys((row["text"], row["condition"]) for row in rows):
+        own = [row for row in rows if (row["text"], row["condition"]) == (text, condition)]
+        parts.append(
+            f"{text}, {condition} ({own[0]['protocol']}), {own[0]['windows']} windows of {own[0]['context']}:"
+        )
+        bits = [[f"{row[f'bits_{each}']:.2f}" for each in CONTEXTS] for row in own]
+        lines = [quality.line(row) for row in own]
+        parts.append(table(header, [[line[0], *real, *line[3:]] for line, real in zip(lines, bits, strict=True)]))
+    return "\n\n".join(parts)
+
+
+def adapters(rows: list[Row]) -> str:
+    """A plan without adapters, and the exact cache and the plan with them; KL from the model without."""
+    lines = []
+    for row in rows:
+        less = "" if not row["kld_less_plain"] else f"{row['kld_less_plain']:+.4f} ± {row['kld_less_plain_ci95']:.4f}"
+        figures = f"{row['kld']:.4f}", less, f"{row['nll']:.4f}", f"{row['top1']:.3f}"
+        lines.append([row["text"], f"`{row['cache']}`", "yes" if row["adapters"] else "", *figures])
+    header = ("text", "cache", "adapters", "KL", "difference", "nll", "top-1")
+    return f"{describe_source(rows)}\n\n{table(header, lines)}"
+
+
 PAPER = {  # the KV column of XQuant's tables 1 and 4
     "random:llama-2-7b": {"x8": 0.26, "x4": 0.13, "x3": 0.10, "xcl4": 0.13, "xcl3": 0.10, "xcl2": 0.08},
     "random:llama-3.1-8b": {"x4": 0.27, "x3": 0.20, "x2": 0.14, "xcl4": 0.27, "xcl3": 0.21, "xcl2": 0.15},
@@ -519,7 +548,7 @@ def _key_table(keys: Mapping[str, str]) -> Callable[[list[Row]], str]:
 
 def _rival(*patterns: str) -> tuple[str, Callable[[list[Row]], str]]:
     """A method of others at equal conditions, beside the control."""
-    return "frontier.jsonl", only(at_equal_conditions, "k?v?@token(*rotate=hadamard*", *patterns)
+    return "frontier.jsonl", only(frontier, "k?v?@token(*rotate=hadamard*", *patterns)
 
 
 TABLES: dict[str, Tables] = {
@@ -555,6 +584,8 @@ TABLES: dict[str, Tables] = {
     "docs/methods/kv.md": {"kv": ("wikitext2-parallel.jsonl", only(brief, "dense", "k*", dtype="float32"))},
     "docs/methods/xquant.md": {"x": ("xquant-gqa.jsonl", only(brief, "dense", "k*", "x?@*"))},
     "docs/methods/xquant-cl.md": {"xcl": ("xquant-gqa.jsonl", only(brief, "dense", "k*", "xcl*"))},
+    "docs/frontier.md": {"frontier": ("frontier.jsonl", frontier)},
+    "docs/methods/adapters.md": {"adapters": ("adapters.jsonl", adapters)},
     "docs/methods/turboquant.md": {"turboquant": _rival("tq*")},
     "docs/methods/oscar.md": {"oscar": _rival("oscar*")},
     "docs/methods/kvarn.md": {"kvarn": _rival("kvarn*")},
@@ -611,6 +642,7 @@ PICTURES: dict[str, tuple[str, Callable[[list[Row]], Any]]] = {  # by name: the 
     "pareto": ("demo-streaming.jsonl", pareto.draw),
     "xquant-gqa": ("xquant-gqa.jsonl", lambda rows: pareto.draw([row for row in rows if row["text"] != "demo"])),
     "closed_loop": ("closed_loop.jsonl", closed_loop.draw),
+    "frontier": ("frontier.jsonl", quality.draw),
     "tune-plans": ("plans-pairs.jsonl", plans.draw),
     "tune-families": ("plans-families.jsonl", plans.draw),
     "tune-searches": ("searches.jsonl", search_courses.draw),
