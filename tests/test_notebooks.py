@@ -26,7 +26,7 @@ SMALL: dict[str, dict[str, Any]] = {  # in place of each notebook's first code c
     "2_compare_caches": {**SCORED, "CACHES": ["dense", "k4v4@token", "k2v2@token"]},
     "3_your_own_cache": {**SCORED, "CACHES": ["dense", "sym5"]},
     "4_tune_a_plan": {**SCORED, "CANDIDATES": "k8v8,k4v4,k2v2", "BUDGET": 5},
-    "5_inspect_a_cache": {**READ, "CHARACTERS": 400, "CACHE": "k4v2@kivi", "LAYER": 1},
+    "5_inspect_a_cache": {**READ, "CHARACTERS": 200, "CACHE": "k4v2@kivi", "LAYER": 1},
 }
 OF_A_MACHINE = re.compile(r"/(home|root|tmp|Users|mnt|opt|var)/\w|C:\\|localhost")
 
