@@ -134,7 +134,7 @@ def missing() -> str:
 
 
 def write(file: Path, draw: Callable[..., Figure], *args: Any) -> None:
-    """Draws a picture, writes it and prints its name; says so where matplotlib is not installed.
+    """Draws a picture, writes it and prints its name; in its place what is missing, where an extra is.
 
     Args:
       file: the picture's.
@@ -144,10 +144,13 @@ def write(file: Path, draw: Callable[..., Figure], *args: Any) -> None:
     Raises:
       KvjaxError: the file cannot be written.
     """
-    if reason := missing():
-        print(f"no plot: {reason}")
+    try:
+        with needed("matplotlib"):
+            picture = png(draw(*args))
+    except MissingExtra as error:
+        print(f"no plot {file}: {error}")
         return
-    write_atomically(file, png(draw(*args)))
+    write_atomically(file, picture)
     print(f"plot: {file}")
 
 

@@ -106,7 +106,8 @@ def draw(search: Search, rows: list[Row], workdir: Path) -> None:
     style.write(workdir / "front.png", tune_pictures.front, rows)
     if errors := search.measured_errors():
         style.write(workdir / "sensitivity.png", tune_pictures.heat_map, errors, search.settings.error)
-        style.write(workdir / "clusters.png", tune_pictures.clusters, errors, search.named_groups())
+        clusters = lambda: tune_pictures.clusters(errors, search.named_groups())  # noqa: E731 - groups need an extra
+        style.write(workdir / "clusters.png", clusters)
 
 
 def _write_presets(plan: CachePlan, workdir: Path) -> None:
