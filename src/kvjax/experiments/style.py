@@ -77,7 +77,7 @@ def subplots(
 
 def title(figure: Figure, text: str) -> None:
     """Writes what the picture is of above its panels, in lines that fit."""
-    width = int(figure.get_figwidth() / 0.085)  # characters, on average
+    width = int(figure.get_figwidth() / 0.075)  # characters, on average
     figure.suptitle(textwrap.fill(text, width), fontsize=TITLE)
 
 
