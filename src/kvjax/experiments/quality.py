@@ -150,7 +150,7 @@ def draw(rows: list[Row]) -> Figure:
         axis.set_title("{}, {}".format(*panel), fontsize=style.TITLE)
     context = _smallest(rows[0])[5:]
     axes[-1, 0].set_xlabel(f"bits per element of keys and values at {context} tokens, everything counted")
-    alone = {key: rows[0][key] for key in ("model", "windows", "context") if key in rows[0]}
+    alone: Row = {key: rows[0][key] for key in ("model", "windows", "context") if key in rows[0]}
     style.title(figure, f"{style.describe(alone)}; lower left is better")
     style.legend(figure, axes[0, 0])
     return figure

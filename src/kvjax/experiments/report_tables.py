@@ -127,7 +127,7 @@ def heading(key: str) -> str:
 
 def cell(row: Row, key: str) -> Cell:
     """The value of a row, with its error where the row has one."""
-    value = row.get(key)
+    value: Any = row.get(key)
     ends = [row[f"{key}{end}"] for end in ERRORS if _is_number(row.get(f"{key}{end}"))]
     if not _is_number(value):
         return Cell(words(value)[:HASH] if key.endswith("sha256") else words(value))
