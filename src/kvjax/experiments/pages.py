@@ -442,7 +442,7 @@ def mixed(rows: list[Row]) -> str:
         lines.append([f"`{name}`", f"{row['step_ms']:.1f}", f"{row['compile_seconds']:.1f}"])
         if name != row["cache"]:
             shares = [spec.rpartition(":")[2] for spec in row["cache"].split(";")]
-            counts = [_count(spec.partition(":")[0]) for spec in row["cache"].split(";")]
+            counts = [style.count_layers(spec) for spec in row["cache"].split(";")]
             parts = [uniform[share] for share in shares]
             mean = sum(n * part["step_ms"] for n, part in zip(counts, parts, strict=True)) / sum(counts)
             slowest = max(part["compile_seconds"] for part in parts)
@@ -450,12 +450,6 @@ def mixed(rows: list[Row]) -> str:
             lines.append(["ratio", f"{row['step_ms'] / mean:.2f}", f"{row['compile_seconds'] / slowest:.2f}"])
     depth = f"Depth {rows[0]['depth']}, medians of {rows[0]['steps']} interleaved steps."
     return f"{describe_source(rows)} {depth}\n\n" + table(("cache", "ms a step", "seconds to compile"), lines)
-
-
-def _count(layers: str) -> int:
-    """How many layers 0-2+29 names."""
-    ends = [part.split("-") for part in layers.split("+")]
-    return sum(int(part[-1]) - int(part[0]) + 1 for part in ends)
 
 
 def _calibration(rows: list[Row]) -> str:

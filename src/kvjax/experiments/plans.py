@@ -165,13 +165,15 @@ def draw(rows: list[Row]) -> Figure:
 def _draw_searches(axis: Axes, rows: list[Row]) -> None:
     """A line a search, and a mark a uniform cache."""
     uniform = _uniform(rows, rows[0]["text"])
-    axis.plot(*zip(*uniform.values(), strict=True), "x", color=style.GRAY, ms=4.5, label="uniform caches")
+    if uniform:
+        axis.plot(*zip(*uniform.values(), strict=True), "x", color=style.GRAY, ms=4.5, label="uniform caches")
     for name, mark in zip(dict.fromkeys(row["search"] for row in rows), itertools.cycle(style.MARKS), strict=False):
         mine = [row for row in rows if row["kind"] == "searched" and row["search"] == name]
-        own = sorted((row["bits_asymptotic"], row["kld"], row.get("kld_se", math.nan)) for row in mine)
+        bits, kld, errors = zip(
+            *sorted((row["bits_asymptotic"], row["kld"], row.get("kld_se", math.nan)) for row in mine), strict=True
+        )
         look: dict[str, Any] = {"fmt": f"{mark}-", "ms": 4.5, "lw": 1.4, "capsize": 2, "elinewidth": 1}
-        bits, kld, error = zip(*own, strict=True)
-        axis.errorbar(bits, kld, error, label=f"searched: {name}", **look)
+        axis.errorbar(bits, kld, errors, label=f"searched: {name}", **look)
 
 
 def _uniform(rows: list[Row], text: str) -> dict[str, tuple[float, float]]:

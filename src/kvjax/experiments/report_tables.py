@@ -27,6 +27,7 @@ HEADINGS = {key: name for name, key in COLUMNS.items()} | {
 }
 FORMS = {**dict.fromkeys(COLUMNS.values(), ".2f"), "nll": ".4f", "top1": ".3f", "ppl": ".2f"}
 ERRORS = {"_se": "standard error", "_ci95": "95 % interval"}  # by the end of their keys
+HASH = 12  # characters of a checksum
 LATEX_COLUMNS = 12  # that a page holds; CSV has all
 _SPECIAL = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
@@ -129,7 +130,7 @@ def cell(row: Row, key: str) -> Cell:
     value: Any = row.get(key)
     ends = [row[f"{key}{end}"] for end in ERRORS if _is_number(row.get(f"{key}{end}"))]
     if not _is_number(value):
-        return Cell(words(value))
+        return Cell(words(value)[:HASH] if key.endswith("sha256") else words(value))
     return Cell(" ± ".join([number(value, FORMS.get(key, ".4g")), *(number(end, ".2g") for end in ends)]), value)
 
 

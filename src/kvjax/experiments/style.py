@@ -40,6 +40,7 @@ BITS = "bits per cached element, scales included (dense: 16)"
 KL = "KL divergence from the dense run (nats per token)"
 LONG = 24  # characters of a name
 _RISES = (1, 0, -1, 2, -2, 3, -3, 4, -4, 6, -6, 8, -8, 11, -11)
+# The sides of a point that its name may stand on, the best first.
 SIDES = [(x, y) for y in _RISES for x in (1, -1, 0, 4, -4) if abs(x) == 1 or abs(y) > 1 or (y and not x)]
 STEP = 6.0, 5.0  # points: what a unit of SIDES moves a name by
 Row = Mapping[str, Any]
@@ -77,7 +78,7 @@ def subplots(
 
 def title(figure: Figure, text: str) -> None:
     """Writes what the picture is of above its panels, in lines that fit."""
-    width = int(figure.get_figwidth() / 0.085)  # characters, on average
+    width = int(figure.get_figwidth() / 0.075)  # characters, on average
     figure.suptitle(textwrap.fill(text, width), fontsize=TITLE)
 
 
@@ -165,12 +166,12 @@ def short_name(cache: str) -> str:
         return _shortest(cache)
     if len(cache) <= LONG:
         return cache
-    counts = {share: _count(segment) for share, segment in zip(shares, cache.split(";"), strict=True)}
+    counts = {share: count_layers(segment) for share, segment in zip(shares, cache.split(";"), strict=True)}
     return f"mixed, most {_shortest(max(counts, key=lambda share: counts[share]))}"
 
 
-def _count(segment: str) -> int:
-    """How many layers 0-2+29:k4v2 names."""
+def count_layers(segment: str) -> int:
+    """How many layers 0-2+29:k4v2 names; kinds of layers, such as sliding, are not counted."""
     ends = [part.split("-") for part in segment.partition(":")[0].split("+")]
     return sum(int(part[-1]) - int(part[0]) + 1 for part in ends if part[0].isdigit() and part[-1].isdigit())
 
@@ -245,11 +246,11 @@ def _box_beside(
     """Where a text of this size in pixels lies on a side of a point; `pixels` a typographic point."""
     from matplotlib.transforms import Bbox
 
-    x, y = (
+    left, bottom = (
         at + step * pixels * by - length * (1 - np.sign(by)) / 2
         for at, step, by, length in zip(point, STEP, side, size, strict=True)
     )
-    return Bbox.from_bounds(x, y, *size)
+    return Bbox.from_bounds(left, bottom, *size)
 
 
 def _covered(box: Bbox, axis: Axes, ink: Float[np.ndarray, "n 2"], taken: list[Bbox]) -> float:
@@ -263,9 +264,10 @@ def _drawn(axis: Axes) -> tuple[Float[np.ndarray, "n 2"], list[Bbox]]:
     from matplotlib.transforms import Bbox
 
     pixels = axis.figure.dpi / 72
-    ink, boxes = [np.empty((0, 2))], [text.get_window_extent() for text in axis.texts if text.get_text()]
+    ink: list[Any] = [np.empty((0, 2))]
+    boxes = [text.get_window_extent() for text in axis.texts if text.get_text()]
 
-    def mark(points: Float[np.ndarray, "n 2"], reach: float) -> None:
+    def mark(points: Any, reach: float) -> None:
         boxes.extend(Bbox.from_bounds(x, y, 0, 0).padded(reach) for x, y in points if np.isfinite([x, y]).all())
 
     for line in axis.lines:
