@@ -81,13 +81,17 @@ class Compiling(ProgressColumn):
 
 @contextlib.contextmanager
 def told(compiling: Compiling) -> Iterator[None]:
-    """Where standard error is no terminal: a line every few seconds while a program is being compiled."""
+    """Where standard error is no terminal: lines while a program is being compiled, each after twice the time."""
     over = threading.Event()
 
     def tell() -> None:
+        due = 1.0
         while not over.wait(EVERY):
-            if compiling.seconds >= 1:
-                print(f"compiling, {compiling.seconds:.0f} s", file=sys.stderr, flush=True)
+            if (seconds := compiling.seconds) >= due:
+                print(f"compiling, {seconds:.0f} s", file=sys.stderr, flush=True)
+                due = 2 * seconds
+            elif seconds < EVERY:  # another program
+                due = 1.0
 
     if not sys.stderr.isatty():
         threading.Thread(target=tell, daemon=True).start()
