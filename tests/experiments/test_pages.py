@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,8 @@ def test_a_missing_result_file_is_named(root: Path) -> None:
     (root / "results/v.jsonl").write_text("")
     with pytest.raises(KvjaxError, match=r"no rows: v\.jsonl"):
         pages.clean_rows("v.jsonl")
+
+
+def test_the_pages_are_those_of_the_clone_by_the_link_too() -> None:
+    root = Path(__file__).parents[2]
+    assert root == pages.ROOT and runpy.run_path(str(root / "experiments/pages.py"))["ROOT"] == root

@@ -120,7 +120,8 @@ def made_families() -> Figure:
     families = [("per token", ""), ("per token", "fit=mse"), ("x", ""), *(("x", f"rival{i}{{b}}") for i in range(20))]
     rows = []
     for (family, form), condition, bits in itertools.product(families, ("stored", "exact"), (2, 3, 4)):
-        about = RUN | {"family": family, "form": form, "condition": condition}
+        cache = (form or "k{b}v{b}@token").replace("{b}", str(bits))
+        about = RUN | {"family": family, "form": form, "condition": condition, "cache": cache}
         rows.append(about | {"bits_512": bits + 0.5, "bits_8192": bits, "kld": len(form or family) * 2.0**-bits})
     return quality.draw(rows)
 

@@ -61,8 +61,9 @@ def to_text(spec: Any) -> str:
 
 
 def short_text(spec: Any) -> str:
-    """The shortest of the names that `parse` takes back, those under its method's aliases among them."""
-    return min((_named(spec, *each) for each in ((spec.form, {}), *spec.aliases.items())), key=len)
+    """The name that `parse` takes back with the fewest fields, those under its method's aliases among them."""
+    names = [_named(spec, *each) for each in ((spec.form, {}), *spec.aliases.items())]
+    return min(names, key=lambda name: name.count("="))  # of equals the method's own, which comes first
 
 
 def _named(spec: Any, form: str, preset: Mapping[str, Any]) -> str:

@@ -42,7 +42,7 @@ from kvjax.models.zoo import RANDOM
 from kvjax.records import read_rows
 from kvjax.tables import format_figure, format_with_error
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).resolve().parents[3]  # also by the link in the root
 Row = dict[str, Any]
 T = TypeVar("T")
 

@@ -10,6 +10,7 @@ windows, with a 95 % interval by Student's t.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -133,32 +134,34 @@ def _figures(score: Score, plain: Score, dense: Score) -> Row:
 
 
 def draw(rows: list[Row]) -> Figure:
-    """KL divergence by bits held at the smallest context: a panel for each text and condition, a line a form."""
+    """KL divergence by bits held at the middle context: a panel for each text and condition, a line a form."""
     panels = list(dict.fromkeys((row["text"], row["condition"]) for row in rows))
     forms = list(dict.fromkeys((row["family"], row["form"]) for row in rows))
-    figure, axes = style.subplots(len(panels), 1, (9, 0.6 + 4 * len(panels)), sharex=True)
+    contexts = _contexts(rows[0])
+    bits = contexts[len(contexts) // 2]
+    figure, axes = style.subplots(len(panels), 1, (9, 1.4 + 4.4 * len(panels)), sharex=True)
     for axis, panel in zip(axes[:, 0], panels, strict=True):
         for i, form in enumerate(forms):
             own = [r for r in rows if (r["text"], r["condition"]) == panel and (r["family"], r["form"]) == form]
-            own.sort(key=lambda row: row[_smallest(row)])
-            xs, ys = [row[_smallest(row)] for row in own], [row["kld"] for row in own]
+            own.sort(key=lambda row: row[bits])
             again, which = divmod(i, len(style.COLORS))
             look = style.MARKS[(which + again) % len(style.MARKS)] + ("-", "--", ":")[again % 3]
-            axis.plot(xs, ys, look, color=style.COLORS[which], ms=4, lw=1, label=_label(form))
+            xs, ys = [row[bits] for row in own], [row["kld"] for row in own]
+            axis.plot(xs, ys, look, color=style.COLORS[which], ms=4, lw=1, label=_label(own[0]) if own else None)
         axis.set(ylabel=style.KL, yscale="log")
         axis.set_title("{}, {}".format(*panel), fontsize=style.TITLE)
-    context = _smallest(rows[0])[5:]
-    axes[-1, 0].set_xlabel(f"bits per element of keys and values at {context} tokens, everything counted")
+    axes[-1, 0].set_xlabel(f"bits per element of keys and values at {bits[5:]} tokens, everything counted")
     alone: Row = {key: rows[0][key] for key in ("model", "windows", "context") if key in rows[0]}
     style.title(figure, f"{style.describe(alone)}; lower left is better")
     style.legend(figure, axes[0, 0])
     return figure
 
 
-def _label(form: tuple[str, str]) -> str:
-    """The name of a family's form."""
-    family, more = form
-    return (more or family).replace("{b}", "*") if "{b}" in more or not more else f"{family}: {more}"
+def _label(row: Row) -> str:
+    """The short name of a cache of any bits, without the exact tokens that its panel's condition gives to all."""
+    name = re.sub(r"\b(residual|sink)=\d+,?", "", style.short_name(row["cache"])).replace(",)", ")").replace("()", "")
+    head, bracket, more = name.partition("(")
+    return re.sub(r"(?<=[a-z])\d", "*", head) + bracket + more
 
 
 HEADER = ("cache", "with scales", "real", "KL", "× plain", "difference", "nll increase", "top-1")
@@ -179,7 +182,12 @@ def line(row: Row) -> list[str]:
 
 def _smallest(row: Row) -> str:
     """The key of bits at the smallest context."""
-    return min((key for key in row if key.startswith("bits_") and key[5:].isdigit()), key=lambda key: int(key[5:]))
+    return _contexts(row)[0]
+
+
+def _contexts(row: Row) -> list[str]:
+    """The keys of bits at a context, from the smallest on."""
+    return sorted((key for key in row if key.startswith("bits_") and key[5:].isdigit()), key=lambda key: int(key[5:]))
 
 
 def _table(rows: list[Row]) -> Table:
