@@ -62,7 +62,11 @@ def to_text(spec: Any) -> str:
 
 def short_text(spec: Any) -> str:
     """The name that `parse` takes back with the fewest fields, those under its method's aliases among them."""
-    names = [_named(spec, *each) for each in ((spec.form, {}), *spec.aliases.items())]
+    forms = [
+        (spec.form, {}),
+        *((form, own) for form, own in spec.aliases.items() if own.get("mode") == getattr(spec, "mode", None)),
+    ]
+    names = [_named(spec, *each) for each in forms]
     return min(names, key=lambda name: name.count("="))  # of equals the method's own, which comes first
 
 
