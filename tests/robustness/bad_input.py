@@ -542,4 +542,4 @@ CASES = (
 
 
 if __name__ == "__main__":
-    program.run(main, "tests/robustness/bad_input_config.py")
+    program.run(main, str(Path(__file__).with_name("bad_input_config.py")))

@@ -310,4 +310,4 @@ def write_gguf(file: Path, model: Model) -> None:
 
 
 if __name__ == "__main__":
-    program.run(main, "tests/robustness/fuzz_config.py")
+    program.run(main, str(Path(__file__).with_name("fuzz_config.py")))
