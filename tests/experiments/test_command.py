@@ -101,6 +101,8 @@ def test_a_config_is_named_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("--caches=k4v4", "it is a field: --config.caches=k4v4"),
         ("--config.cachs=k4v4", "did you mean caches?"),
         ("--config=nowhere", "No such file"),
+        ("--config=xquant:foo", "xquant has no variant 'foo'"),
+        ("--config=tune", "config of another program"),
     ],
 )
 def test_hints(argument: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:

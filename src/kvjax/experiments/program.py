@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import absl.logging
 from absl import app, flags
@@ -169,23 +169,21 @@ def parse(config_file: Path, argv: list[str], values: flags.FlagValues = flags.F
       The program's name.
     """
     argv = _with_named_config(argv)
-    if any(re.fullmatch(r"--?(h|help|helpfull|helpshort)", argument) for argument in argv[1:]):
-        print(_help(config_file, argv))
-        sys.exit(0)
     fields = list(help.fields_of(config_file))
+    named = _config_of(config_file, argv)
+    found = _fields_of(*named)
+    if any(re.fullmatch(r"--?(h|help|helpfull|helpshort)", argument) for argument in argv[1:]):
+        print(help.help_text(*named))
+        sys.exit(0)
     for argument in argv[1:]:
         _check_name(argument, fields, values)
-    expected = f"this program's fields are {', '.join(fields)}"
+    if not found.keys() >= set(fields):
+        _fail(f"--config is the config of another program; this program's fields are {', '.join(fields)}")
     try:
         config_flags.DEFINE_config_file("config", str(config_file), HELP, values, lock_config=True, sys_argv=argv)
         rest = values(argv)
-        fits = all(field in values.config for field in fields)
-    except (KeyError, AttributeError):
-        fits = False
-    except (flags.Error, TypeError, ValueError, OSError, SyntaxError) as error:
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
         _fail(" ".join(str(error).split()))
-    if not fits:
-        _fail(f"--config is the config of another program; {expected}")
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}; fields are set as --config.field=value")
     return rest
@@ -207,13 +205,20 @@ def _named(argument: str) -> str:
     return f"{match[1]}{file}{match[3] or ''}"
 
 
-def _help(config_file: Path, argv: list[str]) -> str:
-    """The help of the program's config, or of the one that --config names."""
+def _config_of(config_file: Path, argv: list[str]) -> tuple[Path, str]:
+    """The file and the variant of the config that --config names; the program's own where nothing does."""
     named = [argument.split("=", 1)[1] for argument in argv if re.match(r"--?config=", argument)]
     file, _, variant = (named or [str(config_file)])[-1].partition(":")
+    return Path(file), variant
+
+
+def _fields_of(file: Path, variant: str) -> dict[str, Any]:
+    """The fields of a config, which may be any file."""
     try:
-        return help.help_text(Path(file), variant)
-    except Exception as error:  # the file is anything
+        return help.fields_of(file, variant)
+    except Exception as error:
+        if variant and isinstance(error, KeyError | TypeError | ValueError):
+            _fail(f"{file.stem} has no variant {variant!r}: {brief(error)}")
         _fail(f"{file}: {brief(error)}; expected a config file with get_config()")
 
 
