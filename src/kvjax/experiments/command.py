@@ -133,7 +133,7 @@ def _folded(row: Sequence[str]) -> str:
 
 
 def _fail(name: str, kind: str, known: Sequence[str]) -> None:
-    close = difflib.get_close_matches(name, known, 1)
+    close = difflib.get_close_matches(name, known, 1, 0.75)
     hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
     print(f"error: unknown {kind} {name!r}; {hint}", file=sys.stderr)
     sys.exit(2)
