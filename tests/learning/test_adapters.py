@@ -45,7 +45,9 @@ def found(model: Model) -> Adapters:
     return kvjax.learn_adapters(model, PLAN, TEXT, **QUICK)
 
 
-@pytest.mark.parametrize("cache", [PLAN, "0-1:k2v4@token(group=8);2:x2@input(group=8)"])
+@pytest.mark.parametrize(
+    "cache", [PLAN, pytest.param("0-1:k2v4@token(group=8);2:x2@input(group=8)", marks=pytest.mark.weekly)]
+)
 def test_the_loss_is_the_score_of_a_window(model: Model, cache: str) -> None:
     plan, ids = CachePlan.parse(cache, CONFIG), IDS[200 : 200 + TOKENS]
     window = jnp.asarray(ids, jnp.int32)
