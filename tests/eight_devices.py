@@ -21,6 +21,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tests.checkpoints.test_gguf import F32, Q8_0, write_gguf
 
 import kvjax
 from kvjax.calibrate import bases
@@ -33,7 +34,6 @@ from kvjax.models import zoo
 from kvjax.models.config import ModelConfig, RopeConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.params import param_nbytes, param_shapes
-from tests.checkpoints.test_gguf import F32, Q8_0, write_gguf
 
 CONFIG = ModelConfig("llama", 256, 64, 128, 2, 8, 4, 16, 256, rope=RopeConfig(1e3), qkv_bias=True)
 PLAN = "0:k4v2@kivi(group=8,residual=8,sink=3);1:x4@head(group=8)"  # what is compiled is compiled once for both

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.report import TABLES
+from kvjax.experiments.pages import TABLES
 
 PAGE = "docs/checkpoints.md"
 TEXT = (Path(__file__).parents[1] / PAGE).read_text(encoding="utf-8")

@@ -106,7 +106,12 @@ def sweep_program(workdir: Path) -> list[list[str]]:
     """The sweep of two_processes.py as a program in two processes."""
     fields = {"model": GOLDEN, "text": TEXT, "caches": ",".join(PLANS), "context": CONTEXT, "windows": WINDOWS}
     fields |= {"dtype": "float32", "mesh": "data=2", "protocol": "parallel"}
-    words = ["experiments.perplexity", "--config=configs/perplexity.py", f"--workdir={workdir}", "--processes=2"]
+    words = [
+        "kvjax.experiments.perplexity",
+        "--config=configs/perplexity.py",
+        f"--workdir={workdir}",
+        "--processes=2",
+    ]
     words += [f"--config.{name}={value}" for name, value in fields.items()] + [f"--coordinator={address()}"]
     return [[*words, f"--process_id={i}"] for i in range(2)]
 

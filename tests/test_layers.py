@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent / "src"
 LAYERS = [
-    "experiments",
-    "configs",
+    "kvjax.experiments",
+    "kvjax.configs",
     "kvjax",  # the package's own front door
     "kvjax.testing",
     "kvjax.tuner",
@@ -25,6 +25,7 @@ LAYERS = [
     "kvjax.quant",
     "kvjax.downloads",
     "kvjax.records",
+    "kvjax.extras",
     "kvjax.files",
     "kvjax.tables",
     "kvjax.checks",
@@ -50,7 +51,7 @@ def imports(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{file}: relative import"
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return {name for name in found if name.split(".")[0] in ("kvjax", "pallas_kernels", "experiments", "configs")}
+    return {name for name in found if name.split(".")[0] in ("kvjax", "pallas_kernels")}
 
 
 def is_module(name: str) -> bool:
@@ -58,9 +59,7 @@ def is_module(name: str) -> bool:
     return path.is_dir() or path.with_suffix(".py").is_file()
 
 
-FILES = sorted(
-    file for top in ("kvjax", "pallas_kernels", "experiments", "configs") for file in ROOT.glob(f"{top}/**/*.py")
-)
+FILES = sorted(ROOT.glob("**/*.py"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))

@@ -18,11 +18,11 @@ from kvjax.errors import KvjaxError
 from kvjax.mesh import Layout, abstract, parse, sharding
 from kvjax.models.params import param_nbytes, param_shapes
 from kvjax.models.zoo import RANDOM
+from kvjax.testing.layers import QUICK
 
 # Eight devices, and programs that compile far sooner.
-FLAGS = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-)
+OPTIONS = {"xla_force_host_platform_device_count": 8, **QUICK}
+FLAGS = " ".join(f"--{name}={value}".lower() for name, value in OPTIONS.items())
 USUAL = (
     *("data=2,tensor=4", "data=2,seq=2,tensor=2", "bytes of parameters", "bytes of caches", "safetensors", "gguf"),
     *("orbax", "states", "what does not divide", "counted bytes", "exchanges", "the mesh in context"),

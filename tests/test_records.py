@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import platform
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from kvjax.records import append_row, describe_cpu, provenance, read_rows
+from kvjax.records import append_row, commit_of, describe_cpu, provenance, read_rows
 
 EPYC = """processor\t: 0
 model\t\t: 1
@@ -60,3 +61,24 @@ def test_rows_of_earlier_versions_are_read(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"nll_se": NaN, "ppl": Infinity}\n')
     (row,) = read_rows(tmp_path / "rows.jsonl")
     assert math.isnan(row["nll_se"]) and row["ppl"] == math.inf
+
+
+def test_only_a_tracked_file_has_a_commit(tmp_path: Path) -> None:
+    def git(*args: str) -> str:
+        command = ["git", "-c", "user.name=A", "-c", "user.email=a@example.org", *args]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    own, foreign = tmp_path / "own.py", tmp_path / "venv/lib/records.py"
+    foreign.parent.mkdir(parents=True)
+    for file in (own, foreign):
+        file.write_text("x = 1\n")
+    assert commit_of(own) is None  # no repository
+    git("init", "-q")
+    git("add", "own.py")
+    git("commit", "-qm", "first")
+    assert commit_of(foreign) is None  # a site-packages inside somebody's repository
+    commit_of.cache_clear()
+    assert commit_of(own) == git("rev-parse", "--short", "HEAD").strip()
+    own.write_text("x = 2\n")
+    commit_of.cache_clear()
+    assert str(commit_of(own)).endswith("+")

@@ -15,6 +15,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+from tests.test_hosts import CONTEXT, GOLDEN, PLANS, TEXT, WINDOWS, figures
 
 import kvjax
 from kvjax import hosts
@@ -23,7 +24,6 @@ from kvjax.checkpoints.orbax import save
 from kvjax.errors import KvjaxError
 from kvjax.generation.states import restore_state, save_state
 from kvjax.mesh import fetch, init_distributed
-from tests.test_hosts import CONTEXT, GOLDEN, PLANS, TEXT, WINDOWS, figures
 
 LATENT = "x4@latent(group=8)"
 SIZES = {"context": CONTEXT, "windows": WINDOWS}

@@ -18,12 +18,12 @@ from flax import struct
 from flax.traverse_util import unflatten_dict
 
 import kvjax
-from configs import perplexity
-from experiments import program
 from kvjax.caches.base import Chunk, visible
 from kvjax.calibrate import bases, predictors, statistics
 from kvjax.calibrate.statistics import SAMPLES, SKIPPED, load_statistics
+from kvjax.configs import perplexity
 from kvjax.evaluate.sweep import identity_of
+from kvjax.experiments import program
 from kvjax.models.config import ModelConfig, RopeConfig
 from kvjax.models.decoder import embed, run_layer
 from kvjax.models.model import Model

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
+from tests.checkpoints.test_gguf import write_gguf
 
 from kvjax.checkpoints.gguf import GGUFFile
 from kvjax.models.config import ModelConfig
 from kvjax.models.zoo import random_params
-from tests.checkpoints.test_gguf import write_gguf
 
 CONFIG = ModelConfig("llama", 8, 256, 512, 1, 2, 1, 128, 64, tied=True)
 

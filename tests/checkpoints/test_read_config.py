@@ -5,15 +5,15 @@ import json
 
 import pytest
 from ml_collections import config_dict
+from tests.goldens.config_cases import config_of
+from tests.robustness.fuzz import write_gguf
 
-from experiments import generate, perplexity
 from kvjax.checkpoints import orbax
 from kvjax.checkpoints.load import load, read_config
 from kvjax.errors import KvjaxError
+from kvjax.experiments import generate, perplexity
 from kvjax.models import zoo
 from kvjax.models.config import ModelConfig
-from tests.goldens.config_cases import config_of
-from tests.robustness.fuzz import write_gguf
 
 
 def test_every_kind_of_file(goldens, tmp_path):

@@ -32,6 +32,7 @@ from kvjax.models.decoder import Decoder
 from kvjax.models.model import Model
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.models.tokenizer_files import start_with
+from kvjax.testing.layers import QUICK
 
 PLANS = [
     "dense",
@@ -44,7 +45,6 @@ PLANS = [
     "xcl3@input(base=0)",
     "xcl2@latent(group=8,base=0,per=channel,fold=1)",
 ]
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # as exact, compiled far sooner
 
 
 @pytest.fixture(scope="module")
@@ -182,15 +182,16 @@ from kvjax.evaluate.perplexity import hidden_states
 from kvjax.evaluate.text import load_text
 from kvjax.evaluate.vocabulary import TokenScores
 from kvjax.models.decoder import Decoder
+from kvjax.testing.layers import QUICK
 name, spec = sys.argv[1:]
 model = load(name, "float64")
 tokens = jnp.asarray(model.tokenizer.encode(load_text("demo"))[:192].reshape(2, 96), jnp.int32)
 decoder, config = Decoder(model.config), model.config
 shape = CacheShape.of(config, 2, 96, jnp.float64)
 plan = CachePlan.parse(spec, config)
-nll, quick = [], {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+nll = []
 for chunk in (plan.stream_chunk, 1):
-    run = jax.jit(lambda p, t: hidden_states(decoder, p, t, plan.init(shape), chunk, "exact"), compiler_options=quick)
+    run = jax.jit(lambda p, t: hidden_states(decoder, p, t, plan.init(shape), chunk, "exact"), compiler_options=QUICK)
     hidden = run(model.params, tokens)[:, :-1]
     logits = decoder.apply({"params": model.params}, hidden, method="logits")
     picked = jnp.take_along_axis(logits, tokens[:, 1:, None], 2)[..., 0]

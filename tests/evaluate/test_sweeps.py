@@ -63,7 +63,7 @@ def swept(tiny: kvjax.Model, text: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def run(program: str, workdir: Path, *fields: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"experiments.{program}", f"--config=configs/{program}.py"]
+    command = [sys.executable, "-m", f"kvjax.experiments.{program}", f"--config=configs/{program}.py"]
     command += [f"--workdir={workdir}", *(f"--config.{field}" for field in fields)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
@@ -161,7 +161,7 @@ def test_rows_for_people(swept: tuple[Rows, Path], monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=lambda given: ("frame", given)))
     assert rows.to_pandas() == ("frame", list(rows))
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(kvjax.KvjaxError, match="pandas is not installed"):
+    with pytest.raises(kvjax.KvjaxError, match="to_pandas needs pandas; expected: pip install pandas"):
         rows.to_pandas()
 
 

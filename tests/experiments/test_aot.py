@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import aot as tpu_config
-from configs import aot_cuda as cuda_config
-from experiments import aot, aot_cuda
-from experiments.aot_cases import Kernels, cases
+from kvjax.configs import aot as tpu_config
+from kvjax.configs import aot_cuda as cuda_config
 from kvjax.errors import KvjaxError
+from kvjax.experiments import aot, aot_cuda
+from kvjax.experiments.aot_cases import Kernels, cases
 
 CUDA = aot_cuda.kernels_of("h100")
 SMALL = {"batch": 2, "tokens": 1024, "heads": 4, "kv_heads": 2, "rank": 128, "model_dim": 256}

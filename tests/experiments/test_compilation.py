@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments import compilation
+from kvjax.experiments import compilation
 
 SETTINGS = (
     "jax_compilation_cache_dir",

@@ -10,11 +10,11 @@ import jax
 import pytest
 from ml_collections import config_dict
 
-from configs import compile_seconds as compile_config
-from configs import prefill_memory as prefill_config
-from configs import starts as starts_config
-from experiments import compile_seconds, prefill_memory, starts
+from kvjax.configs import compile_seconds as compile_config
+from kvjax.configs import prefill_memory as prefill_config
+from kvjax.configs import starts as starts_config
 from kvjax.errors import KvjaxError
+from kvjax.experiments import compile_seconds, prefill_memory, starts
 from kvjax.models import zoo
 from kvjax.records import read_rows
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import kvjax
-from configs.generate import get_config
-from experiments import generate
+from kvjax.configs.generate import get_config
+from kvjax.experiments import generate
 from kvjax.records import read_rows
 from kvjax.tables import format_ratio
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from configs import head_errors as study
-from experiments import head_errors, report
+from kvjax.configs import head_errors as study
+from kvjax.experiments import head_errors, pages
 from kvjax.records import read_rows
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -46,7 +46,7 @@ def test_a_row_per_cache_once(goldens: Path, tmp_path: Path, capsys: pytest.Capt
     assert [each["cache"] for each in rows] == ["dense", "k4v8@kivi", "k8v4@kivi"]
     heads = len(rows[0]["largest_weight"][0])
     assert [len(layer) for layer in rows[1]["e_o"]] == [heads] * len(rows[0]["largest_weight"])
-    assert rows[1]["kld"] > 100 * abs(rows[0]["kld"]) and "| `k4v8@kivi` |" in report.pairs(rows)
+    assert rows[1]["kld"] > 100 * abs(rows[0]["kld"]) and "| `k4v8@kivi` |" in pages.pairs(rows)
     head_errors.main(config, tmp_path)  # what is there already is left out
     assert read_rows(tmp_path / "head_errors.jsonl") == rows
     assert "keys cost more in" in capsys.readouterr().out

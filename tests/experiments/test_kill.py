@@ -30,7 +30,7 @@ def command(tmp_path_factory: pytest.TempPathFactory, keeping_programs: Mapping[
     text.write_text("the quick brown fox jumps over the lazy dog. " * 10)
     fields = f"model=tests/goldens/llama-linear text={text} protocol=parallel context=24 windows=8"
     caches = "caches=dense,k4v4@token,0:k8v8@token;1:k2v2@kivi"
-    python = [sys.executable, "-m", "experiments.perplexity", "--config=configs/perplexity.py"]
+    python = [sys.executable, "-m", "kvjax.experiments.perplexity", "--config=configs/perplexity.py"]
     return Command([*python, *(f"--config.{field}" for field in (*fields.split(), caches))], keeping_programs)
 
 

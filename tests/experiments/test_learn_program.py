@@ -1,4 +1,4 @@
-"""`experiments.learn` on a tiny model: rows, picture, scores, and a second run with other settings."""
+"""`kvjax learn` on a tiny model: rows, picture, scores, and a second run with other settings."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from configs import learn as learn_config
-from experiments import learn
+from kvjax.configs import learn as learn_config
+from kvjax.configs import perplexity as perplexity_config
 from kvjax.errors import KvjaxError
+from kvjax.experiments import learn, program
 
 MODEL = str(Path(__file__).parents[2] / "tests/goldens/qwen3")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -34,4 +35,27 @@ def test_it_learns_and_judges(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
     with pytest.raises(KvjaxError, match="calibration is empty"):
         config.calibration = ""
+        learn.main(config, tmp_path)
+
+
+def test_adapters_are_learned_judged_and_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    (tmp_path / "other.txt").write_text("one two three four five six seven. " * 400)
+    config = learn_config.get_config("lora")
+    config.update(model=MODEL, calibration=f"{tmp_path}/own.txt", judged_on=f"{tmp_path}/other.txt", rank=2, steps=3)
+    config.update(context=24, windows=2, cache="k2v2@token(group=8)", seen_context=24, seen_windows=3)
+    learn.main(config, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "adapters.jsonl").read_text().splitlines()]
+    assert [(row["cache"], row["adapters"]) for row in rows] == [
+        ("k2v2@token(group=8)", False),
+        ("dense", True),
+        ("k2v2@token(group=8)", True),
+    ]
+    assert rows[0]["kld_less_plain"] == 0 < rows[1]["kld"] and rows[2]["kld"] != rows[0]["kld"]
+    assert f"{rows[2]['kld']:.4f}" in capsys.readouterr().out
+    taken = perplexity_config.get_config()
+    taken.update(model=MODEL, adapters=str(tmp_path / "adapters.safetensors"))
+    assert program.load(taken).checksum != program.load_plain(config).checksum
+    with pytest.raises(KvjaxError, match="expected one of encoders, lora"):
+        config.what = "everything"
         learn.main(config, tmp_path)

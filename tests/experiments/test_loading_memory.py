@@ -10,10 +10,10 @@ import pytest
 from ml_collections import config_dict
 
 import kvjax
-from configs.loading_memory import CHECKPOINTS, TIED, get_config, sizes
-from experiments import load_once, loading_memory
-from experiments.synthetic import make_checkpoint
+from kvjax.configs.loading_memory import CHECKPOINTS, TIED, get_config, sizes
 from kvjax.errors import KvjaxError
+from kvjax.experiments import load_once, loading_memory
+from kvjax.experiments.synthetic import make_checkpoint
 from kvjax.models.params import param_shapes
 from kvjax.records import read_rows
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from experiments import pareto
+from kvjax.experiments import pareto, style
 
 DENSE = {"model": "m", "text": "t", "windows": 2, "context": 8, "protocol": "parallel", "cache": "dense", "nll": 3.0}
 
@@ -19,14 +17,11 @@ def row(cache: str, kld: float, nll: float, **more: float) -> dict[str, Any]:
     return {**DENSE, "cache": cache, "bits_asymptotic": 4.0, "kld": kld, "nll": nll, **more}
 
 
-def drawn(rows: list[dict[str, Any]], file: Path, monkeypatch: pytest.MonkeyPatch) -> list[Axes]:
-    """The picture's panels; it is also written."""
-    kept: list[Figure] = []
-    save = pareto.save_figure
-    monkeypatch.setattr(pareto, "save_figure", lambda figure, file: (kept.append(figure), save(figure, file)))
-    pareto.draw(rows, file)
-    assert file.stat().st_size > 5_000
-    return kept[0].axes
+def drawn(rows: list[dict[str, Any]]) -> list[Axes]:
+    """The picture's panels; it can also be written."""
+    figure = pareto.draw(rows)
+    assert len(style.png(figure)) > 5_000
+    return figure.axes
 
 
 def open_markers(axis: Axes) -> list[float]:
@@ -37,9 +32,9 @@ def labels(axis: Axes) -> set[str]:
     return {text.get_text() for text in axis.texts}
 
 
-def test_kl_comes_first_and_bars_are_the_rows_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kl_comes_first_and_bars_are_the_rows_errors() -> None:
     rows = [DENSE, row("k4v4@kivi", 0.02, 3.1, kld_se=0.01, nll_increase_se=0.05)]
-    kl, nll = drawn(rows, tmp_path / "p.png", monkeypatch)
+    kl, nll = drawn(rows)
     assert kl.get_ylabel().startswith("KL") and nll.get_ylabel().startswith("increase in nll")
     for axis, ends in ((kl, (0.01, 0.03)), (nll, (0.05, 0.15))):
         (bar,) = axis.collections
@@ -47,10 +42,10 @@ def test_kl_comes_first_and_bars_are_the_rows_errors(tmp_path: Path, monkeypatch
         assert not open_markers(axis) and "not above dense" not in labels(axis)
 
 
-def test_what_has_no_place_on_a_logarithmic_axis_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_no_place_on_a_logarithmic_axis_is_marked() -> None:
     rows = [DENSE, row("below", 0.5, 2.9), row("equal", 0.4, 3.0), row("above", 0.3, 3.2), row("inf", math.inf, 1e9)]
     rows += [row("nan", math.nan, math.nan), {"cache": "failed", "error": "out of memory"}]
-    kl, nll = drawn(rows, tmp_path / "p.png", monkeypatch)
+    kl, nll = drawn(rows)
     assert open_markers(kl) == [1 - pareto.EDGE] * 2 and "not finite" in labels(kl)
     assert "not above dense" not in labels(kl)
     assert sorted(open_markers(nll)) == [pareto.EDGE] * 2 + [1 - pareto.EDGE]
@@ -63,5 +58,5 @@ def test_what_has_no_place_on_a_logarithmic_axis_is_marked(tmp_path: Path, monke
     [[], [DENSE], [row("k2v2@kivi", 0.1, 3.0)], [DENSE, row("0:k8v8@token;" * 20, 0.0, 2.0)]],
     ids=["no rows", "dense alone", "no dense run", "a long name below dense"],
 )
-def test_few_rows_are_drawn(rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(drawn(rows, tmp_path / "p.png", monkeypatch)) == 1 + (DENSE in rows)
+def test_few_rows_are_drawn(rows: list[dict[str, Any]]) -> None:
+    assert len(drawn(rows)) == 1 + (DENSE in rows)

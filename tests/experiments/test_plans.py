@@ -11,8 +11,8 @@ import pytest
 from ml_collections import config_dict
 
 import kvjax
-from configs.plans import get_config
-from experiments import plans
+from kvjax.configs.plans import get_config
+from kvjax.experiments import plans
 from kvjax.records import read_rows
 
 SIZES: dict[str, Any] = {"context": 48, "windows": 1, "judged_windows": 3, "budgets": "5", "points": 2}

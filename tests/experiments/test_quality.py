@@ -9,10 +9,10 @@ import pytest
 from ml_collections import config_dict
 
 import kvjax
-from configs import frontier
-from configs.quality import get_config
-from experiments import quality
 from kvjax.checkpoints.load import read_config
+from kvjax.configs import frontier
+from kvjax.configs.quality import get_config
+from kvjax.experiments import quality
 from kvjax.records import read_rows
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from configs import roofline as study
-from experiments import report, roofline
+from kvjax.configs import roofline as study
 from kvjax.errors import KvjaxError
+from kvjax.experiments import pages, roofline
 from kvjax.records import read_rows
 
 
@@ -25,7 +25,7 @@ def test_rows_a_picture_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert roofline.fastest(on_h100, 1024) == "dense"  # no bases to read
     assert roofline.fastest(on_h100, 32768) == "x4@head"
     assert not roofline.fits(on_h100[0], 131072)
-    lines = report.roofline(rows).splitlines()
+    lines = pages.roofline(rows).splitlines()
     dense, _, head = lines[-3:]
     assert dense.split(" | ")[2].startswith("**") and dense.split(" | ")[5].startswith("(")
     assert head.split(" | ")[4].startswith("**")

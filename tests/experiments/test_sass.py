@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from experiments import sass
+from kvjax.experiments import sass
 
 HEAD = """
 .text._kernel:

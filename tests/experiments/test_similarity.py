@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import similarity as study
-from experiments import similarity
+from kvjax.configs import similarity as study
+from kvjax.experiments import similarity
 from kvjax.records import read_rows
 
 

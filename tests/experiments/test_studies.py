@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import kvjax
-from configs import evaluate as evaluate_config
-from configs import layers as layers_config
-from configs import positions as positions_config
-from experiments import evaluate, layers, positions
+from kvjax.configs import evaluate as evaluate_config
+from kvjax.configs import layers as layers_config
+from kvjax.configs import positions as positions_config
 from kvjax.evaluate.vocabulary import TokenScores
+from kvjax.experiments import evaluate, layers, positions
 
 ROOT = Path(__file__).parents[2]
 MODEL = str(ROOT / "tests/goldens/qwen3")
@@ -91,7 +91,13 @@ def test_tasks_from_the_command_line(tmp_path: Path) -> None:
     for name in ("train", "test"):
         rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(2)]
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, "-m", "experiments.evaluate", "--config=configs/evaluate.py", f"--workdir={tmp_path}"]
+    command = [
+        sys.executable,
+        "-m",
+        "kvjax.experiments.evaluate",
+        "--config=configs/evaluate.py",
+        f"--workdir={tmp_path}",
+    ]
     fields = (f"model={MODEL}", f"tasks=gsm8k(data={data},shots=1,tokens=4)", "caches=dense,k2v2@token", "batch=2")
     command += [f"--config.{field}" for field in fields]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -8,10 +8,10 @@ import jax
 import pytest
 from ml_collections import config_dict
 
-from configs.throughput import KVTUNER_325, KVTUNER_491, get_config
-from experiments import throughput
 from kvjax.caches.plan import CachePlan
+from kvjax.configs.throughput import KVTUNER_325, KVTUNER_491, get_config
 from kvjax.errors import KvjaxError
+from kvjax.experiments import throughput
 from kvjax.models import zoo
 from kvjax.models.config import ModelConfig
 from kvjax.records import read_rows

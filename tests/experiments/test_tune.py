@@ -27,23 +27,23 @@ import yaml
 from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 
-from configs.tune import get_config
-from experiments import program, tune, tune_pictures
 from kvjax.caches.cross_layer import Place
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import load
+from kvjax.configs.tune import get_config
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.tasks import Accuracy
+from kvjax.experiments import program, style, tune
 from kvjax.models.model import Model
 from kvjax.tuner import objective as objectives
 from kvjax.tuner.layer_errors import LayerErrors
 from kvjax.tuner.search import Search
 
 SPAWN = multiprocessing.get_context("forkserver")  # forks before JAX has threads
-SPAWN.set_forkserver_preload(["experiments.tune", "sklearn.cluster"])  # one list for all tests: it is taken once
+SPAWN.set_forkserver_preload(["kvjax.experiments.tune", "sklearn.cluster"])  # one list for all tests
 CONTEXT, LAYERS, PAIRS = 96, 4, 9
 METHODS = ("knapsack", "refine", "nsga2")
-DRAWN = {name: getattr(tune_pictures, name) for name in ("front", "heat_map", "clusters")}
+WRITE = style.write
 Row = dict[str, Any]
 
 
@@ -60,8 +60,7 @@ def quick(home: Path) -> Iterator[None]:
     """Programs that compile quickly, and no pictures but of `three`."""
     compile_quickly(home / "compiled")
     with pytest.MonkeyPatch.context() as patch:
-        for name in DRAWN:
-            patch.setattr(tune_pictures, name, lambda *_: None)
+        patch.setattr(style, "write", lambda *_: None)
         yield
     compile_quickly(None)
 
@@ -139,8 +138,7 @@ def three(common: Row, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
     """What was in one folder after each method, one after the other."""
     workdir, after = tmp_path_factory.mktemp("three"), {}
     with pytest.MonkeyPatch.context() as patch:
-        for name, draw in DRAWN.items():
-            patch.setattr(tune_pictures, name, draw)
+        patch.setattr(style, "write", WRITE)
         for method in METHODS:
             search(workdir, common, method=method)
             after[method] = contents(workdir)
@@ -442,7 +440,8 @@ def test_deltas_are_pruned_by_their_own_bits(common: Row, home: Path, tmp_path: 
     assert sorted(layer for group in groups for layer in group) == list(range(LAYERS))
     assert all("xcl2@input(base=0)" in map(str, choice) for choice in choices)  # nothing has less
     drawn = []
-    monkeypatch.setattr(tune_pictures, "clusters", lambda rows, named, file: drawn.append((rows, named)))
+    monkeypatch.setattr(tune.tune_pictures, "clusters", lambda *args: drawn.append(args))
+    monkeypatch.setattr(style, "write", lambda file, draw, *args: None if args else draw())  # clusters alone has none
     tune.draw(made, made.front([]), tmp_path)
     ((rows, named),) = drawn
     caches = {row["cache"] for row in rows}
@@ -483,10 +482,9 @@ def run(name: str, fields: Row, workdir: Path, home: Path, output: Path) -> None
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
     os.environ["KVJAX_CACHE"] = str(home / "bases")
     compile_quickly(home / "compiled")
-    for picture in DRAWN:
-        setattr(tune_pictures, picture, lambda *_: None)
+    style.write = lambda *_: None
     sys.argv = [name, *(f"--config.{key}={value}" for key, value in fields.items()), f"--workdir={workdir}"]
-    program.run(importlib.import_module(f"experiments.{name}").main, f"configs/{name}.py")
+    program.run(importlib.import_module(f"kvjax.experiments.{name}").main, f"configs/{name}.py")
 
 
 Started = Callable[..., BaseProcess]

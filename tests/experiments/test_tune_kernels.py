@@ -8,8 +8,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from configs.tune_kernels import get_config
-from experiments import throughput, tune_kernels
+from kvjax.configs.tune_kernels import get_config
+from kvjax.experiments import throughput, tune_kernels
 from pallas_kernels import tuning
 from pallas_kernels.packed_attention import triton
 

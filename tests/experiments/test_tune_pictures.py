@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
-from experiments import tune_pictures as pictures
+from kvjax.experiments import tune_pictures as pictures
 
 WIDTHS = (2, 4, 8)
-PNG = b"\x89PNG\r\n\x1a\n"
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Figure]]:
-    """The figures that were written."""
-    figures: list[Figure] = []
-    monkeypatch.setattr(plt, "close", lambda figure: figures.append(figure))
-    yield figures
-    monkeypatch.undo()
-    plt.close("all")
 
 
 def measured(layers: list[int], mode: str = "kivi") -> list[dict[str, Any]]:
@@ -80,27 +65,6 @@ def test_undominated() -> None:
 
 
 @pytest.mark.parametrize(
-    ("caches", "names", "shared"),
-    [
-        (["k4v2@kivi", "k8v8@kivi"], ["k4v2", "k8v8"], " @kivi"),
-        (["k4v2@kivi", "k4v2@token"], ["k4v2@kivi", "k4v2@token"], ""),
-        (["k4v2@kivi(sink=4)", "k2v2@kivi(sink=4)"], ["k4v2", "k2v2"], " @kivi(sink=4)"),
-        (["xcl3@input(sink=4,fold=1) above its base", "x3"], ["xcl3@input(…) above its base", "x3"], ""),
-        (
-            ["xcl3@input(sink=4,fold=1)", "xcl3@input(fold=1)"],
-            ["xcl3@input(sink=4,fold=1)", "xcl3@input(fold=1)"],
-            "",
-        ),
-        (["dense", "k4v2@kivi"], ["dense", "k4v2@kivi"], ""),
-        (["xcl4"], ["xcl4"], ""),
-        ([], [], ""),
-    ],
-)
-def test_short_names(caches: list[str], names: list[str], shared: str) -> None:
-    assert pictures.short_names(caches) == (names, shared)
-
-
-@pytest.mark.parametrize(
     ("layers", "text"),
     [([7], "7"), ([29, 0, 2, 1], "0-2+29"), ([9, 10, 12], "9-10+12"), (list(range(80)), "0-79")],
 )
@@ -108,12 +72,11 @@ def test_layers_text(layers: list[int], text: str) -> None:
     assert pictures.layers_text(layers) == text
 
 
-def test_heat_map(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_heat_map() -> None:
     rows = [row for row in measured(list(range(45))) if (row["layer"], row["cache"]) != (3, "k4v4@kivi")]
     rows[0]["predicted"] = 0.0
-    pictures.heat_map(rows, "predicted", tmp_path / "heat.png")
-    assert (tmp_path / "heat.png").read_bytes().startswith(PNG)
-    axis, bar = drawn[0].axes
+    figure = pictures.heat_map(rows, "predicted")
+    axis, bar = figure.axes
     cells = axis.collections[0].get_array()
     assert cells.shape == (9, 45)
     assert np.argwhere(np.ma.getmaskarray(cells)).tolist() == [[3, 3]]
@@ -126,25 +89,24 @@ def test_heat_map(tmp_path: Path, drawn: list[Figure]) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3, None])
-def test_heat_map_of_one_cell(tmp_path: Path, drawn: list[Figure], value: float | None) -> None:
+def test_heat_map_of_one_cell(value: float | None) -> None:
     row = {"layer": 5, "cache": "k4v2@kivi", "bits_asymptotic": 4.0, "e_o": value}
-    pictures.heat_map([row], "e_o", tmp_path / "heat.png")
-    axis, bar = drawn[0].axes
+    figure = pictures.heat_map([row], "e_o")
+    axis, bar = figure.axes
     assert axis.collections[0].get_array().count() == (value is not None)
     assert [label.get_text() for label in axis.get_xticklabels()] == ["5"]
     assert bar.get_xlabel() == pictures.ERRORS["e_o"] + ("; black: 0" if value == 0 else "")
 
 
-def test_clusters(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_clusters() -> None:
     rows = [row for row in measured(list(range(6))) if (row["layer"], row["cache"]) != (4, "k4v2@kivi")]
     groups = [
         {"layers": [0, 1, 2, 5], "candidates": ["k8v8@kivi", "k4v4@kivi", "k4v2@kivi"]},
         {"layers": [4], "candidates": ["k8v8@kivi", "k4v2@kivi"]},
         {"layers": [3], "candidates": ["k2v2@kivi"]},
     ]
-    pictures.clusters(rows, groups, tmp_path / "clusters.png")
-    assert (tmp_path / "clusters.png").read_bytes().startswith(PNG)
-    *panels, blank, _ = drawn[0].axes
+    figure = pictures.clusters(rows, groups)
+    *panels, blank, _ = figure.axes
     assert [panel.get_title() for panel in panels] == ["layers 0-2+5", "layer 4", "layer 3"]
     assert not blank.axison and all(panel.get_yscale() == "log" for panel in panels)
     assert len({panel.get_ylim() for panel in panels}) == 1
@@ -161,22 +123,22 @@ def test_clusters(tmp_path: Path, drawn: list[Figure]) -> None:
     assert np.isnan(panels[1].lines[0].get_ydata()).tolist() == [True, False]
 
 
-def test_clusters_of_one_layer_without_error(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_clusters_of_one_layer_without_error() -> None:
     rows = [{"layer": 0, "cache": "k8v8@kivi", "bits_asymptotic": 9.0, "e_o": 0.0}]
-    pictures.clusters(rows, [{"layers": [0], "candidates": ["k8v8@kivi"]}], tmp_path / "clusters.png")
-    panel, _ = drawn[0].axes
+    figure = pictures.clusters(rows, [{"layers": [0], "candidates": ["k8v8@kivi"]}])
+    panel, _ = figure.axes
     assert panel.get_title() == "layer 0" and panel.lines[0].get_ydata() == [0.5]
 
 
-def test_clusters_break_a_long_title(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_clusters_break_a_long_title() -> None:
     group = {"layers": list(range(0, 40, 2)), "candidates": ["k2v2@kivi", "k8v8@kivi"]}
-    pictures.clusters(measured(list(range(40))), [group] * 16, tmp_path / "clusters.png")
-    title = drawn[0].axes[0].get_title()
+    figure = pictures.clusters(measured(list(range(40))), [group] * 16)
+    title = figure.axes[0].get_title()
     assert title.replace("\n", "") == "layers " + pictures.layers_text(group["layers"])
     assert max(map(len, title.splitlines())) <= 40
 
 
-def test_front(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_front() -> None:
     rows = [
         plan("uniform", "k4v4@kivi", 5, 0.05),
         plan("uniform", "k8v8@kivi", 9, 0.0),
@@ -185,9 +147,8 @@ def test_front(tmp_path: Path, drawn: list[Figure]) -> None:
         plan("search", "0:k2v2@kivi;1:k8v8@kivi", 6, 0.9, None),
         plan("chosen", "0:k8v8@kivi;1:k2v2@kivi", 6, 0.02, 0.01),
     ]
-    pictures.front(rows, tmp_path / "front.png")
-    assert (tmp_path / "front.png").read_bytes().startswith(PNG)
-    axis = drawn[0].axes[0]
+    figure = pictures.front(rows)
+    axis = figure.axes[0]
     predicted, stairs = (line.get_xydata().tolist() for line in axis.lines)
     assert predicted == [[4, 0.1], [6, 0.01]]
     assert stairs == [[4, 0.2], [6, 0.2], [6, 0.02]]
@@ -199,26 +160,11 @@ def test_front(tmp_path: Path, drawn: list[Figure]) -> None:
         "chosen: 6.00 bits (5.00 without scales), KL 0.02": [[6, 0.02]],
     }
     assert [text.get_text() for text in axis.texts] == ["k4v4", "k8v8 (KL 0)"]
-    assert axis.get_title() == "qwen3, wikitext2, kivi; lower left is better"
+    assert figure.get_suptitle() == "qwen3, wikitext2, kivi; lower left is better"
     assert axis.get_yscale() == "log"
 
 
-def test_front_names_stay_apart(tmp_path: Path, drawn: list[Figure]) -> None:
-    rows = [plan("uniform", f"k{i}v4@kivi", 5 + 0.01 * i, 0.1 + 0.001 * i) for i in range(1, 5)]
-    rows += [plan("uniform", "k8v8@kivi", 9, 1e-4), plan("uniform", "k2v2@kivi", 3, 1.0)]
-    pictures.front(rows, tmp_path / "front.png")
-    boxes = [super(type(note), note).get_window_extent() for note in drawn[0].axes[0].texts]
-    assert len(boxes) == 6
-    assert not any(box.overlaps(other) for i, box in enumerate(boxes) for other in boxes[:i])
-    assert all(drawn[0].axes[0].bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))
-
-
-def test_front_cuts_a_long_name(tmp_path: Path, drawn: list[Figure]) -> None:
-    pictures.front([plan("uniform", "0-2:xcl8(base=2);3-29:xcl3(base=2)", 3, 0.1)], tmp_path / "front.png")
-    assert [text.get_text() for text in drawn[0].axes[0].texts] == ["0-2:xcl8(base=2);3-29:xcl3(base…"]
-
-
 @pytest.mark.parametrize("kind", ["search", "chosen"])
-def test_front_of_one_plan(tmp_path: Path, drawn: list[Figure], kind: str) -> None:
-    pictures.front([plan(kind, "k4v4@kivi", 5, 0.0)], tmp_path / "front.png")
-    assert all(marks.get_offsets().tolist() == [[5, 0.5]] for marks in drawn[0].axes[0].collections)
+def test_front_of_one_plan(kind: str) -> None:
+    figure = pictures.front([plan(kind, "k4v4@kivi", 5, 0.0)])
+    assert all(marks.get_offsets().tolist() == [[5, 0.5]] for marks in figure.axes[0].collections)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from configs.xquant import get_config
 from kvjax.caches.base import ModelSizes
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
+from kvjax.configs.xquant import get_config
 
 SIZES = {"equal": ModelSizes(30, 9, 3, 64, 576), "equal-mha": ModelSizes(30, 9, 9, 64, 576)}
 

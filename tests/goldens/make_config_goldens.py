@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-
 from tests.goldens.config_cases import CASES, COLUMNS, FOLDERS, KEPT, SAME, config_of, tokens, weight
 
 HERE = Path(__file__).parent

@@ -19,10 +19,9 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
 from tests.goldens.make_goldens import COMMON as USUAL
 from tests.goldens.make_goldens import HERE, TOKENS, load_hf, tiny_model
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 COMMON = USUAL | {"max_position_embeddings": 64, "pad_token_id": None}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}

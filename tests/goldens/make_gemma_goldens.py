@@ -22,9 +22,9 @@ import sentencepiece
 import torch
 from gguf import GGUFReader, TokenType
 from sentencepiece import sentencepiece_model_pb2 as proto
-
-from configs.agreement import TEXTS
 from tests.goldens.make_goldens import HERE, TRICKY, load_hf
+
+from kvjax.configs.agreement import TEXTS
 
 TOKENS = 640
 NEW_TOKENS = 48

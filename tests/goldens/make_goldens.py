@@ -25,7 +25,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from configs.agreement import CHATS, TEXTS
+from kvjax.configs.agreement import CHATS, TEXTS
 
 HERE = Path(__file__).parent
 TOKENS = 48

@@ -16,7 +16,7 @@ import kvjax
 from kvjax.caches.plan import CachePlan
 from kvjax.calibrate import bases, statistics
 from kvjax.errors import KvjaxError
-from kvjax.learning import encoders, layerwise, polish
+from kvjax.learning import encoders, layerwise, polish, training
 from kvjax.learning.encoders import as_arrays, counted_tokens, encoder_of, no_changes
 from kvjax.learning.forward import encoded_layer
 from kvjax.learning.learn import learn
@@ -101,7 +101,7 @@ def test_no_layer_costs_more_than_at_the_start(model: Model, cache: str) -> None
     assert [row["layer"] for row in rows] == list(range(CONFIG.layers))
     for row in rows:
         assert row["least"] <= row["first"] == row["curve"][0][1]
-        assert row["learned_from"] == model.calibration.identity and len(row["curve"]) == 1 + layerwise.LOOKS
+        assert row["learned_from"] == model.calibration.identity and len(row["curve"]) == 1 + training.LOOKS
     score = kvjax.score(model, IDS[200:], cache, context=TOKENS, windows=2, protocol="parallel")
     assert score.kld > 0
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tests.models.test_parity import FAMILIES, TOLERANCE
 
 from kvjax.caches.base import CacheShape
 from kvjax.caches.plan import CachePlan
@@ -20,7 +21,6 @@ from kvjax.models.decoder import Decoder
 from kvjax.models.model import Model
 from kvjax.models.tokenizer import ByteTokenizer
 from kvjax.tuner.simulate import Simulator
-from tests.models.test_parity import FAMILIES, TOLERANCE
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 EXACT = ("k16v16@kivi(sink=3)", "x16@input", "x16@latent(group=8,sink=2)", "x16@head(group=8)")

@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from tests.models.test_parity import TOLERANCE
 
 from kvjax.checkpoints.load import load
 from kvjax.downloads import cache_folder
 from kvjax.generation.generate import generate
 from kvjax.models.zoo import GEMMA3
-from tests.models.test_parity import TOLERANCE
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
+from tests.goldens.config_cases import BASE, CASES, COLUMNS, KEPT, LONGROPE, SAME, WINDOW, config_of, tokens, weight
 
 from kvjax.caches.base import CacheShape
 from kvjax.caches.plan import CachePlan
@@ -15,7 +16,6 @@ from kvjax.models.config import FAMILIES
 from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import KEYS, from_hf
 from kvjax.models.params import param_shapes
-from tests.goldens.config_cases import BASE, CASES, COLUMNS, KEPT, LONGROPE, SAME, WINDOW, config_of, tokens, weight
 
 TOLERANCE = 2e-5
 

@@ -15,6 +15,7 @@ from kvjax.models.rope import make_rope
 from kvjax.ops import attention, dispatch, store
 from kvjax.ops.attention import Span
 from kvjax.ops.store import Format
+from kvjax.testing.layers import QUICK
 
 B, K, D, S = 2, 3, 64, 736  # S is several blocks of the XLA implementation, and no multiple of them
 KIVI = (Format(4, "channel", 32, 32), Format(2, "token", 32, 32))
@@ -24,7 +25,6 @@ EXACT_KEYS = (Format(16, "channel", 32, 32), Format(2, "token", 32, 32))
 EXACT = (Format(16, "token", D, 0), Format(16, "token", D, 0))
 FORMATS = {"kivi": KIVI, "token": TOKEN, "odd": ODD, "exact-keys": EXACT_KEYS, "exact": EXACT}
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # as exact, compiled far sooner
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 

@@ -23,6 +23,7 @@ from kvjax.models.tokenizer import ByteTokenizer
 from kvjax.models.zoo import random_params
 from kvjax.ops import dispatch
 from kvjax.ops.dispatch import using
+from kvjax.testing.layers import QUICK
 
 CONFIG = ModelConfig("qwen3", 64, 128, 128, 1, 4, 2, 64, 512, rope=RopeConfig(100.0), qk_norm=True)
 CACHES = {  # and the op that a decode step of theirs uses
@@ -37,7 +38,6 @@ CACHES = {  # and the op that a decode step of theirs uses
 PROMPT, STEPS = 70, 6
 PLAIN = dict.fromkeys(dispatch.OPS, "xla")
 EXACT = {"xla_backend_optimization_level": 0}
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # as exact, compiled far sooner
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from kvjax.errors import KvjaxError
 from kvjax.ops import store
 from kvjax.ops.store import Format
 from kvjax.quant import affine
+from kvjax.testing.layers import QUICK
 
 B, K, D = 3, 2, 16
 TOKENS = 96
@@ -33,7 +34,6 @@ BLOCK_FORMATS = [  # tokens, groups of several blocks, a block of 24
     Format(16, "token", 16, 32),
     Format(16, "channel", 32, 32),
 ]
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # as exact, compiled far sooner
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 write_tokens = quick_jit(store.write_tokens)
 write_blocks = quick_jit(store.write_blocks)

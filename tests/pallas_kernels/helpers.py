@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kvjax.testing import layers
 from pallas_kernels import native
 from pallas_kernels.layout import EXACT, PLANES, Packed
 
@@ -22,9 +23,7 @@ INTERPRETED = {
 }[jax.default_backend()]
 
 # Kernels are as exact without optimisation, and compile several times sooner.
-QUICK = {"xla_backend_optimization_level": 0} | (
-    {"xla_cpu_use_fusion_emitters": False} if jax.default_backend() == "cpu" else {}
-)
+QUICK = {name: value for name, value in layers.QUICK.items() if jax.default_backend() == "cpu" or "cpu" not in name}
 
 WITHOUT = ("-mno-amx-int8", "-mno-avx512f")  # the matrix unit; AVX-512, which leaves AVX2
 

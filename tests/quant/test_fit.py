@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvjax.quant import affine
+from kvjax.testing.layers import QUICK
 
 LAYOUTS = [((4, 9, 32), -1, 32), ((4, 9, 24), -1, 24), ((3, 128, 6), -2, 64)]
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # as exact, compiled far sooner
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 5), compiler_options=QUICK)

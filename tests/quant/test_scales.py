@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvjax.quant import affine, scales
+from kvjax.testing.layers import QUICK
 
 BITS = (1, 2, 3, 4, 5, 6, 8)
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # as exact, compiled far sooner
 from_bytes, to_bytes, storable = (
     jax.jit(function, compiler_options=QUICK)
     for function in (scales.from_bytes, scales.to_bytes, lambda *args: scales.storable(*args, 8))

@@ -25,13 +25,13 @@ import numpy as np
 import yaml
 from ml_collections import config_dict
 from safetensors.numpy import load_file, save_file
-
-import kvjax
-from experiments import program
-from kvjax import records
-from kvjax.files import read_json
 from tests.robustness.fuzz import write_gguf
 from tests.robustness.programs import DEFAULTS
+
+import kvjax
+from kvjax import records
+from kvjax.experiments import program
+from kvjax.files import read_json
 
 ROOT = Path(__file__).parents[2]
 TINY, SHARDED, SCALED = "llama-linear", "qwen3", "llama-llama3"  # of the models' folder
@@ -119,12 +119,12 @@ def attempt(case: Case, folder: Path, models: Path, seconds: float) -> dict[str,
 
 
 def _run(case: Case, folder: Path, seconds: float) -> subprocess.CompletedProcess[str]:
-    module = f"experiments.{case.program}"
+    module = f"kvjax.experiments.{case.program}"
     python = [sys.executable, *(["-m", module] if case.disk is None else ["-c", LIMITED, str(case.disk), module])]
     defaults = [f"--config.{field}" for field in DEFAULTS[case.program]]
     workdir = [] if case.workdir is None else [f"--workdir={case.workdir}"]
-    command = [*python, f"--config={ROOT}/configs/{case.program}.py", *defaults, *workdir, *case.arguments]
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [*python, *defaults, *workdir, *case.arguments]
+    path = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"} | dict(case.environment)
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=seconds
@@ -542,4 +542,4 @@ CASES = (
 
 
 if __name__ == "__main__":
-    program.run(main, "tests/robustness/bad_input_config.py")
+    program.run(main, str(Path(__file__).with_name("bad_input_config.py")))

@@ -26,9 +26,10 @@ from gguf.quants import quantize
 from ml_collections import config_dict
 from rich.console import Console
 from rich.progress import track
+from tests.robustness import programs, typed
+from tests.robustness.attempts import Kind, attempt
 from tokenizers.pre_tokenizers import ByteLevel
 
-from experiments import program
 from kvjax import records
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints import orbax
@@ -36,12 +37,11 @@ from kvjax.checkpoints.gguf import NAMES, ROPE_FACTORS
 from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.text import load_text
+from kvjax.experiments import program
 from kvjax.models import zoo
 from kvjax.models.model import Model
 from kvjax.models.params import param_shapes
 from kvjax.models.rope import make_rope
-from tests.robustness import programs, typed
-from tests.robustness.attempts import Kind, attempt
 
 OUTCOMES = ("loaded", "refused", "other")
 MODEL = dataclasses.replace(zoo.RANDOM["random:llama-2-7b"], layers=30)  # that plans are for
@@ -310,4 +310,4 @@ def write_gguf(file: Path, model: Model) -> None:
 
 
 if __name__ == "__main__":
-    program.run(main, "tests/robustness/fuzz_config.py")
+    program.run(main, str(Path(__file__).with_name("fuzz_config.py")))

@@ -19,13 +19,13 @@ from unittest import mock
 
 import jax
 from absl import flags
-
-from experiments import aot_cuda, program
-from kvjax.errors import KvjaxError
-from kvjax.models.decoder import Decoder
-from kvjax.tuner.simulate import Simulator
 from tests.robustness import odd
 from tests.robustness.attempts import OutOfBounds, attempt
+
+from kvjax.errors import KvjaxError
+from kvjax.experiments import aot_cuda, program
+from kvjax.models.decoder import Decoder
+from kvjax.tuner.simulate import Simulator
 
 DEFAULTS = {  # of every program that takes a model of one's own, or none: quick ones
     "perplexity": ("model=tiny", "text=text.txt", "caches=dense,k4v4@token", "context=16", "windows=2"),
@@ -176,7 +176,7 @@ def _value(rng: random.Random) -> str:
 @functools.cache
 def fields_of(name: str) -> dict[str, Any]:
     """The fields of a program's config, with their defaults."""
-    return importlib.import_module(f"configs.{name}").get_config().to_dict()
+    return importlib.import_module(f"kvjax.configs.{name}").get_config().to_dict()
 
 
 # ---- running them
@@ -188,8 +188,8 @@ def _run_here(name: str, arguments: list[str]) -> None:
     argv = [name, *(f"--config.{field}" for field in DEFAULTS[name]), *arguments]
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-            program.parse(program.ROOT / f"configs/{name}.py", argv, values)
-            program.answer(importlib.import_module(f"experiments.{name}").main, values.config, "out")
+            program.parse(program.PACKAGE / f"configs/{name}.py", argv, values)
+            program.answer(importlib.import_module(f"kvjax.experiments.{name}").main, values.config, "out")
     except Started:
         return
     except SystemExit as end:
@@ -198,10 +198,10 @@ def _run_here(name: str, arguments: list[str]) -> None:
 
 def _run_process(name: str, arguments: list[str]) -> None:
     """The same in a process, as a shell would start it."""
-    command = [sys.executable, "-m", f"experiments.{name}", f"--config={program.ROOT}/configs/{name}.py"]
+    command = [sys.executable, "-m", f"kvjax.experiments.{name}"]
     fields = [f"--config.{field}" for field in DEFAULTS[name]]
     given = [os.fsencode(each) for each in (*command, *fields, "--workdir=out", *arguments)]
-    environment = os.environ | {"PYTHONPATH": str(program.ROOT), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"PYTHONPATH": str(program.PACKAGE.parent), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(given, env=environment, capture_output=True, check=False)
     if done.returncode:
         judge(done.returncode, done.stderr.decode(errors="replace"))

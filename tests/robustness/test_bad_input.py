@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.robustness.bad_input import CASES, Case, attempt
 
-from experiments.report import bad_inputs
 from kvjax import records
 from kvjax.errors import KvjaxError
+from kvjax.experiments.pages import bad_inputs
 from kvjax.files import write_atomically
-from tests.robustness.bad_input import CASES, Case, attempt
 
 ROOT = Path(__file__).parents[2]
 SOME = (

@@ -13,6 +13,8 @@ import pytest
 from gguf import GGUFValueType
 from ml_collections import config_dict
 from safetensors.numpy import load_file, save_file
+from tests.robustness import attempts, fuzz, programs, typed
+from tests.robustness.attempts import OutOfBounds, attempt
 
 from kvjax import records
 from kvjax.caches.plan import CachePlan
@@ -21,8 +23,6 @@ from kvjax.checkpoints.gguf_reader import read_gguf
 from kvjax.checkpoints.load import load
 from kvjax.errors import LONGEST, KvjaxError
 from kvjax.models import zoo
-from tests.robustness import attempts, fuzz, programs, typed
-from tests.robustness.attempts import OutOfBounds, attempt
 
 TRIES = 80
 

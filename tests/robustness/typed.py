@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from tests.robustness import odd
+from tests.robustness.attempts import attempt
 
 import kvjax
 from kvjax.caches.plan import CachePlan
 from kvjax.generation.request import ask
 from kvjax.models import zoo
 from kvjax.models.tokenizer import Tokenizer
-from tests.robustness import odd
-from tests.robustness.attempts import attempt
 
 PLAN = "k4v4@token"
 CHAT = "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"

@@ -25,7 +25,7 @@ from kvjax.errors import KvjaxError
 from kvjax.tuner.evaluations import Evaluations
 
 SPAWN = multiprocessing.get_context("forkserver")  # forks before JAX has threads
-SPAWN.set_forkserver_preload(["experiments.tune", "sklearn.cluster"])  # one list for all tests: it is taken once
+SPAWN.set_forkserver_preload(["kvjax.experiments.tune", "sklearn.cluster"])  # one list for all tests
 IDENTITY = {"model": "m", "context": 64}
 MODEL = ModelSizes(2, 4, 2, 16, 64)
 PLAN = CachePlan((KV(4, 4), KV(2, 2)), MODEL)

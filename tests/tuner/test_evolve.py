@@ -26,7 +26,7 @@ from kvjax.tuner.evolve import evolve
 from kvjax.tuner.space import Bits, resolved
 
 SPAWN = multiprocessing.get_context("forkserver")  # forks before JAX has threads
-SPAWN.set_forkserver_preload(["experiments.tune", "sklearn.cluster"])  # one list for all tests: it is taken once
+SPAWN.set_forkserver_preload(["kvjax.experiments.tune", "sklearn.cluster"])  # one list for all tests
 MODEL = ModelConfig("llama", 128, 64, 64, 6, 4, 2, 16, 256, 1e-5)
 GROUPS = [[0, 3], [1], [2, 4, 5]]
 PAIRS = tuple(f"k{k}v{v}" for k in (8, 4, 2) for v in (8, 4, 2))

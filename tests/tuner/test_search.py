@@ -15,15 +15,15 @@ import pytest
 import yaml
 
 import kvjax
-from configs.tune import get_config
-from experiments import tune as program
-from experiments import tune_pictures
 from kvjax.caches import registry
 from kvjax.caches.cross_layer import Place
 from kvjax.caches.kv import KV
 from kvjax.caches.plan import CachePlan
+from kvjax.configs.tune import get_config
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.calibrated import calibration
+from kvjax.experiments import style
+from kvjax.experiments import tune as program
 from kvjax.models.model import Model
 from kvjax.tuner import search as searches
 from kvjax.tuner.layer_errors import LayerErrors
@@ -43,8 +43,7 @@ def made(model: Model, text: str, tmp_path_factory: pytest.TempPathFactory) -> P
     workdir, config = tmp_path_factory.mktemp("made"), get_config()
     config.update({"model": model.name, "text": text} | PLACE | ASKED)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("front", "heat_map", "clusters"):
-            patch.setattr(tune_pictures, name, lambda *_: None)
+        patch.setattr(style, "write", lambda *_: None)
         program.main(config, workdir)
     return workdir
 

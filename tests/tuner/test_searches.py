@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from ml_collections import config_dict
 
 import kvjax
-from configs.searches import get_config
-from experiments import searches
-from experiments.searches import SEARCHES, course, draw, spread, summary
 from kvjax import records
 from kvjax.caches.plan import CachePlan
+from kvjax.configs.searches import get_config
 from kvjax.errors import KvjaxError
+from kvjax.experiments import searches, style
+from kvjax.experiments.searches import SEARCHES, course, draw, spread, summary
 from kvjax.tuner import judge, search
 from kvjax.tuner.layer_errors import LayerErrors
 from kvjax.tuner.search import Search
@@ -72,7 +69,7 @@ def invented(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "Simulator", lambda *_: None)
     monkeypatch.setattr(judge, "Simulator", Unseen)
     monkeypatch.setattr(judge, "Score", Judged)
-    monkeypatch.setattr(searches, "draw", lambda *_: None)
+    monkeypatch.setattr(style, "write", lambda *_: None)
 
 
 @pytest.fixture
@@ -221,20 +218,9 @@ def test_medians_and_ranges_over_the_seeds() -> None:
     assert spread([], ".2f") == "none"
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Figure]]:
-    """The figures that were written."""
-    figures: list[Figure] = []
-    monkeypatch.setattr(plt, "close", figures.append)
-    yield figures
-    monkeypatch.undo()
-    plt.close("all")
-
-
-def test_the_picture_has_medians_and_ranges(tmp_path: Path, drawn: list[Figure]) -> None:
-    draw(ROWS, tmp_path / "searches.png")
-    assert (tmp_path / "searches.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    courses, judged = drawn[0].axes
+def test_the_picture_has_medians_and_ranges() -> None:
+    figure = draw(ROWS)
+    courses, judged = figure.axes
     nsga, knapsack = (line.get_xydata().tolist() for line in courses.lines)
     assert nsga == [[1, 1], [2, 2], [3, 2]]  # of 1, 2, 2 and 2, 3, 3 and 1, 1, 1
     assert knapsack == [[5.5, 1], [6.5, 4]]
@@ -246,4 +232,4 @@ def test_the_picture_has_medians_and_ranges(tmp_path: Path, drawn: list[Figure])
         pytest.approx([0.4, 0.9]),
         pytest.approx([0.01, 0.03]),
     ]
-    assert [text.get_text() for text in judged.get_legend().get_texts()] == ["NSGA-II", KNAPSACK]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["NSGA-II", KNAPSACK]

@@ -1,0 +1,45 @@
+"""One decode step at depth: milliseconds and temporary memory of every cache, in one interleaved run.
+
+    kvjax decode --workdir=runs/decode
+
+    kvjax decode --config=decode:latents --workdir=runs/latents
+    kvjax decode --config=decode:mixed --workdir=runs/mixed
+
+prefills 7900 tokens of the demo text into each cache of a 135M-parameter model, then times single steps in turn:
+about eight minutes on two CPU cores. `dense` runs twice, with keys and values in float32 and in bfloat16. The second
+form is for caches that rebuild keys, at depth 4096; the third for a searched plan and the uniform ones it is made of.
+"""
+
+from ml_collections import config_dict
+
+SEARCHED = (  # for 3.25 bits, see docs/tuning.md
+    "0+6+11+28-29:k2v2@kivi;1+8+12+14-15+17-21+23-24:k4v4@kivi;2-5+7+9-10+13+16+22+25-27:k4v2@kivi"
+)
+
+
+def get_config(variant: str = "") -> config_dict.ConfigDict:
+    config = _packed()
+    if variant == "latents":
+        caches = "dense,k4v4@kivi,x4@latent,x4@head,x4@input,xcl3@latent"
+        config.update(caches=caches, rebuild="x4@latent,x4@head", depth=4096, max_len=4352)
+    elif variant == "mixed":
+        config.update(
+            caches=f"dense,k8v4@kivi,k4v4@kivi,k4v2@kivi,k2v2@kivi,{SEARCHED}", depth=4096, max_len=4352, steps=40
+        )
+    elif variant:
+        raise ValueError(f"variant {variant!r}; expected latents, mixed or nothing")
+    return config
+
+
+def _packed() -> config_dict.ConfigDict:
+    return config_dict.create(
+        model="smollm2-135m",  # a name, a path or a hub name, see kvjax.load
+        text="demo",  # a file, demo, wikitext-2 or a hub data set
+        caches="dense,k8v8@token,k4v4@token,k2v2@token,k4v4@kivi,k4v2@kivi,k2v2@kivi",  # plans, see kvjax.caches.plan
+        plugins="",  # modules or Python files that register more caches, separated by commas
+        rebuild="",  # of X-type caches: timed with values rebuilt, too
+        dtype="float32",  # of the weights
+        depth=7900,  # tokens in the cache before the first timed step
+        max_len=8192,  # tokens allocated
+        steps=25,  # timed steps of each cache
+    )

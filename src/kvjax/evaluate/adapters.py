@@ -1,0 +1,57 @@
+"""`kvjax.learn_adapters`: adapters of a model for a plan, trained on a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from kvjax.caches.base import CacheSpec
+from kvjax.caches.plan import CachePlan
+from kvjax.evaluate.calibrated import calibration, names_of
+from kvjax.evaluate.text import Text, strip_paths
+from kvjax.learning.adapters import Adapters
+from kvjax.learning.distill import distill
+from kvjax.models.calibration import Calibration
+from kvjax.models.model import Model, check_model
+
+
+def learn_adapters(
+    model: Model,
+    cache: str | CacheSpec | CachePlan,
+    text: Text,
+    *,
+    context: int = 512,
+    windows: int = 32,
+    offset: int = 0,
+    rank: int = 8,
+    steps: int = 100,
+    rate: float = 1e-3,
+    folder: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Adapters:
+    """Trains low-rank adapters of q, k, v and o so that a model under a plan predicts what it does without one.
+
+    The loss is the KL divergence from the exact model, every token read as it is stored (LoRA, arXiv 2106.09685;
+    straight-through gradients). The model itself is not changed: `kvjax.adapted` gives one that is.
+
+    Args:
+      model: what `kvjax.load` gives.
+      cache: the plan; methods that compute bases of the weights are refused, since the weights change.
+      text: see `kvjax.evaluate.text.read_ids`; names of several are separated by commas.
+      context: tokens a window.
+      windows: of each text. The last of all chooses among the steps; the others are learned from, one a step.
+      offset: tokens of each text that are skipped first.
+      rank: of every adapter.
+      steps: of Adam.
+      rate: its learning rate, which falls to 0 by a cosine.
+      folder: from which a run that was cut off goes on; a temporary one where None.
+      progress: called as progress(step, steps) at every step.
+
+    Raises:
+      KvjaxError: a plan or text that is refused, numbers that are not possible, or files that cannot be written.
+    """
+    check_model(model)
+    plan = CachePlan.cast(cache, model.config)
+    cut = calibration(model, text, context, windows, offset)
+    seen = Calibration(strip_paths(names_of(text)), cut, "")
+    return distill(model, plan, seen, rank, steps, rate, folder, progress or (lambda step, steps: None))
