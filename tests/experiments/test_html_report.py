@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from kvjax.errors import KvjaxError
-from kvjax.experiments import report, style
+from kvjax.experiments import report
 from kvjax.records import write_rows
 
 Row = dict[str, Any]
@@ -212,7 +213,9 @@ def test_rows_that_cannot_be_drawn_are_tables(tmp_path: Path, monkeypatch: pytes
     rows = [{"experiment": name, "cache": ["odd"], "kld": "many"} for name in report.KINDS]
     write_rows(tmp_path / "results.jsonl", [*rows, {"cache": None}, {}])
     report.main([tmp_path], tmp_path / "report.html")
-    monkeypatch.setattr(style, "missing", lambda: "no matplotlib")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    monkeypatch.delitem(sys.modules, "matplotlib.backends.backend_agg", raising=False)
     write_rows(tmp_path / "results.jsonl", SWEPT)
     report.main([tmp_path], tmp_path / "plain.html")
     assert not Page((tmp_path / "plain.html").read_text()).images

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import runpy
 import sys
 import textwrap
@@ -14,7 +13,7 @@ from kvjax import __version__
 from kvjax.caches.presets import shipped
 from kvjax.caches.registry import load_plugins, methods
 from kvjax.evaluate.text import ALIASES
-from kvjax.experiments.help import WIDTH
+from kvjax.experiments.help import CONFIGS, WIDTH, nearest
 from kvjax.models.zoo import FILES, RANDOM
 
 FOLDER = Path(__file__).parent
@@ -28,7 +27,7 @@ MAIN = {
 }
 STUDIES = {
     file.stem: file.stem
-    for file in sorted((FOLDER.parent / "configs").glob("*.py"))
+    for file in sorted(CONFIGS.glob("*.py"))
     if (FOLDER / file.name).exists() and file.stem not in ("__init__", *MAIN.values())
 }
 PROGRAMS = MAIN | STUDIES
@@ -133,7 +132,7 @@ def _folded(row: Sequence[str]) -> str:
 
 
 def _fail(name: str, kind: str, known: Sequence[str]) -> None:
-    close = difflib.get_close_matches(name, known, 1, 0.75)
-    hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
+    close = nearest(name, known)
+    hint = f"did you mean {close}?" if close else f"expected one of {', '.join(known)}"
     print(f"error: unknown {kind} {name!r}; {hint}", file=sys.stderr)
     sys.exit(2)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from kvjax import mesh
 from kvjax.caches.base import ModelSizes
 from kvjax.caches.plan import CachePlan
+from kvjax.experiments.shapes import part_nbytes
 from kvjax.models import params
 from kvjax.models.zoo import RANDOM
 
@@ -88,9 +89,7 @@ def _cache(model: str, tokens: int, name: str, batch: int, meshes: tuple[str, ..
     plan = CachePlan.parse(name, RANDOM[f"random:{model}"])
     sizes = []
     for text in meshes:
-        places = mesh.abstract(text)
-        shape = dataclasses.replace(plan.shape(batch, tokens, DTYPE), parts=mesh.parts(places, "tokens"))
-        sizes.append(plan.part_nbytes(shape, places, WHOLE.get(text, ())) / 1e9)
+        sizes.append(part_nbytes(plan, batch, tokens, DTYPE, mesh.abstract(text), WHOLE.get(text, ())) / 1e9)
     return [f"{model}, {tokens // 1024}K, `{name}`", *(f"{size:.2f}" for size in sizes)]
 
 

@@ -12,7 +12,7 @@ from kvjax import mesh
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import read_config
 from kvjax.errors import KvjaxError
-from kvjax.experiments.shapes import lower_decode_loop
+from kvjax.experiments.shapes import lower_decode_loop, part_nbytes
 from kvjax.models.config import ModelConfig
 from kvjax.models.params import param_nbytes
 from kvjax.tables import align_columns
@@ -56,9 +56,9 @@ def show(model_name: str, dtype: str, mesh_text: str, replicate: str, sizes: Siz
 
 
 def _bytes(plan: CachePlan, tokens: int, dtype: str, places: mesh.AbstractMesh, kept: tuple[str, ...]) -> list[str]:
-    shape = dataclasses.replace(plan.shape(1, tokens, jnp.dtype(dtype)), parts=mesh.parts(places, "tokens", kept))
+    nbytes = part_nbytes(plan, 1, tokens, jnp.dtype(dtype), places, kept)
     bits = f"{plan.bits_nominal:.2f}", f"{plan.bits_real(tokens):.2f}"
-    return [str(plan), *bits, f"{plan.part_nbytes(shape, places, kept) / 1e6:.2f}"]
+    return [str(plan), *bits, f"{nbytes / 1e6:.2f}"]
 
 
 def _compile(model: ModelConfig, plan: CachePlan, tokens: int, dtype: str) -> tuple[str, ...]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import io
 import runpy
 import textwrap
 import tokenize
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ FLAGS = {
     "--nocompile_cache": "does not keep compiled programs in $KVJAX_CACHE for the next start",
     "--distributed": "joins processes that TPU, Slurm or Open MPI started; docs/scaling.md has the other flags",
 }
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """The known name that was meant by one that is not known; "" where none is like it."""
+    return next(iter(difflib.get_close_matches(name, known, 1, 0.75)), "")
 
 
 def fields_of(config_file: Path, variant: str = "") -> dict[str, Any]:

@@ -168,34 +168,35 @@ def only(render: Callable[[list[Row]], str], *patterns: str, **fields: str) -> C
     return rendered
 
 
-def at_equal_conditions(rows: list[Row]) -> str:
-    """Families of caches under the same conditions, a table for each text and condition."""
+def _by_condition(rows: list[Row], header: Sequence[str], line: Callable[[Row], list[str]]) -> str:
+    """A table for each text and condition."""
     parts = [describe_source(rows)]
     for text, condition in dict.fromkeys((row["text"], row["condition"]) for row in rows):
         own = [row for row in rows if (row["text"], row["condition"]) == (text, condition)]
         title = (
             f"{text}, {condition} ({own[0]['protocol']}), {own[0]['windows']} windows of {own[0]['context']} tokens:"
         )
-        parts += [title, table(quality.HEADER, [quality.line(row) for row in own])]
+        parts += [title, table(header, list(map(line, own)))]
     return "\n\n".join(parts)
+
+
+def at_equal_conditions(rows: list[Row]) -> str:
+    """Families of caches under the same conditions."""
+    return _by_condition(rows, quality.HEADER, quality.line)
 
 
 CONTEXTS = ("1024", "8192", "131072")
 
 
 def frontier(rows: list[Row]) -> str:
-    """Methods beside the control at the same bits, a table for each text and condition; bits at three contexts."""
+    """Methods beside the control of the same width; bits at three contexts."""
     header = ("cache", *(f"{int(each) // 1024}K" for each in CONTEXTS), *quality.HEADER[3:])
-    parts = [describe_source(rows)]
-    for text, condition in dict.fromkeys((row["text"], row["condition"]) for row in rows):
-        own = [row for row in rows if (row["text"], row["condition"]) == (text, condition)]
-        parts.append(
-            f"{text}, {condition} ({own[0]['protocol']}), {own[0]['windows']} windows of {own[0]['context']}:"
-        )
-        bits = [[f"{row[f'bits_{each}']:.2f}" for each in CONTEXTS] for row in own]
-        lines = [quality.line(row) for row in own]
-        parts.append(table(header, [[line[0], *real, *line[3:]] for line, real in zip(lines, bits, strict=True)]))
-    return "\n\n".join(parts)
+
+    def line(row: Row) -> list[str]:
+        name, _, _, *figures = quality.line(row)
+        return [name, *(f"{row[f'bits_{each}']:.2f}" for each in CONTEXTS), *figures]
+
+    return _by_condition(rows, header, line)
 
 
 def adapters(rows: list[Row]) -> str:

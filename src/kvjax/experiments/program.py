@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import logging
 import re
@@ -28,7 +27,6 @@ from kvjax.files import brief
 
 PACKAGE = Path(__file__).parents[1]
 HELP = "The study's config."
-CLOSE = 0.75  # of 1: how like a name must be to be what was meant
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results and partial work.")
 _COMPILE_CACHE = flags.DEFINE_bool(
     "compile_cache", True, "Keeps compiled programs in $KVJAX_CACHE for the next start."
@@ -230,13 +228,13 @@ def _check_name(argument: str, fields: list[str], values: flags.FlagValues) -> N
         return
     _, name, value = match.groups()
     if match[1] and name not in fields:
-        close = difflib.get_close_matches(name, fields, 1, CLOSE)
-        hint = "".join(f"did you mean {each}? " for each in close)
+        close = help.nearest(name, fields)
+        hint = f"did you mean {close}? " * bool(close)
         _fail(f"unknown config field {name!r}; {hint}this program's fields are {', '.join(fields)}")
     if not match[1] and name in fields and name not in values:
         _fail(f"unknown flag --{name}; it is a field: --config.{name}{value or '=VALUE'}")
-    if not match[1] and name not in values and (close := difflib.get_close_matches(name, fields, 1, CLOSE)):
-        _fail(f"unknown flag --{name}; did you mean --config.{close[0]}{value or '=VALUE'}?")
+    if not match[1] and name not in values and (close := help.nearest(name, fields)):
+        _fail(f"unknown flag --{name}; did you mean --config.{close}{value or '=VALUE'}?")
 
 
 def _hush() -> None:

@@ -212,8 +212,6 @@ def _tables(file: Path, prefix: str) -> list[Table]:
 def _drawn(tables: Sequence[Table]) -> dict[str, list[Picture]]:
     """Pictures of rows of a known kind, by the stem of the program's own picture."""
     pictures: dict[str, list[Picture]] = {}
-    if style.missing():
-        return pictures
     for table in tables:
         if kind := KINDS.get(str(table.rows[0].get("experiment"))):
             of = lambda row, kind=kind: repr([row.get(key) for key in kind.apart])  # noqa: E731
@@ -223,7 +221,7 @@ def _drawn(tables: Sequence[Table]) -> dict[str, list[Picture]]:
 
 
 def _picture(kind: Kind, rows: list[Row]) -> list[Picture]:
-    """The picture of rows; none where an earlier version or another hand wrote what cannot be drawn."""
+    """The picture of rows; none without matplotlib, or where another version or hand wrote what cannot be drawn."""
     try:
         figure = kind.draw(rows)
         return [Picture(_uri(style.png(figure)), figure.get_suptitle())]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from jax.sharding import AbstractMesh
 
+from kvjax import mesh
 from kvjax.caches.base import CacheShape, CacheSpec, KVWeights
 from kvjax.caches.plan import CachePlan
 from kvjax.errors import KvjaxError
@@ -42,6 +46,14 @@ def lower_decode_loop(model: ModelConfig, plan: CachePlan, max_len: int, dtype: 
     run = jax.eval_shape(functools.partial(start, room=NEW), held)
     sampling, stop = Sampling.of(0.0, None, None, 0, 1, model.vocab_size), jnp.zeros(1, jnp.int32)
     return decode_steps.lower(Decoder(model), params, bases, run, sampling, stop, NEW, NEW)
+
+
+def part_nbytes(
+    plan: CachePlan, batch: int, tokens: int, dtype: Any, places: AbstractMesh, whole: Sequence[str]
+) -> int:
+    """Bytes of a cache that each device of a mesh holds; `whole` names logical axes that are not divided."""
+    shape = dataclasses.replace(plan.shape(batch, tokens, dtype), parts=mesh.parts(places, "tokens", whole))
+    return plan.part_nbytes(shape, places, tuple(whole))
 
 
 @functools.cache

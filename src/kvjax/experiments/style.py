@@ -124,16 +124,6 @@ def png(figure: Figure) -> bytes:
     return picture.getvalue()
 
 
-def missing() -> str:
-    """Why nothing can be drawn here; "" where it can."""
-    try:
-        with needed("matplotlib"):
-            import matplotlib  # noqa: F401
-    except MissingExtra as error:
-        return str(error)
-    return ""
-
-
 def write(file: Path, draw: Callable[..., Figure], *args: Any) -> None:
     """Draws a picture, writes it and prints its name; in its place what is missing, where an extra is.
 
