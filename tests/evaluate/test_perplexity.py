@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -13,19 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.caches.base import CacheShape
 from kvjax.caches.plan import CachePlan
 from kvjax.calibrate.bases import load_bases
 from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
-from kvjax.evaluate.perplexity import (
-    Score,
-    Scorer,
-    cut_windows,
-    hidden_states,
-    mean_and_interval,
-    standard_error,
-)
+from kvjax.evaluate.forward import hidden_states
+from kvjax.evaluate.perplexity import Score, Scorer, cut_windows, mean_and_interval, standard_error
 from kvjax.evaluate.text import load_text, read_windows
 from kvjax.evaluate.vocabulary import TokenScores
 from kvjax.models.decoder import Decoder
@@ -105,24 +99,38 @@ def dense_states() -> dict[str, np.ndarray]:
     return {}
 
 
+def step_by_step(model: Model, plan: CachePlan, tokens: np.ndarray) -> np.ndarray:
+    """Final hidden states of decoding, all layers in one program."""
+    decoder, bases = Decoder(model.config), load_bases(model, plan)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(params, bases, tokens):
+        def step(cache, token):
+            hidden, cache = decoder.apply({"params": params}, token[:, None], cache, bases=bases)
+            return cache, hidden[:, 0]
+
+        return jax.lax.scan(step, plan.init(model.cache_shape(*tokens.shape)), tokens.T)[1].swapaxes(0, 1)
+
+    return np.asarray(run(model.params, bases, jnp.asarray(tokens, jnp.int32)))
+
+
 @pytest.mark.parametrize("name", PLANS)
 def test_streaming_is_decode(tiny: Model, dense_states: dict[str, np.ndarray], name: str) -> None:
     """Per token, in float64, a ragged batch on top (lengths 75 and 50)."""
     with jax.enable_x64(True):
-        config, decoder = tiny.config, Decoder(tiny.config)
+        config = tiny.config
         params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), tiny.params)
-        tokens = jnp.asarray(np.random.default_rng(2).integers(0, config.vocab_size, (2, 75)), jnp.int32)
-        shape = CacheShape.of(config, 2, 75, jnp.float64)
+        tokens = np.random.default_rng(2).integers(0, config.vocab_size, (2, 75))
         double = dataclasses.replace(tiny, params=params, dtype=jnp.dtype("float64"))
 
         def hidden(name: str, chunk: int | None) -> np.ndarray:
             plan = CachePlan.parse(name, config)
             chunk = chunk or plan.stream_chunk
-            run = lambda p, t, f: hidden_states(decoder, p, t, plan.init(shape), chunk, "exact", bases=f)  # noqa: E731
-            return np.asarray(jax.jit(run, compiler_options=QUICK)(params, tokens, load_bases(double, plan)))
+            return np.asarray(hidden_states(double, plan, tokens, chunk))
 
         decode = hidden(name, 1)
         np.testing.assert_allclose(hidden(name, None), decode, atol=1e-9)
+        np.testing.assert_allclose(step_by_step(double, CachePlan.parse(name, config), tokens), decode, atol=1e-12)
         if name != "dense":
             if "exact" not in dense_states:
                 dense_states["exact"] = hidden("dense", 75)
@@ -174,25 +182,20 @@ import sys
 import jax
 jax.config.update("jax_enable_x64", True)
 import jax.numpy as jnp, numpy as np
-from kvjax.checkpoints.load import load
-from kvjax.caches.base import CacheShape
 from kvjax.caches.plan import CachePlan
-from kvjax.calibrate.bases import load_bases
-from kvjax.evaluate.perplexity import hidden_states
+from kvjax.checkpoints.load import load
+from kvjax.evaluate.forward import hidden_states
 from kvjax.evaluate.text import load_text
 from kvjax.evaluate.vocabulary import TokenScores
 from kvjax.models.decoder import Decoder
-from kvjax.testing.layers import QUICK
 name, spec = sys.argv[1:]
 model = load(name, "float64")
 tokens = jnp.asarray(model.tokenizer.encode(load_text("demo"))[:192].reshape(2, 96), jnp.int32)
 decoder, config = Decoder(model.config), model.config
-shape = CacheShape.of(config, 2, 96, jnp.float64)
 plan = CachePlan.parse(spec, config)
 nll = []
 for chunk in (plan.stream_chunk, 1):
-    run = jax.jit(lambda p, t: hidden_states(decoder, p, t, plan.init(shape), chunk, "exact"), compiler_options=QUICK)
-    hidden = run(model.params, tokens)[:, :-1]
+    hidden = hidden_states(model, plan, np.asarray(tokens), chunk)[:, :-1]
     logits = decoder.apply({"params": model.params}, hidden, method="logits")
     picked = jnp.take_along_axis(logits, tokens[:, 1:, None], 2)[..., 0]
     nll.append(np.asarray(jax.nn.logsumexp(logits, -1) - picked))

@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax.caches.base import CacheShape
 from kvjax.caches.plan import CachePlan
-from kvjax.evaluate.perplexity import hidden_states
-from kvjax.models.decoder import Decoder
+from kvjax.evaluate.forward import hidden_states
 from kvjax.models.model import Model
 
 PROMPTS = [list(range(1, 75)), list(range(40, 60))]  # one ends chunks before the other
@@ -36,11 +34,8 @@ def test_dense_is_what_one_step_reads(wide: Model) -> None:
 def test_chunks_of_the_residual_are_streaming(wide: Model) -> None:
     plan = CachePlan.parse("k4v4@kivi", wide.config)
     whole, chunked = (kvjax.prefill(wide, PROMPTS[:1], plan, prefill_chunk=n) for n in (None, 32))
-    tokens = jnp.asarray(PROMPTS[:1], jnp.int32)
-    cache = plan.init(CacheShape.of(wide.config, 1, tokens.shape[1], wide.dtype))
-    decoder, bases = Decoder(wide.config), ((),) * wide.config.layers
-    streamed = jax.jit(lambda p: hidden_states(decoder, p, tokens, cache, plan.stream_chunk, "exact", bases=bases))
-    np.testing.assert_allclose(chunked.held.hidden, streamed(wide.params)[:, -1], rtol=0, atol=1e-10)
+    streamed = hidden_states(wide, plan, np.array(PROMPTS[:1]), plan.stream_chunk)
+    np.testing.assert_allclose(chunked.held.hidden, streamed[:, -1], rtol=0, atol=1e-10)
     assert np.abs(chunked.held.hidden - whole.held.hidden).max() > 1e-6
 
 

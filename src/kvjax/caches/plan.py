@@ -169,7 +169,7 @@ class CachePlan:
 
     def init(self, shape: CacheShape) -> Cache:
         """An empty cache for every layer."""
-        layers = tuple(spec.init(each) for spec, each in self._each(shape))
+        layers = tuple(spec.init(each) for spec, each in self.each(shape))
         return Cache(layers, jnp.zeros((shape.batch,), jnp.int32), self, shape)
 
     def init_carry(self, shape: CacheShape) -> Any:
@@ -190,7 +190,7 @@ class CachePlan:
 
     def logical_axes(self, shape: CacheShape) -> Any:
         """The tree of `init(shape).layers`, leaves PartitionSpecs of logical axis names."""
-        return tuple(spec.logical_axes(each) for spec, each in self._each(shape))
+        return tuple(spec.logical_axes(each) for spec, each in self.each(shape))
 
     def shardings(self, shape: CacheShape, mesh: Mesh, replicate: tuple[str, ...] = ()) -> Any:
         """The tree of `init(shape).layers`, leaves NamedShardings; `replicate` names logical axes kept whole.
@@ -325,7 +325,7 @@ class CachePlan:
             where.setdefault((spec, self.model.window(i)), []).append(i)
         return where
 
-    def _each(self, shape: CacheShape) -> list[tuple[CacheSpec, CacheShape]]:
+    def each(self, shape: CacheShape) -> list[tuple[CacheSpec, CacheShape]]:
         """The spec of every layer, and the shape with the layer's sliding window."""
         windows = map(self.model.window, range(len(self.specs)))
         shapes = (dataclasses.replace(shape, window=window) for window in windows)

@@ -22,18 +22,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax import hosts
-from kvjax.caches.base import CacheShape, CacheSpec
+from kvjax.caches.base import CacheSpec
 from kvjax.caches.plan import CachePlan
 from kvjax.calibrate.bases import load_bases
 from kvjax.checks import check_flag, check_path, check_progress, check_whole
 from kvjax.errors import KvjaxError
-from kvjax.evaluate.perplexity import hidden_states
+from kvjax.evaluate.forward import hidden_states
 from kvjax.evaluate.vocabulary import score_targets
 from kvjax.files import read_json, write_json
 from kvjax.generation.decode import pad
 from kvjax.generation.generate import generate
-from kvjax.mesh import BATCH, Layout, fetch
-from kvjax.models.decoder import Decoder
+from kvjax.mesh import fetch
 from kvjax.models.model import Model, check_model
 from kvjax.models.tokenizer import Tokenizer
 
@@ -176,13 +175,10 @@ class Answers:
         tokens, lengths = pad(_filled(inputs, self.batch), size)
         if self._bases is None:
             self._bases = load_bases(model, self.plan)
-        shape = model.cache_shape(self.batch, size)
         room = 1 << (count - 1).bit_length()
         places = [jnp.asarray(np.pad(a, (0, room - count)), jnp.int32) for a in (rows, columns, targets)]
         with model.layout.entered():
-            hidden = _hidden(
-                Decoder(model.config), self.plan, shape, model.layout, model.params, self._bases, tokens, lengths
-            )
+            hidden = hidden_states(model, self.plan, tokens, self.plan.stream_chunk, "exact", lengths, self._bases)
             nll, greedy = _score_places(hidden, model.head, *places)
         return fetch(nll)[:count].astype(np.float64), fetch(greedy)[:count]
 
@@ -255,22 +251,6 @@ class Answers:
             if any(key not in self._kept.found for unit in group for key in keys(unit)):
                 self._kept.add(answer(group, start))
             self._progress(start + len(group), len(units))
-
-
-@functools.partial(jax.jit, static_argnames=("decoder", "plan", "shape", "layout"))
-def _hidden(
-    decoder: Decoder,
-    plan: CachePlan,
-    shape: CacheShape,
-    layout: Layout,
-    params: Any,
-    bases: Any,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
-) -> Float[Array, "B T D"]:
-    cache = plan.init(shape)
-    cache, tokens = layout.constrain(cache, cache.axes()), layout.constrain(tokens, BATCH)
-    return hidden_states(decoder, params, tokens, cache, plan.stream_chunk, "exact", lengths, bases)
 
 
 @jax.jit

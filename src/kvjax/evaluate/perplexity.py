@@ -11,8 +11,8 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +20,21 @@ import numpy as np
 import scipy.special
 from jaxtyping import Array, Float, Int
 
-from kvjax.caches.plan import Cache, CachePlan
+from kvjax import records
+from kvjax.caches.plan import CachePlan
 from kvjax.calibrate.bases import check_calibrated, load_bases
 from kvjax.checks import check_whole, show
 from kvjax.errors import KvjaxError
 from kvjax.evaluate import vocabulary
-from kvjax.mesh import BATCH, fetch
+from kvjax.evaluate.forward import hidden_states
+from kvjax.mesh import fetch
 from kvjax.models.decoder import Decoder
 from kvjax.models.model import Model
 from kvjax.models.nonfinite import find_first_nonfinite
 
 PROTOCOLS = ("streaming", "decode", "parallel")
+T = TypeVar("T")
+_compile_seconds = functools.cache(records.CompileSeconds)  # one clock for all scorers
 
 
 def cut_windows(
@@ -75,38 +79,8 @@ class Timing:
         return Timing(self.seconds + other.seconds, self.compile_seconds + other.compile_seconds)
 
 
-def hidden_states(
-    decoder: Decoder,
-    params: Any,
-    tokens: Int[Array, "B N"],
-    cache: Cache,
-    chunk: int,
-    read: str,
-    lengths: Int[Array, "B"] | None = None,
-    bases: Any = None,
-) -> Float[Array, "B N D"]:
-    """Final hidden states of all tokens, fed `chunk` at a time; of sequence b the first `lengths[b]` are real."""
-    batch, count = tokens.shape
-    total = jnp.full((batch,), count) if lengths is None else lengths
-    steps = -(-count // chunk)
-    padded = jnp.pad(tokens, ((0, 0), (0, steps * chunk - count)))
-
-    def step(cache: Cache, x: tuple[Array, Array]):
-        piece, start = x
-        real = jnp.clip(total - start, 0, chunk).astype(jnp.int32)
-        hidden, stored = decoder.apply({"params": params}, piece, cache, real, read, bases)
-        return stored, hidden
-
-    pieces = padded.reshape(batch, steps, chunk).swapaxes(0, 1)
-    starts = jnp.arange(steps) * chunk
-    if steps == 1:
-        return step(cache, (pieces[0], starts[0]))[1][:, :count]
-    _, hidden = jax.lax.scan(step, cache, (pieces, starts))
-    return hidden.swapaxes(0, 1).reshape(batch, steps * chunk, -1)[:, :count]
-
-
 class Scorer:
-    """Scores plans on batches of windows of one size, each program compiled once.
+    """Scores plans on batches of windows of one size. Layers that are alike share programs, of all plans.
 
     Attributes:
       batch: windows that are scored together.
@@ -124,7 +98,6 @@ class Scorer:
         self.batch = devices * min(-(-windows // devices), 1 if protocol == "parallel" else 4)
         self.shape = model.cache_shape(self.batch, context)
         self._decoder = Decoder(model.config)
-        self._compiled: dict[Any, Any] = {}
         self._loaded: dict[CachePlan, Any] = {}
 
     def check(self, plan: CachePlan) -> None:
@@ -148,16 +121,16 @@ class Scorer:
           KvjaxError: the logits are not finite; it names the first token and layer.
         """
         count = len(windows)
-        tokens = jnp.asarray(np.pad(windows, ((0, self.batch - count), (0, 0)), mode="edge"), jnp.int32)
-        hidden, timing = self._hidden(plan, tokens)
+        tokens = np.pad(windows, ((0, self.batch - count), (0, 0)), mode="edge").astype(np.int32)
+        hidden, timing = self._timed(self._hidden, plan, tokens)
         scored = hidden[:, :-1].reshape(-1, hidden.shape[-1])
         targets = tokens[:, 1:].reshape(-1)
         head = self.model.head
         if dense is None:
-            (scores, dense), more = self._call("dense", vocabulary.dense_run, scored, head, targets)
+            (scores, dense), more = self._timed(vocabulary.dense_run, scored, head, targets)
         else:
             full = jax.tree.map(lambda a: np.pad(a, _pad_rows(a, len(targets)), mode="edge"), dense)
-            scores, more = self._call("compare", vocabulary.compare, scored, head, targets, full)
+            scores, more = self._timed(vocabulary.compare, scored, head, targets, full)
         rows = count * (windows.shape[1] - 1)
         scores = jax.tree.map(lambda a: fetch(a).astype(np.float64)[:rows].reshape(count, -1), scores)
         if not np.isfinite([scores.nll, scores.kld]).all():
@@ -170,26 +143,20 @@ class Scorer:
         chunk = {"parallel": count, "decode": 1, "streaming": plan.stream_chunk}[self.protocol]
         return chunk, "stored" if self.protocol == "parallel" else "exact"
 
-    def _explain_nonfinite(self, plan: CachePlan, tokens: Int[Array, "B N"]) -> str:
+    def _explain_nonfinite(self, plan: CachePlan, tokens: Int[np.ndarray, "B N"]) -> str:
         """The windows again, with every layer looked at."""
         batch, count = tokens.shape
         chunk, read = self._protocol(plan, count)
-        pieces = (tokens[:, i : i + chunk] for i in range(0, count, chunk))
+        pieces = (jnp.asarray(tokens[:, i : i + chunk]) for i in range(0, count, chunk))
         chunks = ((piece, jnp.full((batch,), piece.shape[1], jnp.int32)) for piece in pieces)
         bases = self._bases(plan)
         with self.model.layout.entered():
             fault = find_first_nonfinite(self._decoder, self.model.params, plan.init(self.shape), chunks, read, bases)
         return str(fault) if fault else "every layer is finite, the head is not"
 
-    def _hidden(self, plan: CachePlan, tokens: Int[Array, "B N"]) -> tuple[Float[Array, "B N D"], Timing]:
+    def _hidden(self, plan: CachePlan, tokens: Int[np.ndarray, "B N"]) -> Float[Array, "B N D"]:
         chunk, read = self._protocol(plan, tokens.shape[1])
-
-        def hidden(params, tokens, bases):
-            layout, cache = self.model.layout, plan.init(self.shape)
-            cache, tokens = layout.constrain(cache, cache.axes()), layout.constrain(tokens, BATCH)
-            return hidden_states(self._decoder, params, tokens, cache, chunk, read, bases=bases)
-
-        return self._call(plan, hidden, self.model.params, tokens, self._bases(plan))
+        return hidden_states(self.model, plan, tokens, chunk, read, bases=self._bases(plan))
 
     def _bases(self, plan: CachePlan) -> Any:
         """The plan's bases, read once for all its windows."""
@@ -197,18 +164,16 @@ class Scorer:
             self._loaded[plan] = load_bases(self.model, plan)
         return self._loaded[plan]
 
-    def _call(self, key: Any, function, *args) -> tuple[Any, Timing]:
-        start = time.perf_counter()
+    def _timed(self, function: Callable[..., T], *args: Any) -> tuple[T, Timing]:
+        """What a function gives when it has ended, and the seconds that it ran and compiled."""
+        start, compiled = time.perf_counter(), _compile_seconds().total()
         with self.model.layout.entered():
-            if key not in self._compiled:
-                self._compiled[key] = jax.jit(function).lower(*args).compile()
-            compiled = time.perf_counter()
-            out = jax.block_until_ready(self._compiled[key](*args))
-        return out, Timing(time.perf_counter() - compiled, compiled - start)
+            out = jax.block_until_ready(function(*args))
+        compiling = _compile_seconds().total() - compiled
+        return out, Timing(time.perf_counter() - start - compiling, compiling)
 
     def forget(self, plan: CachePlan) -> None:
-        """Drops a plan's program and bases, so that memory does not grow with the number of plans."""
-        self._compiled.pop(plan, None)
+        """Drops a plan's bases, so that memory does not grow with the number of plans."""
         self._loaded.pop(plan, None)
 
 

@@ -47,6 +47,7 @@ class TokenScores:
     agree: Float[Array, "N"]
 
 
+@jax.jit
 def dense_run(
     hidden: Float[Array, "N D"], head: Float[Array, "V D"], targets: Int[Array, "N"]
 ) -> tuple[TokenScores, DenseRun]:
@@ -70,6 +71,7 @@ def dense_run(
     return _by_rows(rows, hidden, targets)
 
 
+@jax.jit
 def compare(
     hidden: Float[Array, "N D"], head: Float[Array, "V D"], targets: Int[Array, "N"], dense: DenseRun
 ) -> TokenScores:

@@ -10,18 +10,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import config_dict
 
 from kvjax import records
-from kvjax.caches.base import CacheShape
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
-from kvjax.calibrate.bases import load_bases
 from kvjax.checkpoints.load import load
 from kvjax.checks import check_whole
-from kvjax.evaluate.perplexity import cut_windows, hidden_states
+from kvjax.evaluate.forward import hidden_states
+from kvjax.evaluate.perplexity import cut_windows
 from kvjax.evaluate.text import load_text
 from kvjax.experiments import program
 from kvjax.models.decoder import Decoder
@@ -52,15 +50,8 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
 
 
 def _logits(model: Model, plan: CachePlan, tokens: np.ndarray, chunk: int) -> np.ndarray:
-    decoder, shape = Decoder(model.config), CacheShape.of(model.config, 1, tokens.shape[1], model.dtype)
-
-    @jax.jit
-    def run(params, bases):
-        ids = jnp.asarray(tokens, jnp.int32)
-        hidden = hidden_states(decoder, params, ids, plan.init(shape), chunk, "exact", bases=bases)
-        return decoder.apply({"params": params}, hidden, method="logits")
-
-    return np.asarray(run(model.params, load_bases(model, plan)))
+    hidden = hidden_states(model, plan, tokens, chunk)
+    return np.asarray(Decoder(model.config).apply({"params": model.params}, hidden, method="logits"))
 
 
 if __name__ == "__main__":

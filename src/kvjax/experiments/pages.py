@@ -181,8 +181,30 @@ def _by_condition(rows: list[Row], header: Sequence[str], line: Callable[[Row], 
 
 
 def at_equal_conditions(rows: list[Row]) -> str:
-    """Families of caches under the same conditions."""
-    return _by_condition(rows, quality.HEADER, quality.line)
+    """Families of caches under the same conditions: a table a text, a line a form, its KL at each width."""
+    parts = [describe_source(rows)]
+    for text in dict.fromkeys(row["text"] for row in rows):
+        own = [row for row in rows if row["text"] == text]
+        columns = list(dict.fromkeys((row["condition"], row["protocol"], row["bits"]) for row in own))
+        cells = {(row["family"], row["form"], row["condition"], row["bits"]): _beside_plain(row) for row in own}
+        forms = dict.fromkeys((row["family"], row["form"]) for row in own)
+        lines = [
+            [f"{family}: `{form}`" if form else family, *(cells.get((family, form, c, b), "") for c, _, b in columns)]
+            for family, form in forms
+        ]
+        header = ("family and form", *(f"{condition}, {bits} bits" for condition, _, bits in columns))
+        protocols = ", ".join(dict.fromkeys(f"{condition} {protocol}" for condition, protocol, _ in columns))
+        title = f"KL on {text}, {own[0]['windows']} windows of {own[0]['context']} tokens ({protocols}):"
+        parts += [title, table(header, lines)]
+    return "\n\n".join(parts)
+
+
+def _beside_plain(row: Row) -> str:
+    """KL, and how many times its plain form's; with a star where the interval of their difference leaves out 0."""
+    if row["cache"] == row["plain"]:
+        return f"{row['kld']:.4f}"
+    told = "*" if abs(row["kld_less_plain"]) > row["kld_less_plain_ci95"] else ""
+    return f"{row['kld']:.4f} (× {row['kld_over_plain']:.2f}{told})"
 
 
 CONTEXTS = ("1024", "8192", "131072")

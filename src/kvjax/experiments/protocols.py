@@ -14,20 +14,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 from ml_collections import config_dict
 
 from kvjax import records
-from kvjax.caches.base import CacheShape
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
-from kvjax.calibrate.bases import load_bases
 from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
-from kvjax.evaluate.perplexity import cut_windows, hidden_states
+from kvjax.evaluate.forward import hidden_states
+from kvjax.evaluate.perplexity import cut_windows
 from kvjax.evaluate.text import load_text
 from kvjax.experiments import program
 from kvjax.models.decoder import Decoder
 from kvjax.models.model import Model
+from kvjax.models.params import Params
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
@@ -68,24 +69,23 @@ def _lengths(text: str) -> np.ndarray:
 
 def _difference(model: Model, plan: CachePlan, windows: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
     """nll of streaming less nll of decode, of the first `lengths[b]` tokens of window b."""
-    decoder, tokens = Decoder(model.config), jnp.asarray(windows, jnp.int32)
-    shape = CacheShape.of(model.config, len(windows), windows.shape[1], model.dtype)
 
-    @functools.partial(jax.jit, static_argnums=2)
-    def nll(params, bases, chunk):
-        cache = plan.init(shape)
-        hidden = hidden_states(decoder, params, tokens, cache, chunk, "exact", jnp.asarray(lengths), bases)
-        logits = jnp.asarray(decoder.apply({"params": params}, hidden[:, :-1], method="logits"))
-        picked = jnp.take_along_axis(logits, tokens[:, 1:, None], 2)[..., 0]
-        return jax.nn.logsumexp(logits, -1) - picked
+    def nll(chunk: int) -> Array:
+        hidden = hidden_states(model, plan, windows, chunk, lengths=lengths)
+        return _nll(Decoder(model.config), model.params, hidden[:, :-1], windows[:, 1:])
 
-    bases = load_bases(model, plan)
     real = np.arange(1, lengths.max()) < lengths[:, None]
-    streaming, decode = (np.asarray(nll(model.params, bases, chunk))[real] for chunk in (plan.stream_chunk, 1))
+    streaming, decode = (np.asarray(nll(chunk))[real] for chunk in (plan.stream_chunk, 1))
     return {
         "max_difference": float(np.abs(streaming - decode).max()),
         "mean_nll_difference": float(streaming.mean() - decode.mean()),
     }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _nll(decoder: Decoder, params: Params, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]) -> Array:
+    logits = jnp.asarray(decoder.apply({"params": params}, hidden, method="logits"))
+    return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[..., None], 2)[..., 0]
 
 
 if __name__ == "__main__":

@@ -266,32 +266,43 @@ def run_layer(
     config: ModelConfig,
     layer: int,
     params: Weights,
-    h: Float[Array, "1 N D"],
+    h: Float[Array, "B T D"],
     bases: Any,
     cache: Attends,
     carry: Any,
-) -> tuple[Float[Array, "1 N D"], Any, Any]:
-    """Runs one layer over a whole window.
+    *,
+    stored: Int[Array, "B"] | None = None,
+    lengths: Int[Array, "B"] | None = None,
+    max_len: int | None = None,
+    read: str = "exact",
+) -> tuple[Float[Array, "B T D"], Any, Any]:
+    """Runs one layer alone; a whole window where only its input is given.
 
     Args:
       config: config of the model.
       layer: index of the layer.
       params: parameters of the layer.
-      h: input of the layer, for N tokens.
+      h: input of the layer, for T tokens.
       bases: what the layer's spec computed once per model.
-      cache: any empty cache.
+      cache: the layer's cache.
       carry: what runs across the layers.
+      stored: tokens of each sequence that the cache holds; 0 where None.
+      lengths: real tokens per sequence; all T where None.
+      max_len: tokens that a sequence has room for; T where None.
+      read: as in `Decoder.__call__`.
 
     Returns:
-      The output, the cache with the window in it, and the carry for the next layer.
+      The output, the cache with the tokens in it, and the carry for the next layer.
     """
-    count = h.shape[1]
+    batch, count = h.shape[:2]
     positions = jnp.arange(count, dtype=jnp.int32)[None]
+    if stored is not None:
+        positions = stored[:, None] + positions
     module: Any = layer_of(config, layer)
-    rope = make_rope(module.rope, config.head_dim, count)
-    lengths = jnp.full((1,), count, jnp.int32)
+    rope = make_rope(module.rope, config.head_dim, count if max_len is None else max_len)
+    lengths = jnp.full((batch,), count, jnp.int32) if lengths is None else lengths
     rotation = rope.table(positions, h.dtype)
-    return module.apply({"params": params}, h, positions, lengths, rope, rotation, bases, cache, carry, "exact")
+    return module.apply({"params": params}, h, positions, lengths, rope, rotation, bases, cache, carry, read)
 
 
 class Decoder(nn.Module):

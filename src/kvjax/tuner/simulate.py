@@ -105,8 +105,6 @@ def _hand_on(config, layer, form, shape, params, h, carry, levels, bases):
 
 
 _final_states = jax.jit(final_states, static_argnums=0)
-_compare = jax.jit(vocabulary.compare)
-_dense_run = jax.jit(vocabulary.dense_run)
 
 
 @dataclasses.dataclass
@@ -209,7 +207,7 @@ class Simulator:
         """Returns the dense run of the tokens of a window that are scored."""
         with self.model.layout.entered():
             while len(self._dense) <= window:
-                self._dense.append(_dense_run(*self._scored(self.dense_plan, len(self._dense)))[1])
+                self._dense.append(vocabulary.dense_run(*self._scored(self.dense_plan, len(self._dense)))[1])
         return self._dense[window]
 
     def bases(self, spec: CacheSpec) -> tuple[Any, ...]:
@@ -220,7 +218,7 @@ class Simulator:
         return self._bases[spec.bases_key]
 
     def _score(self, plan: CachePlan, window: int, start: Trace | None) -> vocabulary.TokenScores:
-        return _compare(*self._scored(plan, window, start), self.dense(window))
+        return vocabulary.compare(*self._scored(plan, window, start), self.dense(window))
 
     def _scored(self, plan: CachePlan, window: int, start: Trace | None = None) -> tuple[Array, Array, Array]:
         """Returns final hidden states, the head and the targets of a window."""
