@@ -86,6 +86,27 @@ def test_models_stand_beside_one_another() -> None:
     assert x == f"| `x4` |  |  |  |  |{cells}"
 
 
+def test_forms_stand_beside_their_plain_one() -> None:
+    """A star only where the interval of the difference leaves out 0; what was not run is an empty cell."""
+    shared = row("a") | {"text": "demo", "windows": 4, "context": 64, "family": "KIVI", "plain": "k4v4@kivi"}
+    shared |= {"condition": "exact", "protocol": "streaming", "bits": 4, "kld": 0.1}
+    told = {"kld_over_plain": 0.5, "kld_less_plain": -0.1, "kld_less_plain_ci95": 0.02}
+    rows = [
+        shared | {"form": "", "cache": "k4v4@kivi"},
+        shared | {"form": "fit=keys", "cache": "k4v4@kivi(fit=keys)", "kld": 0.05} | told,
+        shared
+        | {"form": "fit=mse", "cache": "k4v4@kivi(fit=mse)", "kld": 0.05}
+        | told
+        | {"kld_less_plain_ci95": 0.2},
+        shared | {"form": "", "cache": "k2v2@kivi", "plain": "k2v2@kivi", "bits": 2, "kld": 0.7},
+    ]
+    *_, header, _, plain, keys, mse = pages.at_equal_conditions(rows).splitlines()
+    assert header == "| family and form | exact, 4 bits | exact, 2 bits |"
+    assert plain == "| KIVI | 0.1000 | 0.7000 |"
+    assert keys == "| KIVI: `fit=keys` | 0.0500 (× 0.50*) |  |"
+    assert mse == "| KIVI: `fit=mse` | 0.0500 (× 0.50) |  |"
+
+
 def test_a_page_of_a_method_has_its_rows_alone() -> None:
     figures = {"bits_asymptotic": 4.25, "kld": 0.1, "top1": 0.9, "nll": 3.0, "text": "wikitext-2"}
     names = [("dense", "float32"), ("x4@latent", "float32"), ("xcl4@latent", "float32"), ("x4@latent", "float64")]

@@ -1,7 +1,7 @@
 """Final hidden states of texts, a layer at a time: one small program serves all layers that are alike, of all plans.
 
-Generation compiles the layers of a plan as one program. A score runs once, so that here compiling would take longer
-than running (docs/decisions.md).
+Generation compiles a plan's layers as one program, because it runs many times. A score runs once: one program would
+take longer to compile than to run (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def hidden_states(
     tokens = np.pad(np.asarray(tokens, np.int32), ((0, 0), (0, steps * chunk - count)))
     total = np.full(batch, count, np.int32) if lengths is None else np.asarray(lengths, np.int32)
     bases = load_bases(model, plan) if bases is None else bases
-    shape = model.cache_shape(batch, count)
+    shape, alike = model.cache_shape(batch, count), [first_alike(config, i) for i in range(config.layers)]
     with layout.entered():
         caches = [_empty_cache(spec, own, layout) for spec, own in plan.each(shape)]
         hidden = _empty_hidden(tokens.shape, config.model_dim, model.dtype, layout)
@@ -58,7 +58,7 @@ def hidden_states(
             carry = _empty_carry(plan, shape)
             stored, real = np.minimum(start, total), np.clip(total - start, 0, chunk)
             for i, cache in enumerate(caches):
-                statics = config, first_alike(config, i), read, count, layout
+                statics = config, alike[i], read, count, layout
                 h, caches[i], carry = _step(*statics, params[f"layer_{i}"], h, stored, real, bases[i], cache, carry)
             hidden = _keep(config, params["norm"], hidden, h, start)
         return hidden[:, :count]

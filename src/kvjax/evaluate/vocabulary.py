@@ -98,6 +98,7 @@ def compare(
     return _by_rows(rows, hidden, targets, dense)
 
 
+@jax.jit
 def score_targets(
     hidden: Float[Array, "N D"], head: Float[Array, "V D"], targets: Int[Array, "N"]
 ) -> tuple[Float[Array, "N"], Bool[Array, "N"]]:

@@ -168,18 +168,6 @@ def only(render: Callable[[list[Row]], str], *patterns: str, **fields: str) -> C
     return rendered
 
 
-def _by_condition(rows: list[Row], header: Sequence[str], line: Callable[[Row], list[str]]) -> str:
-    """A table for each text and condition."""
-    parts = [describe_source(rows)]
-    for text, condition in dict.fromkeys((row["text"], row["condition"]) for row in rows):
-        own = [row for row in rows if (row["text"], row["condition"]) == (text, condition)]
-        title = (
-            f"{text}, {condition} ({own[0]['protocol']}), {own[0]['windows']} windows of {own[0]['context']} tokens:"
-        )
-        parts += [title, table(header, list(map(line, own)))]
-    return "\n\n".join(parts)
-
-
 def at_equal_conditions(rows: list[Row]) -> str:
     """Families of caches under the same conditions: a table a text, a line a form, its KL at each width."""
     parts = [describe_source(rows)]
@@ -200,7 +188,7 @@ def at_equal_conditions(rows: list[Row]) -> str:
 
 
 def _beside_plain(row: Row) -> str:
-    """KL, and how many times its plain form's; with a star where the interval of their difference leaves out 0."""
+    """KL, and how many times that of the plain form; a star where the interval of their difference leaves out 0."""
     if row["cache"] == row["plain"]:
         return f"{row['kld']:.4f}"
     told = "*" if abs(row["kld_less_plain"]) > row["kld_less_plain_ci95"] else ""
@@ -218,7 +206,14 @@ def frontier(rows: list[Row]) -> str:
         name, _, _, *figures = quality.line(row)
         return [name, *(f"{row[f'bits_{each}']:.2f}" for each in CONTEXTS), *figures]
 
-    return _by_condition(rows, header, line)
+    parts = [describe_source(rows)]
+    for text, condition in dict.fromkeys((row["text"], row["condition"]) for row in rows):
+        own = [row for row in rows if (row["text"], row["condition"]) == (text, condition)]
+        title = (
+            f"{text}, {condition} ({own[0]['protocol']}), {own[0]['windows']} windows of {own[0]['context']} tokens:"
+        )
+        parts += [title, table(header, list(map(line, own)))]
+    return "\n\n".join(parts)
 
 
 def adapters(rows: list[Row]) -> str:

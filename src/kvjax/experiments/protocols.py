@@ -8,13 +8,12 @@ DIR/protocols.jsonl, what is there already left out.
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from ml_collections import config_dict
 
 from kvjax import records
@@ -25,10 +24,9 @@ from kvjax.errors import KvjaxError
 from kvjax.evaluate.forward import hidden_states
 from kvjax.evaluate.perplexity import cut_windows
 from kvjax.evaluate.text import load_text
+from kvjax.evaluate.vocabulary import score_targets
 from kvjax.experiments import program
-from kvjax.models.decoder import Decoder
 from kvjax.models.model import Model
-from kvjax.models.params import Params
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
@@ -70,9 +68,11 @@ def _lengths(text: str) -> np.ndarray:
 def _difference(model: Model, plan: CachePlan, windows: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
     """nll of streaming less nll of decode, of the first `lengths[b]` tokens of window b."""
 
-    def nll(chunk: int) -> Array:
+    def nll(chunk: int) -> Float[Array, "B T"]:
         hidden = hidden_states(model, plan, windows, chunk, lengths=lengths)
-        return _nll(Decoder(model.config), model.params, hidden[:, :-1], windows[:, 1:])
+        targets = jnp.asarray(windows[:, 1:], jnp.int32)
+        values, _ = score_targets(hidden[:, :-1].reshape(-1, hidden.shape[-1]), model.head, targets.reshape(-1))
+        return values.reshape(targets.shape)
 
     real = np.arange(1, lengths.max()) < lengths[:, None]
     streaming, decode = (np.asarray(nll(chunk))[real] for chunk in (plan.stream_chunk, 1))
@@ -80,12 +80,6 @@ def _difference(model: Model, plan: CachePlan, windows: np.ndarray, lengths: np.
         "max_difference": float(np.abs(streaming - decode).max()),
         "mean_nll_difference": float(streaming.mean() - decode.mean()),
     }
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _nll(decoder: Decoder, params: Params, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]) -> Array:
-    logits = jnp.asarray(decoder.apply({"params": params}, hidden, method="logits"))
-    return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[..., None], 2)[..., 0]
 
 
 if __name__ == "__main__":
