@@ -343,6 +343,25 @@ def lossless(rows: list[Row]) -> str:
     return table(("search", "nominal bits", "with scales"), lines)
 
 
+def by_head(rows: list[Row]) -> str:
+    """KL of plans with a pair for each layer, and with one for each kv head, and of the best uniform pair."""
+    found = {(row["text"], row["budget"], row["search"]): row for row in rows if row["kind"] == "searched"}
+    lines = []
+    for text, budget, name in found:
+        mode, _, by = name.partition(", ")
+        if by == "by layer":
+            both = [found[text, budget, f"{mode}, {by}"] for by in ("by layer", "by head")]
+            uniform = plans.best_uniform(rows, both[0])
+            figures = [f"{row['kld']:.4f} ± {row['kld_se']:.4f}" for row in both]
+            ratio = f"{both[1]['kld'] / both[0]['kld']:.2f}"
+            lines.append([text, mode, f"{budget:g}", f"{uniform['kld']:.4f}" if uniform else "", *figures, ratio])
+    header = ("judged on", "mode", "bits", "KL, best uniform", "KL, by layer", "KL, by head", "ratio")
+    said = (
+        f"Calibrated on {rows[0]['calibrated_on']}, judged on {rows[0]['windows']} × {rows[0]['context']} tokens of"
+    )
+    return f"{describe_source(rows)} {said} each text; ± one standard error.\n\n{table(header, lines)}"
+
+
 def ops(rows: list[Row]) -> str:
     """Attention alone: every way to do it, at every length."""
     rows = [row for row in rows if row["part"] == "op"]
@@ -579,6 +598,7 @@ TABLES: dict[str, Tables] = {
     "docs/tuning.md": {
         "predictors": ("sensitivity.jsonl", predictors),
         "plans": ("plans-pairs.jsonl", searched),
+        "heads": ("plans-heads.jsonl", by_head),
         "families": ("plans-families.jsonl", searched),
         "searches": ("searches.jsonl", searches),
         "search-speed": ("search_speed.jsonl", search_speed),
