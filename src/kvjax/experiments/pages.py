@@ -356,10 +356,7 @@ def by_head(rows: list[Row]) -> str:
             ratio = f"{both[1]['kld'] / both[0]['kld']:.2f}"
             lines.append([text, mode, f"{budget:g}", f"{uniform['kld']:.4f}" if uniform else "", *figures, ratio])
     header = ("judged on", "mode", "bits", "KL, best uniform", "KL, by layer", "KL, by head", "ratio")
-    said = (
-        f"Calibrated on {rows[0]['calibrated_on']}, judged on {rows[0]['windows']} × {rows[0]['context']} tokens of"
-    )
-    return f"{describe_source(rows)} {said} each text; ± one standard error.\n\n{table(header, lines)}"
+    return f"{describe_source(rows)} {_calibration(rows)} ± one standard error.\n\n{table(header, lines)}"
 
 
 def ops(rows: list[Row]) -> str:
