@@ -327,7 +327,7 @@ def judged(rows: list[Row]) -> str:
 
 
 def searched(rows: list[Row]) -> str:
-    least = "Nearly lossless, KL ≤ .01 and nll + 1 % at most, on both texts: the fewest bits of these budgets."
+    least = "Nearly lossless, KL ≤ .01 and nll + 1 % at most, on every judged text: the fewest bits of these budgets."
     return f"{judged(rows)}\n\n{least}\n\n{lossless(rows)}"
 
 
