@@ -112,7 +112,8 @@ def test_aliases_set_fields_and_may_be_changed() -> None:
         (
             "noisy",
             "expected dense, k{key_bits}v{value_bits}, kr{key_bits}v{value_bits}, omni{key_bits}v{value_bits}, "
-            "x{bits}, xcl{bits}, xclr{bits}, kfp{key_bits}vfp{value_bits}, fp8, nvfp4, tq{key_bits}v{value_bits}, "
+            "k{b}v{b}/k{b}v{b}, x{bits}, xcl{bits}, xclr{bits}, kfp{key_bits}vfp{value_bits}, fp8, nvfp4, "
+            "tq{key_bits}v{value_bits}, "
             "oscar{bits}, kvarn{key_bits}v{value_bits}, gear{bits}, kvquant{bits}, aqua{bits}, noise{ratio}, "
             "quiet{ratio}",
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
+from kvjax.caches.base import ModelSizes
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import read_config
 from kvjax.experiments import command, dry_run, help, program
@@ -60,7 +62,7 @@ def test_every_name_of_a_list_is_taken(capsys: pytest.CaptureFixture[str]) -> No
     for kind in command.LISTS:
         command.main(["list", kind])
         assert capsys.readouterr().out.startswith(f"{kind}:\n")
-    model = read_config(MODEL)
+    model = dataclasses.replace(ModelSizes.of(read_config(MODEL)), kv_heads=2)  # one example names two
     for name, _ in command.LISTS["methods"]():
         CachePlan.parse(name, model)
     for name, _ in command.LISTS["models"]():

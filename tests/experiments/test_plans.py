@@ -33,7 +33,7 @@ def config(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> config_di
     calibrated, judged = (write_text(folder / f"{seed}.txt", seed) for seed in range(2))
     config = get_config()
     config.update(SIZES, model=str(goldens / "llama-linear"), text=str(calibrated), judged_on=str(judged))
-    config.searches = config_dict.ConfigDict({"token": "k8v8@token,k2v2@token"})
+    config.searches = config_dict.ConfigDict({"token": {"candidates": "k8v8@token,k2v2@token"}})
     return config
 
 

@@ -37,6 +37,7 @@ CASES = [  # 3 layers with a window of 12; 2, the second windowed; 2; 2
     (WINDOWED, "0:k2v3@kivi(group=8,sink=3,fit=keys);1:k3v2@token(fit=mse);2:x2@latent(group=8,fit=mse)"),
     (BIASED, "0:k2v3@kivi(group=8,rotate=hadamard,center=bias);1:k3v2@token(rope=pre,rotate=hadamard,center=bias)"),
     (MHA, "0:x4;1:x4@latent(group=16)"),
+    (WINDOWED, "0-1:k2v3/k4v2@kivi(group=8,sink=3);2:k3v2/k2v16@token"),
 ]
 
 

@@ -235,6 +235,11 @@ class CacheSpec(abc.ABC):
         """Canonical name: parses back to this spec."""
         return fields.to_text(self)
 
+    @property
+    def short_text(self) -> str:
+        """The name with the fewest fields that parses back to this spec."""
+        return fields.short_text(self)
+
     # ---- what the method promises, see the module's first lines
 
     @property

@@ -1,6 +1,7 @@
 """The text of plans: methods with their modes and fields, layers, lists.
 
     dense   k8v4   k4v2@token   k4v4@kivi(group=64,residual=128,sink=4)     one method for all layers
+    k8v4/k4v2/k4v2@kivi                                                     a pair for each kv head
     0:k8v8;1-2+29:k4v4;3-28:k4v2@kivi                                       per layer; gaps and overlaps are errors
     sliding:dense;full:k4v2                                                 by whether a layer has a sliding window
     path/plan.yaml   PRESET.yaml@token                                      a file: ours, or one of KVTuner's presets
@@ -19,7 +20,7 @@ from types import MappingProxyType
 from kvjax.errors import KvjaxError
 
 NO_KINDS: Mapping[str, list[int]] = MappingProxyType({})
-_METHOD = re.compile(r"(?P<name>[\w.]+)(?:@(?P<mode>\w+))?(?:\((?P<fields>[^()]*)\))?")
+_METHOD = re.compile(r"(?P<name>[\w./]+)(?:@(?P<mode>\w+))?(?:\((?P<fields>[^()]*)\))?")
 
 
 def parse_name(text: str) -> tuple[str, str | None, dict[str, str]] | None:

@@ -1,7 +1,8 @@
 """Plans by file and by name.
 
-In files `{plan: text, card: ...}` is ours; KVTuner's presets have {layer: {nbits_key, nbits_value}}. What KVTuner
-ships has names: `kvtuner:llama-3.1-8b-instruct-3.25` is the model and the mean bits.
+In files `{plan: text, card: ...}` is ours; KVTuner's presets have {layer: {nbits_key, nbits_value}}, or
+{layer: {kv head: {nbits_key, nbits_value}}}. What KVTuner ships has names: `kvtuner:llama-3.1-8b-instruct-3.25` is
+the model and the mean bits.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import yaml
 
 from kvjax.caches.base import CacheSpec
 from kvjax.caches.grammar import parse_fields, split_layers
+from kvjax.caches.heads import BETWEEN, PerHead
 from kvjax.caches.kv import KV
 from kvjax.errors import KvjaxError
 
 _MODE = r"(?:@(?P<mode>\w+)(?:\((?P<fields>[^()]*)\))?)?"
 FILE = re.compile(rf"(?P<path>.+\.ya?ml){_MODE}")
 SHIPPED = re.compile(rf"kvtuner:(?P<name>[\w.-]*){_MODE}")
-_FORMS = "expected {layer: {nbits_key, nbits_value}} for every layer, or {plan: text}"
+_FORMS = "expected {layer: {nbits_key, nbits_value}} for every layer, or such a pair by kv head, or {plan: text}"
 
 
 class _Loader(yaml.SafeLoader):
@@ -117,28 +119,46 @@ def named_plugins(path: Path) -> list[str]:
 def _preset_spec(layer: Any, bits: Any, mode: str, fields: str | None) -> CacheSpec:
     if type(layer) is not int or not 0 <= layer < 10**6:
         raise KvjaxError(f"one of its layers is no number of a layer; {_FORMS}")
-    if not isinstance(bits, dict) or set(bits) != {"nbits_key", "nbits_value"}:
+    if not isinstance(bits, dict) or not bits:
         raise KvjaxError(f"layer {layer}: {_FORMS}")
+    if any(isinstance(head, str) for head in bits):
+        return _pair(_widths(bits, f"layer {layer}"), mode, fields)
+    if {*bits} != {*range(len(bits))}:
+        raise KvjaxError(f"layer {layer}: expected kv heads from 0 on, each once")
+    return _pair(BETWEEN.join(_widths(bits[i], f"layer {layer}, head {i}") for i in range(len(bits))), mode, fields)
+
+
+def _widths(bits: Any, where: str) -> str:
+    """A pair's name, as in k4v2."""
+    if not isinstance(bits, dict) or set(bits) != {"nbits_key", "nbits_value"}:
+        raise KvjaxError(f"{where}: {_FORMS}")
     if any(type(width) is not int or not 0 <= width < 100 for width in bits.values()):
-        raise KvjaxError(f"layer {layer}: expected whole numbers of bits")
-    return _pair(f"k{bits['nbits_key']}v{bits['nbits_value']}", mode, fields)
+        raise KvjaxError(f"{where}: expected whole numbers of bits")
+    return f"k{bits['nbits_key']}v{bits['nbits_value']}"
 
 
 def _pair(bits: str, mode: str, fields: str | None) -> CacheSpec:
-    spec = KV.parse(bits, mode, parse_fields(fields))
+    spec = (PerHead if BETWEEN in bits else KV).parse(bits, mode, parse_fields(fields))
     assert spec is not None
     return spec
 
 
 def to_preset(specs: tuple[CacheSpec, ...]) -> str:
-    """KVTuner's YAML of a plan: bits per layer, without mode and fields.
+    """KVTuner's YAML of a plan: bits per layer, or per layer and kv head where heads differ; no mode and no fields.
 
     Raises:
       KvjaxError: a layer whose cache is not quantised KV.
     """
-    rows: dict[int, dict[str, int]] = {}
+    rows: dict[int, dict[Any, Any]] = {}
     for i, spec in enumerate(specs):
-        if not isinstance(spec, KV):
+        if isinstance(spec, PerHead):
+            rows[i] = {head: _row(pair) for head, pair in enumerate(spec.pairs)}
+        elif isinstance(spec, KV):
+            rows[i] = _row(spec)
+        else:
             raise KvjaxError(f"layer {i} is {spec}; KVTuner's presets hold k{{bits}}v{{bits}} only")
-        rows[i] = {"nbits_key": spec.key_bits, "nbits_value": spec.value_bits}
     return yaml.safe_dump(rows, sort_keys=True)
+
+
+def _row(pair: KV) -> dict[str, int]:
+    return {"nbits_key": pair.key_bits, "nbits_value": pair.value_bits}

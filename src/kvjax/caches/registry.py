@@ -18,6 +18,7 @@ from kvjax.caches.dense import Dense
 from kvjax.caches.floats import FloatKV
 from kvjax.caches.gear import Gear
 from kvjax.caches.grammar import parse_name, split_list
+from kvjax.caches.heads import PerHead
 from kvjax.caches.kv import KV
 from kvjax.caches.kvarn import KVarN
 from kvjax.caches.kvquant import KVQuant
@@ -30,7 +31,7 @@ from kvjax.errors import KvjaxError
 from kvjax.files import brief
 
 BUILT_IN: tuple[type[CacheSpec], ...] = (
-    *(Dense, KV, X, XCL, FloatKV),
+    *(Dense, KV, PerHead, X, XCL, FloatKV),
     *(TurboQuant, Oscar, KVarN, Gear, KVQuant, Aqua),
 )
 GROUP = "kvjax.caches"  # of entry points: each names a CacheSpec class

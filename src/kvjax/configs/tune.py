@@ -22,6 +22,7 @@ def get_config() -> config_dict.ConfigDict:
         budget_of="nominal",  # or asymptotic (with scales), real (all that is allocated)
         budget_context=4096,  # tokens that real bits are of
         method="knapsack",  # or nsga2, refine (the knapsack's plans of each method and of all, made better)
+        by="layer",  # what chooses its candidate; head adds a plan with a choice for each kv head
         error="predicted",  # of single layers, for the knapsack: or kld (measured, slower), e_o
         prune="kl",  # candidates of a layer, for nsga2: the front of bits and KL; paper (of bits and e_o), none
         cluster="group",  # for nsga2: noise as one group, or singletons; none

@@ -327,7 +327,7 @@ def judged(rows: list[Row]) -> str:
 
 
 def searched(rows: list[Row]) -> str:
-    least = "Nearly lossless, KL ≤ .01 and nll + 1 % at most, on both texts: the fewest bits of these budgets."
+    least = "Nearly lossless, KL ≤ .01 and nll + 1 % at most, on every judged text: the fewest bits of these budgets."
     return f"{judged(rows)}\n\n{least}\n\n{lossless(rows)}"
 
 
@@ -341,6 +341,22 @@ def lossless(rows: list[Row]) -> str:
         figures = (f"{found['bits_nominal']:.2f}", f"{found['bits_asymptotic']:.2f}") if found else ("none", "none")
         lines.append([name, *figures])
     return table(("search", "nominal bits", "with scales"), lines)
+
+
+def by_head(rows: list[Row]) -> str:
+    """KL of plans with a pair for each layer, and with one for each kv head, and of the best uniform pair."""
+    found = {(row["text"], row["budget"], row["search"]): row for row in rows if row["kind"] == "searched"}
+    lines = []
+    for text, budget, name in found:
+        mode, _, by = name.partition(", ")
+        if by == "by layer":
+            both = [found[text, budget, f"{mode}, {by}"] for by in ("by layer", "by head")]
+            uniform = plans.best_uniform(rows, both[0])
+            figures = [f"{row['kld']:.4f} ± {row['kld_se']:.4f}" for row in both]
+            ratio = f"{both[1]['kld'] / both[0]['kld']:.2f}"
+            lines.append([text, mode, f"{budget:g}", f"{uniform['kld']:.4f}" if uniform else "", *figures, ratio])
+    header = ("judged on", "mode", "bits", "KL, best uniform", "KL, by layer", "KL, by head", "ratio")
+    return f"{describe_source(rows)} {_calibration(rows)} ± one standard error.\n\n{table(header, lines)}"
 
 
 def ops(rows: list[Row]) -> str:
@@ -579,6 +595,7 @@ TABLES: dict[str, Tables] = {
     "docs/tuning.md": {
         "predictors": ("sensitivity.jsonl", predictors),
         "plans": ("plans-pairs.jsonl", searched),
+        "heads": ("plans-heads.jsonl", by_head),
         "families": ("plans-families.jsonl", searched),
         "searches": ("searches.jsonl", searches),
         "search-speed": ("search_speed.jsonl", search_speed),

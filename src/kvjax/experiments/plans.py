@@ -86,10 +86,10 @@ def _search(
 ) -> list[tuple[str, float, CachePlan, list[CachePlan], Row]]:
     """Of every search: name, budget, plan, the uniform plans that fit the budget, and the plan's own figures."""
     shared, found = None, []
-    for name, candidates in config.searches.items():
+    for name, settings in config.searches.items():
         for budget in budgets:
             own = config_dict.ConfigDict(config.to_dict())
-            own.update(candidates=candidates, budget=budget)
+            own.update(settings.to_dict() | {"budget": budget})
             try:
                 search = make_search(own, model, windows, workdir, chooser)
             except KvjaxError as error:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from kvjax.caches import fields
 from kvjax.caches.registry import parse_spec
 from kvjax.errors import KvjaxError
 from kvjax.extras import MissingExtra, needed
@@ -169,7 +168,7 @@ def count_layers(segment: str) -> int:
 def _shortest(text: str) -> str:
     """The shortest name of one method; the text itself where a plugin that is not loaded has it."""
     try:
-        return fields.short_text(parse_spec(text))
+        return parse_spec(text).short_text
     except KvjaxError:
         return text
 

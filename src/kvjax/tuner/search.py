@@ -22,12 +22,15 @@ from kvjax import records
 from kvjax.caches.base import REAL_DTYPE, CacheShape, CacheSpec
 from kvjax.caches.cross_layer import Place
 from kvjax.caches.grammar import split_list
+from kvjax.caches.heads import PerHead
+from kvjax.caches.kv import KV
 from kvjax.caches.plan import CachePlan
 from kvjax.calibrate.bases import check_calibrated
 from kvjax.checks import check_progress
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score
 from kvjax.models.model import Model
+from kvjax.tuner import heads
 from kvjax.tuner.evaluations import Evaluations
 from kvjax.tuner.knapsack import Error, knapsack, reachable
 from kvjax.tuner.layer_errors import LayerErrors, Row, Rows
@@ -98,6 +101,7 @@ class Search:
         )
         self._errors: Rows = {}
         self._joint: dict[CacheSpec, float] = {}
+        self._by_head: list[dict[CacheSpec, float]] = []
 
     def _shape(self, tokens: int) -> CacheShape:
         return CacheShape.of(self.model.config, 1, tokens, REAL_DTYPE)
@@ -106,6 +110,8 @@ class Search:
         for plan in self.uniform:
             plan.require_whole_windows("a search")
             check_calibrated(self.model, plan)
+        if self.settings.by == "head":
+            heads.pairs_of(self.candidates)
         budget, least = self.bits.budget, min(self.bits.of_plan(plan) for plan in self.uniform)
         if least > budget + 1e-9:
             raise KvjaxError(f"budget={budget} {self.bits}; expected at least {least:g}, the least of the candidates")
@@ -161,15 +167,21 @@ class Search:
 
         A predicted one is scaled by what tokens have in common, so that errors of several methods compare.
         """
+        if isinstance(spec, PerHead):
+            return self.head_choices()[layer][spec]
         place = Place.of(spec, below)
-        error = self.errors()[layer, place.label][self.settings.error]
-        return error * self._joint[place.spec.program_form] if self.settings.error == "predicted" else error
+        return self._in_common(self.errors()[layer, place.label][self.settings.error], place.spec)
+
+    def _in_common(self, error: float, spec: CacheSpec) -> float:
+        return error * self._joint[spec.program_form] if self.settings.error == "predicted" else error
 
     # ---- the methods
 
     def plans(self) -> list[CachePlan]:
         """What the method comes to, best candidates for the budget among it, evaluated."""
         plans = {"knapsack": self._knapsack, "refine": self._refine, "nsga2": self._nsga2}[self.settings.method]()
+        if self.settings.by == "head":
+            plans = list(dict.fromkeys([*plans, *filter(None, [self._within(self.head_front())])]))
         compared = [*plans, *self.uniform]
         self.progress("evaluating", 0, len(compared))
         for count, plan in enumerate(compared, 1):
@@ -181,6 +193,29 @@ class Search:
         """The front of some candidates under additive errors, most bits first."""
         choices = self._everywhere(candidates)
         return [plan for plan, _ in knapsack(choices, self.bits.of, self.error, self.model.config)]
+
+    def head_front(self) -> list[CachePlan]:
+        """The front of a choice for each kv head under additive errors, most bits first."""
+        found = self.head_choices()
+        error = lambda layer, spec, below: found[layer][spec]  # noqa: E731
+        return [plan for plan, _ in knapsack([[*each] for each in found], self.bits.of, error, self.model.config)]
+
+    def head_choices(self) -> list[dict[CacheSpec, float]]:
+        """Of every layer, the specs with a choice for each kv head that no other beats, with their errors."""
+        if not self._by_head:
+            pairs, model = heads.pairs_of(self.candidates), self.model.config
+            single = [heads.alone(pair, head, model) for pair in pairs for head in range(model.kv_heads)]
+            rows = self._errors_around(self.dense, self._everywhere(single))
+            self.errors()
+
+            def error(layer: int, head: int, pair: KV) -> float:
+                found = rows[layer, str(heads.alone(pair, head, model))][self.settings.error]
+                return self._in_common(found, pair)
+
+            for layer in range(model.layers):
+                of_layer = functools.partial(error, layer)
+                self._by_head.append(heads.choices(pairs, self.bits.of, of_layer, model))
+        return self._by_head
 
     def _everywhere(self, candidates: Sequence[CacheSpec]) -> list[Sequence[CacheSpec]]:
         return [candidates] * self.model.config.layers

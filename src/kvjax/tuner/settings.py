@@ -16,6 +16,7 @@ CHOICES = {
     "budget_of": ("nominal", "asymptotic", "real"),
     "mode": ("kivi", "token"),
     "method": ("knapsack", "nsga2", "refine"),
+    "by": ("layer", "head"),
     "error": ("predicted", "kld", "e_o"),
     "prune": ("kl", "paper", "none"),
     "cluster": ("group", "singletons", "none"),
@@ -40,6 +41,7 @@ class SearchSettings:
       budget_of: which bits: nominal, asymptotic (with scales), or real (all that is allocated).
       budget_context: tokens that real bits are of.
       method: knapsack, nsga2, or refine (the knapsack's plans of each method alone and of all, made better).
+      by: what chooses its candidate: each layer; head adds the knapsack's plan of a choice for each kv head.
       error: of single layers, for the knapsack: predicted, kld (measured, slower) or e_o.
       prune: every layer's candidates, for nsga2: kl keeps the front of bits and KL; paper keeps that of nominal bits
         and e_o, as KVTuner does; or none.
@@ -60,6 +62,7 @@ class SearchSettings:
     budget_of: str = "nominal"
     budget_context: int = 4096
     method: str = "knapsack"
+    by: str = "layer"
     error: str = "predicted"
     prune: str = "kl"
     cluster: str = "group"
