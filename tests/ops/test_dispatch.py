@@ -169,7 +169,7 @@ def test_reasons_are_kept() -> None:
 @pytest.mark.parametrize(
     ("cache", "reason"),
     [
-        ("k4v4@token", "140 query rows per kv head; kernels are for at most 16"),
+        ("k4v4@token", "140 query rows per kv head; expected at most 128"),
         ("k16v8@token(rope=pre)", "keys that need their position; kernels read keys after RoPE, with their bias"),
     ],
 )

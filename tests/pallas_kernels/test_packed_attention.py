@@ -137,6 +137,22 @@ def test_native_packing_blocks_of_any_size(per: str, pack: int, bits: tuple[int,
     check(run("native", case, case.tensors()), reference(case), 3e-6)
 
 
+@pytest.mark.skipif("native" not in KERNELS, reason="another device's")
+@pytest.mark.parametrize("without", WITHOUT, indirect=True)
+@pytest.mark.parametrize(("per", "queries", "rows"), [("token", 32, 3), ("channel", 31, 4), ("token", 128, 1)])
+def test_native_chunks_of_a_few_dozen_queries(per: str, queries: int, rows: int, without) -> None:
+    """As streaming scores them; the second sequence is shorter than the chunk's end, as one that pauses is."""
+    case = Case(4, 2, per, rows=rows, queries=queries, group=32, window=100)
+    check(run("native", case, case.tensors()), reference(case), 3e-6)
+
+
+@pytest.mark.skipif("native" not in KERNELS, reason="another device's")
+def test_native_refuses_longer_chunks() -> None:
+    case = Case(4, 2, rows=3, queries=43)
+    with pytest.raises(NotImplementedError, match="129 query rows per kv head; expected at most 128"):
+        run("native", case, case.tensors())
+
+
 LENGTHS = (1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 2048, 4095, 4096, 4097, 0)
 
 

@@ -662,6 +662,7 @@ TABLES: dict[str, Tables] = {
     "docs/decisions.md": {
         "xquant-beyond": ("xquant-beyond.jsonl", beyond),
         "quality": ("quality.jsonl", at_equal_conditions),
+        "rows": ("aot-cuda-rows.jsonl", registers),
         "accounting": (None, lambda _: accounting()),
     },
 }

@@ -213,7 +213,7 @@ def attend_packed(
         _: KeyForm,
         *ends: Array,
     ) -> Partial:
-        check_queries(q, keys.heads)
+        check_queries(q)
         if table is not None:
             raise NotImplementedError("keys that need their position; kernels read keys after RoPE, with their bias")
         packed = [store.for_kernels(each) for each in (keys, values)]
@@ -239,13 +239,10 @@ def table_axes(table: Table | None, span: Span) -> PartitionSpec:
     return PartitionSpec(span.axis) if shared else PartitionSpec("batch", None, span.axis)
 
 
-def check_queries(q: Float[Array, "B T H D"], kv_heads: int) -> None:
-    """Raises NotImplementedError for queries that kernels do not serve."""
+def check_queries(q: Float[Array, "B T H D"]) -> None:
+    """Raises NotImplementedError for queries of a type that no kernel serves."""
     if q.dtype == jnp.float64:
         raise NotImplementedError("queries in float64; kernels take float32 and bfloat16")
-    rows = q.shape[1] * q.shape[2] // kv_heads
-    if not is_decode_shape(rows):
-        raise NotImplementedError(f"{rows} query rows per kv head; kernels are for at most {_DECODE_ROWS}")
 
 
 def _attend_tiles(

@@ -171,7 +171,7 @@ def attend_latents(q: Float[Array, "B T H D"], span: Span, latents: Latents, rem
     def kernel(
         name: str, interpret: bool, q: Array, stores: tuple, remat: Remat, table: Table, *ends: Array
     ) -> Partial:
-        check_queries(q, remat.kv_heads)
+        check_queries(q)
         if not absorb:
             raise NotImplementedError("values that are rebuilt; kernels weigh their latents")
         if latents.change:

@@ -13,6 +13,7 @@ from pallas_kernels import native
 from pallas_kernels.layout import Packed
 
 SOURCE = Path(__file__).with_name("native.cc")
+MOST_ROWS = 128  # query rows of a kv head: with many more XLA, which dequantises a tile once for all, is faster
 
 
 def packed_attention(
@@ -33,6 +34,8 @@ def packed_attention(
     native.check(keys, values)
     target = native.register(SOURCE, "pallas_kernels_packed_attention")
     batch, tokens, heads, _ = q.shape
+    if (rows := tokens * heads // keys.shape[1]) > MOST_ROWS:
+        raise NotImplementedError(f"{rows} query rows per kv head; expected at most {MOST_ROWS}")
     shapes = [(batch, tokens, heads, values.shape[3]), (batch, tokens, heads)]
     call = jax.ffi.ffi_call(target, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes])
     output, lse = call(
