@@ -347,15 +347,13 @@ def by_head(rows: list[Row]) -> str:
     """KL of plans with a pair for each layer, and with one for each kv head, and of the best uniform pair."""
     found = {(row["text"], row["budget"], row["search"]): row for row in rows if row["kind"] == "searched"}
     lines = []
-    for text, budget, name in found:
-        mode, _, by = name.partition(", ")
-        if by == "by layer":
-            both = [found[text, budget, f"{mode}, {by}"] for by in ("by layer", "by head")]
-            uniform = plans.best_uniform(rows, both[0])
-            figures = [f"{row['kld']:.4f} ± {row['kld_se']:.4f}" for row in both]
-            ratio = f"{both[1]['kld'] / both[0]['kld']:.2f}"
-            lines.append([text, mode, f"{budget:g}", f"{uniform['kld']:.4f}" if uniform else "", *figures, ratio])
-    header = ("judged on", "mode", "bits", "KL, best uniform", "KL, by layer", "KL, by head", "ratio")
+    for text, budget in dict.fromkeys(key[:2] for key in found):
+        layer, head = (found[text, budget, f"by {what}"] for what in ("layer", "head"))
+        uniform = plans.best_uniform(rows, layer)
+        figures = [f"{row['kld']:.4f} ± {row['kld_se']:.4f}" for row in (layer, head)]
+        ratio = f"{head['kld'] / layer['kld']:.2f}"
+        lines.append([text, f"{budget:g}", f"{uniform['kld']:.4f}" if uniform else "", *figures, ratio])
+    header = ("judged on", "bits", "KL, best uniform", "KL, by layer", "KL, by head", "ratio")
     return f"{describe_source(rows)} {_calibration(rows)} ± one standard error.\n\n{table(header, lines)}"
 
 
