@@ -352,11 +352,11 @@ def by_head(rows: list[Row]) -> str:
     for text, budget in dict.fromkeys(key[:2] for key in found):
         layer, head = (found[text, budget, f"by {what}"] for what in ("layer", "head"))
         uniform = plans.best_uniform(rows, layer)
-        figures = [f"{row['kld']:.4f} ± {row['kld_se']:.4f}" for row in (layer, head)]
-        ratio = f"{head['kld'] / layer['kld']:.2f}"
-        lines.append([text, f"{budget:g}", f"{uniform['kld']:.4f}" if uniform else "", *figures, ratio])
-    header = ("judged on", "bits", "KL, best uniform", "KL, by layer", "KL, by head", "ratio")
-    return f"{describe_source(rows)} {_calibration(rows)} ± one standard error.\n\n{table(header, lines)}"
+        figures = [f"{row['kld']:.4f}" for row in (layer, head)]
+        gain = f"{head['gain']:.4f} ± {head['gain_ci95']:.4f}"
+        lines.append([text, f"{budget:g}", f"{uniform['kld']:.4f}" if uniform else "", *figures, gain])
+    header = ("judged on", "bits", "KL, best uniform", "KL, by layer", "KL, by head", "less by")
+    return f"{describe_source(rows)} {_calibration(rows)} Less by: 95 % intervals, paired.\n\n{table(header, lines)}"
 
 
 def ops(rows: list[Row]) -> str:
