@@ -353,7 +353,7 @@ def by_head(rows: list[Row]) -> str:
         layer, head = (found[text, budget, f"by {what}"] for what in ("layer", "head"))
         uniform = plans.best_uniform(rows, layer)
         figures = [f"{row['kld']:.4f}" for row in (layer, head)]
-        gain = f"{head['gain']:.4f} ± {head['gain_ci95']:.4f}"
+        gain = f"{-layer['gain']:.4f} ± {layer['gain_ci95']:.4f}"  # by head is the first search: names are in order
         lines.append([text, f"{budget:g}", f"{uniform['kld']:.4f}" if uniform else "", *figures, gain])
     header = ("judged on", "bits", "KL, best uniform", "KL, by layer", "KL, by head", "less by")
     return f"{describe_source(rows)} {_calibration(rows)} Less by: 95 % intervals, paired.\n\n{table(header, lines)}"
