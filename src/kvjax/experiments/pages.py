@@ -129,19 +129,19 @@ def _bits(row: Row) -> list[str]:
     return [format_figure(row, key, ".2f") for key in BITS.values()]
 
 
-def beside(rows: list[Row]) -> str:
-    """Several models under the same caches."""
-    models: dict[str, dict[str, Row]] = {}
+def beside(rows: list[Row], by: str = "model") -> str:
+    """Several models, or what else rows differ by, under the same caches."""
+    columns: dict[str, dict[str, Row]] = {}
     for row in rows:
-        models.setdefault(row["model"], {})[row["cache"]] = row
+        columns.setdefault(row[by], {})[row["cache"]] = row
     figures = ("with scales", "KL", "top-1", "nll")
     lines = []
     for cache in dict.fromkeys(row["cache"] for row in rows):
         cells = [f"`{cache}`"]
-        for own in models.values():
+        for own in columns.values():
             cells += _figures(own[cache]) if cache in own else [""] * len(figures)
         lines.append(cells)
-    header = ("cache", *(f"{name}: {figure}" for name in models for figure in figures))
+    header = ("cache", *(f"{name}: {figure}" for name in columns for figure in figures))
     return f"{describe_source(rows)}\n\n" + table(header, lines)
 
 
@@ -662,6 +662,8 @@ TABLES: dict[str, Tables] = {
     "docs/decisions.md": {
         "xquant-beyond": ("xquant-beyond.jsonl", beyond),
         "quality": ("quality.jsonl", at_equal_conditions),
+        "token-forms": ("token-forms.jsonl", functools.partial(beside, by="text")),
+        "mha-forms": ("mha-forms.jsonl", functools.partial(beside, by="text")),
         "forms": ("decode-forms.jsonl", decode),
         "rows": ("aot-cuda-rows.jsonl", registers),
         "accounting": (None, lambda _: accounting()),
