@@ -21,7 +21,7 @@ sweep: $(VENV)/installed  ## scores a 135M-parameter model under seven caches: a
 	$(RUN) -m experiments.perplexity --config=configs/perplexity.py --workdir=runs/sweep
 
 test: $(VENV)/installed  ## the test suite
-	@echo "running the tests (35 minutes on two cores)"
+	@echo "running the tests (25 to 45 minutes on two cores)"
 	$(RUN) -m pytest --numprocesses=auto --dist=loadfile
 
 test-weekly: $(VENV)/installed  ## the long tests that the suite leaves out

@@ -49,6 +49,7 @@ def test_intervals_are_paired_and_over_windows(config: config_dict.ConfigDict, t
     paired = scores[0].compare(scores[1])
     assert uniform["better_by"] == pytest.approx(paired.kld, rel=1e-3) and paired.kld > 0
     assert uniform["ci95"] == pytest.approx(paired.kld_interval, rel=1e-3)
+    assert (searched["first_search"], searched["gain"], searched["gain_ci95"]) == ("token", 0, 0)
     assert uniform["bits_peak"] == uniform["bits_real"] > uniform["bits_nominal"]
 
 

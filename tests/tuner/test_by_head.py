@@ -65,3 +65,11 @@ def test_a_search_by_head_has_both_kinds_of_plans(model: Model, text: str, tmp_p
     assert mixed[0].bits_nominal >= best.bits_nominal  # a choice for each head fills the budget better
     again = Search(settings, model, windows, {"text": text}, tmp_path)
     assert again.plans() == plans and again._simulator is None
+
+
+def test_pairs_by_head_are_candidates_as_others_are(model: Model, text: str, tmp_path: Path) -> None:
+    names = "k8v8,k8v8/k4v4/k4v4/k4v4,k2v2"
+    settings = SearchSettings(budget=5, candidates=names, points=2)
+    search = Search(settings, model, calibration(model, text, 64, 1, 0), {"text": text}, tmp_path)
+    used = {str(spec) for plan in search.plans() for spec in plan.specs}
+    assert used <= {"k8v8@kivi", "k8v8/k4v4/k4v4/k4v4@kivi", "k2v2@kivi"} and len(used) > 1

@@ -4,16 +4,24 @@
 
     kvjax decode --config=decode:latents --workdir=runs/latents
     kvjax decode --config=decode:mixed --workdir=runs/mixed
+    kvjax decode --config=decode:forms --workdir=runs/forms
 
 prefills 7900 tokens of the demo text into each cache of a 135M-parameter model, then times single steps in turn:
 about eight minutes on two CPU cores. `dense` runs twice, with keys and values in float32 and in bfloat16. The second
-form is for caches that rebuild keys, at depth 4096; the third for a searched plan and the uniform ones it is made of.
+form is for caches that rebuild keys, at depth 4096; the third for a searched plan and the uniform ones it is made of;
+the fourth for plain and better forms side by side.
 """
 
 from ml_collections import config_dict
 
 SEARCHED = (  # for 3.25 bits, see docs/tuning.md
     "0+6+11+28-29:k2v2@kivi;1+8+12+14-15+17-21+23-24:k4v4@kivi;2-5+7+9-10+13+16+22+25-27:k4v2@kivi"
+)
+
+
+FORMS = (
+    "dense,k4v4@token,k4v4@token(fit=mse,rotate=hadamard),k4v4@kivi,kr4v4,k4v4@kivi(rotate=hadamard),"
+    "x4@latent,x4@latent(fit=unbiased,rotate=1),xcl3@latent(per=channel),xclr3"
 )
 
 
@@ -26,8 +34,10 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
         config.update(
             caches=f"dense,k8v4@kivi,k4v4@kivi,k4v2@kivi,k2v2@kivi,{SEARCHED}", depth=4096, max_len=4352, steps=40
         )
+    elif variant == "forms":
+        config.update(caches=FORMS, depth=4096, max_len=4352, steps=132)
     elif variant:
-        raise ValueError(f"variant {variant!r}; expected latents, mixed or nothing")
+        raise ValueError(f"variant {variant!r}; expected latents, mixed, forms or nothing")
     return config
 
 

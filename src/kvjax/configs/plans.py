@@ -47,11 +47,7 @@ SEARCHES = {
     variant: {name: {"candidates": text} for name, text in searches.items()}
     for variant, searches in CANDIDATES.items()
 }
-SEARCHES["heads"] = {
-    f"{mode}, by {by}": {"candidates": text, "by": by}
-    for mode, text in CANDIDATES["pairs"].items()
-    for by in ("layer", "head")
-}
+SEARCHES["heads"] = {f"by {by}": {"candidates": CANDIDATES["pairs"]["kivi"], "by": by} for by in ("layer", "head")}
 FAIR = "2.25,2.5,3,3.5,4,4.5"
 BUDGETS = {"pairs": "3,3.25,3.5,4,4.5,5,6", "widths": "3,4", "families": FAIR, "forms": FAIR, "heads": "3,3.5,4,5"}
 

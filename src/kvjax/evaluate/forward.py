@@ -21,6 +21,7 @@ from kvjax.mesh import BATCH, Layout
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Weights, embed, final_states, first_alike, run_layer
 from kvjax.models.model import Model
+from kvjax.programs import make_room
 
 
 def hidden_states(
@@ -43,6 +44,7 @@ def hidden_states(
       lengths: real tokens per sequence; all N where None.
       bases: what `load_bases` gives for the plan; read here where None.
     """
+    make_room()
     config, params, layout = model.config, model.params, model.layout
     batch, count = tokens.shape
     steps = -(-count // chunk)

@@ -2,6 +2,7 @@
 
     kvjax decode --workdir=DIR
 
+A step that completes a block of tokens also packs it: what that takes more is apart.
 Appends a row per cache to DIR/decode.jsonl and prints a table. What is there already is not timed again, but for the
 first cache, which the others are compared with.
 """
@@ -10,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,6 +38,7 @@ from kvjax.experiments import bars, program
 from kvjax.models.decoder import Decoder
 from kvjax.models.model import Model
 from kvjax.ops import remat
+from kvjax.tables import format_figure
 
 PREFILL = 512  # tokens a prefill chunk
 WARM_UP = 3
@@ -81,7 +85,8 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
         for _ in bars.track(range(WARM_UP + config.steps), "steps"):
             for contestant in contestants.values():
                 contestant.step(model.params)
-        rows = [points[i] | _figures(contestants[i], contestants[0]) | records.provenance() for i in missing]
+        figures = {i: _figures(contestants[i], contestants[0], config.depth) for i in missing}
+        rows = [points[i] | figures[i] | records.provenance() for i in missing]
         records.append_rows(results, rows)
     Console(width=120).print(_table([row for point in points if (row := records.find_row(results, point))]))
 
@@ -127,7 +132,7 @@ def _prepare(
     return Contestant(compiled, time.perf_counter() - began, bases, token, cache, [])
 
 
-def _figures(contestant: Contestant, dense: Contestant) -> dict[str, Any]:
+def _figures(contestant: Contestant, dense: Contestant, depth: int) -> dict[str, Any]:
     timed = [1e3 * s for s in contestant.seconds[WARM_UP:]]
     memory = contestant.compiled.memory_analysis()
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(contestant.cache.layers))
@@ -135,6 +140,7 @@ def _figures(contestant: Contestant, dense: Contestant) -> dict[str, Any]:
     return {
         "step_ms": statistics.median(timed),
         "step_ms_min": min(timed),
+        "flush_ms": flush_ms(contestant.cache.plan, depth + WARM_UP, timed),
         "ratio": statistics.median(
             a / b for a, b in zip(contestant.seconds[WARM_UP:], dense.seconds[WARM_UP:], strict=True)
         ),
@@ -145,13 +151,32 @@ def _figures(contestant: Contestant, dense: Contestant) -> dict[str, Any]:
     }
 
 
+def flush_ms(plan: CachePlan, depth: int, timed: Sequence[float]) -> float | None:
+    """What steps that complete a block of every layer take more than the others, by their medians.
+
+    Args:
+      plan: whose steps were timed.
+      depth: tokens held before the first of them.
+      timed: milliseconds of each step.
+
+    Returns:
+      Milliseconds; None where no such step is among them, or no other.
+    """
+    block = math.lcm(*(spec.residual_length or 1 for spec in plan.specs))
+    kinds: dict[bool, list[float]] = {True: [], False: []}
+    for length, ms in enumerate(timed, depth + 1):
+        kinds[length % block == 0].append(ms)
+    return statistics.median(kinds[True]) - statistics.median(kinds[False]) if all(kinds.values()) else None
+
+
 def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="{model}, {dtype} weights, one step at depth {depth}".format(**rows[0]), title_justify="left")
-    for name in ("cache", "KV dtype", "ms", "x dense", "cache MB", "temporary MB", "% of dense"):
+    for name in ("cache", "KV dtype", "ms", "x dense", "flush ms", "cache MB", "temporary MB", "% of dense"):
         table.add_column(name, justify="left" if name == "cache" else "right")
     for row in rows:
         sizes = f"{row['cache_bytes'] / 1e6:.1f}", f"{row['temp_bytes'] / 1e6:.2f}", f"{100 * row['temp_share']:.2f}"
-        table.add_row(row["cache"], row["kv_dtype"], f"{row['step_ms']:.1f}", f"{row['ratio']:.2f}", *sizes)
+        flush = format_figure(row, "flush_ms", ".1f")
+        table.add_row(row["cache"], row["kv_dtype"], f"{row['step_ms']:.1f}", f"{row['ratio']:.2f}", flush, *sizes)
     return table
 
 

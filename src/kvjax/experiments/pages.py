@@ -82,19 +82,21 @@ def reference(rows: list[Row]) -> str:
 
 
 def decode(rows: list[Row]) -> str:
-    header = ("cache", "KV dtype", "ms a step", "× dense", "cache MB", "temporary MB")
-    return f"{describe_source(rows)}\n\n" + table(
-        header,
+    """A step with each cache; where it was measured also what a step that completes a block takes more."""
+    apart = any(row.get("flush_ms") is not None for row in rows)
+    lines = [
         [
-            [
-                f"`{row['cache']}`",
-                row["kv_dtype"],
-                *(f"{row['step_ms']:.1f}", f"{row['ratio']:.2f}"),
-                *(f"{row['cache_bytes'] / 1e6:.1f}", f"{row['temp_bytes'] / 1e6:.2f}"),
-            ]
-            for row in rows
-        ],
-    )
+            f"`{row['cache']}`",
+            row["kv_dtype"],
+            *(f"{row['step_ms']:.1f}", f"{row['ratio']:.2f}"),
+            *([format_figure(row, "flush_ms", ".1f")] if apart else []),
+            *(f"{row['cache_bytes'] / 1e6:.1f}", f"{row['temp_bytes'] / 1e6:.2f}"),
+        ]
+        for row in rows
+    ]
+    block = ["more at a full block, ms"] if apart else []
+    header = ("cache", "KV dtype", "ms a step", "× dense", *block, "cache MB", "temporary MB")
+    return f"{describe_source(rows)}\n\n{table(header, lines)}"
 
 
 def forward(rows: list[Row]) -> str:
@@ -127,19 +129,19 @@ def _bits(row: Row) -> list[str]:
     return [format_figure(row, key, ".2f") for key in BITS.values()]
 
 
-def beside(rows: list[Row]) -> str:
-    """Several models under the same caches."""
-    models: dict[str, dict[str, Row]] = {}
+def beside(rows: list[Row], by: str = "model") -> str:
+    """Several models, or what else rows differ by, under the same caches."""
+    columns: dict[str, dict[str, Row]] = {}
     for row in rows:
-        models.setdefault(row["model"], {})[row["cache"]] = row
+        columns.setdefault(row[by], {})[row["cache"]] = row
     figures = ("with scales", "KL", "top-1", "nll")
     lines = []
     for cache in dict.fromkeys(row["cache"] for row in rows):
         cells = [f"`{cache}`"]
-        for own in models.values():
+        for own in columns.values():
             cells += _figures(own[cache]) if cache in own else [""] * len(figures)
         lines.append(cells)
-    header = ("cache", *(f"{name}: {figure}" for name in models for figure in figures))
+    header = ("cache", *(f"{name}: {figure}" for name in columns for figure in figures))
     return f"{describe_source(rows)}\n\n" + table(header, lines)
 
 
@@ -347,16 +349,14 @@ def by_head(rows: list[Row]) -> str:
     """KL of plans with a pair for each layer, and with one for each kv head, and of the best uniform pair."""
     found = {(row["text"], row["budget"], row["search"]): row for row in rows if row["kind"] == "searched"}
     lines = []
-    for text, budget, name in found:
-        mode, _, by = name.partition(", ")
-        if by == "by layer":
-            both = [found[text, budget, f"{mode}, {by}"] for by in ("by layer", "by head")]
-            uniform = plans.best_uniform(rows, both[0])
-            figures = [f"{row['kld']:.4f} ± {row['kld_se']:.4f}" for row in both]
-            ratio = f"{both[1]['kld'] / both[0]['kld']:.2f}"
-            lines.append([text, mode, f"{budget:g}", f"{uniform['kld']:.4f}" if uniform else "", *figures, ratio])
-    header = ("judged on", "mode", "bits", "KL, best uniform", "KL, by layer", "KL, by head", "ratio")
-    return f"{describe_source(rows)} {_calibration(rows)} ± one standard error.\n\n{table(header, lines)}"
+    for text, budget in dict.fromkeys(key[:2] for key in found):
+        layer, head = (found[text, budget, f"by {what}"] for what in ("layer", "head"))
+        uniform = plans.best_uniform(rows, layer)
+        figures = [f"{row['kld']:.4f}" for row in (layer, head)]
+        gain = f"{-layer['gain']:.4f} ± {layer['gain_ci95']:.4f}"  # by head is the first search: names are in order
+        lines.append([text, f"{budget:g}", f"{uniform['kld']:.4f}" if uniform else "", *figures, gain])
+    header = ("judged on", "bits", "KL, best uniform", "KL, by layer", "KL, by head", "less by")
+    return f"{describe_source(rows)} {_calibration(rows)} Less by: 95 % intervals, paired.\n\n{table(header, lines)}"
 
 
 def ops(rows: list[Row]) -> str:
@@ -662,6 +662,9 @@ TABLES: dict[str, Tables] = {
     "docs/decisions.md": {
         "xquant-beyond": ("xquant-beyond.jsonl", beyond),
         "quality": ("quality.jsonl", at_equal_conditions),
+        "token-forms": ("token-forms.jsonl", functools.partial(beside, by="text")),
+        "mha-forms": ("mha-forms.jsonl", functools.partial(beside, by="text")),
+        "forms": ("decode-forms.jsonl", decode),
         "rows": ("aot-cuda-rows.jsonl", registers),
         "accounting": (None, lambda _: accounting()),
     },

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
+Found = tuple[str, float, CachePlan, list[CachePlan], Row]
+"""Of a search: name, budget, plan, the uniform plans that fit the budget, and the plan's own figures."""
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
@@ -62,7 +64,8 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
             for count, plan in enumerate(plans, 1):
                 judge(plan)
                 tell(f"judging on {Path(text).name}", count, len(plans))
-        rows += [row for each in found for row in _rows(config, model, judge, *each)]
+        firsts = {each[1]: each for each in reversed(found)}
+        rows += [row for each in found for row in _rows(config, model, judge, firsts[each[1]], *each)]
     rows = [row | records.provenance() for row in rows]
     hosts.on_first(lambda: records.write_rows(workdir / "plans.jsonl", rows))
     hosts.on_first(lambda: style.write(workdir / "plans.png", draw, rows))
@@ -83,8 +86,8 @@ def _search(
     budgets: list[float],
     workdir: Path,
     chooser: Chooser | None,
-) -> list[tuple[str, float, CachePlan, list[CachePlan], Row]]:
-    """Of every search: name, budget, plan, the uniform plans that fit the budget, and the plan's own figures."""
+) -> list[Found]:
+    """What every search came to."""
     shared, found = None, []
     for name, settings in config.searches.items():
         for budget in budgets:
@@ -114,6 +117,7 @@ def _rows(
     config: config_dict.ConfigDict,
     model: Model,
     judge: Evaluations,
+    first: Found,
     name: str,
     budget: float,
     plan: CachePlan,
@@ -122,7 +126,7 @@ def _rows(
 ) -> list[Row]:
     """The plan's row, with its figures on the calibrated windows, and one for every uniform plan within its budget.
 
-    These have what the plan is better by.
+    These have what the plan is better by. Its own row has what it gains on the plan of the budget's first search.
     """
     dense = judge(CachePlan.parse("dense", model.config))
     common = {"experiment": "plans", **judge.identity, "calibrated_on": strip_paths(config.text)}
@@ -139,7 +143,11 @@ def _rows(
         better = np.subtract(figures["window_kld"], judge(plan)["window_kld"])
         row["better_by"], row["ci95"] = mean_and_interval(better[:, None])
         rows.append(row)
-    return [rows[0] | calibrated, *rows[1:]]
+    gain = np.subtract(judge(first[2])["window_kld"], judge(plan)["window_kld"])
+    compared = dict(
+        zip(("first_search", "gain", "gain_ci95"), (first[0], *mean_and_interval(gain[:, None])), strict=True)
+    )
+    return [rows[0] | calibrated | compared, *rows[1:]]
 
 
 def draw(rows: list[Row]) -> Figure:

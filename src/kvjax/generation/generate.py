@@ -27,6 +27,7 @@ from kvjax.mesh import fetch
 from kvjax.models.decoder import Decoder
 from kvjax.models.model import Model, check_model
 from kvjax.models.nonfinite import find_first_nonfinite
+from kvjax.programs import make_room
 
 STREAM = 4  # tokens a call where text is shown as it comes
 P = ParamSpec("P")
@@ -224,6 +225,7 @@ def _before(request: Request) -> Held:
 
 def _read(request: Request, bases: Any) -> Held:
     """The prompts in a cache that is nobody else's."""
+    make_room()
     held = _before(request)
     if request.before is not None and held is request.before.held:
         held = grow(held, request.model, request.max_len)  # a copy: the loop writes into it

@@ -22,7 +22,6 @@ from kvjax import records
 from kvjax.caches.base import REAL_DTYPE, CacheShape, CacheSpec
 from kvjax.caches.cross_layer import Place
 from kvjax.caches.grammar import split_list
-from kvjax.caches.heads import PerHead
 from kvjax.caches.kv import KV
 from kvjax.caches.plan import CachePlan
 from kvjax.calibrate.bases import check_calibrated
@@ -167,10 +166,11 @@ class Search:
 
         A predicted one is scaled by what tokens have in common, so that errors of several methods compare.
         """
-        if isinstance(spec, PerHead):
-            return self.head_choices()[layer][spec]
         place = Place.of(spec, below)
-        return self._in_common(self.errors()[layer, place.label][self.settings.error], place.spec)
+        row = self.errors().get((layer, place.label))
+        if row is None:  # no candidate, but pairs that heads chose from these
+            return self.head_choices()[layer][spec]
+        return self._in_common(row[self.settings.error], place.spec)
 
     def _in_common(self, error: float, spec: CacheSpec) -> float:
         return error * self._joint[spec.program_form] if self.settings.error == "predicted" else error
