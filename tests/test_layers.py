@@ -31,6 +31,7 @@ LAYERS = [
     "kvjax.checks",
     "kvjax.mesh",
     "kvjax.hosts",
+    "kvjax.programs",
     "kvjax.errors",
     "pallas_kernels",
 ]
