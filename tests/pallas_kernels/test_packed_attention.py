@@ -141,7 +141,7 @@ def test_native_packing_blocks_of_any_size(per: str, pack: int, bits: tuple[int,
 @pytest.mark.parametrize("without", WITHOUT, indirect=True)
 @pytest.mark.parametrize(("per", "queries", "rows"), [("token", 32, 3), ("channel", 31, 4), ("token", 128, 1)])
 def test_native_chunks_of_a_few_dozen_queries(per: str, queries: int, rows: int, without) -> None:
-    """As streaming scores them; the second sequence is shorter than the chunk's end, as one that pauses is."""
+    """As streaming scores them; one of the sequences is short."""
     case = Case(4, 2, per, rows=rows, queries=queries, group=32, window=100)
     check(run("native", case, case.tensors()), reference(case), 3e-6)
 

@@ -51,7 +51,7 @@ class PerHead(CacheSpec):
     def __post_init__(self) -> None:
         if type(self.pairs) is not tuple or not all(isinstance(pair, KV) for pair in self.pairs):
             raise KvjaxError(f"pairs={show(self.pairs)}; expected a tuple of KV, one for each kv head")
-        if len({dataclasses.replace(pair, key_bits=8, value_bits=8) for pair in self.pairs}) != 1:
+        if len({pair.with_widths(lambda _: 8) for pair in self.pairs}) != 1:
             raise KvjaxError(f"{BETWEEN.join(map(str, self.pairs))}: expected pairs that differ in widths alone")
         if not self.groups:
             each: dict[KV, list[int]] = {pair: [] for pair in self.pairs}

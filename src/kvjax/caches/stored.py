@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -414,7 +414,7 @@ class StoredSpec(CacheSpec):
     def program_form(self) -> StoredSpec:
         return self.with_widths(lambda bits: bits if bits == store.EXACT else BITS[-1])
 
-    def with_widths(self, change: Callable[[int], int]) -> StoredSpec:
+    def with_widths(self, change: Callable[[int], int]) -> Self:
         """This spec with `change` applied to the fields that are widths of codes."""
         names = [name for name, kinds in fields.kinds(type(self)).items() if Width in kinds]
         return dataclasses.replace(self, **{name: change(getattr(self, name)) for name in names})

@@ -5,13 +5,13 @@ The error of a layer is taken to be the sum of its heads' errors, each measured 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 from kvjax.caches.base import CacheSpec, LayerShapes
 from kvjax.caches.heads import PerHead
 from kvjax.caches.kv import KV
 from kvjax.errors import KvjaxError
+from kvjax.ops.store import EXACT
 from kvjax.tuner.space import pareto
 
 
@@ -30,7 +30,7 @@ def pairs_of(candidates: Sequence[CacheSpec]) -> list[KV]:
 
 def exact(pair: KV) -> KV:
     """The pair without quantisation."""
-    return dataclasses.replace(pair, key_bits=16, value_bits=16)
+    return pair.with_widths(lambda _: EXACT)
 
 
 def alone(pair: KV, head: int, model: LayerShapes) -> CacheSpec:
