@@ -20,8 +20,6 @@ from kvjax.caches.kv import KV
 from kvjax.evaluate import sweep as module
 from kvjax.evaluate.sweep import Rows
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROOT = Path(__file__).parents[2]
 SIZES: dict[str, Any] = {"protocol": "parallel", "context": 24, "windows": 2}
 PLUGIN = """
