@@ -186,6 +186,18 @@ def test_attend_exact(case):
     check(part, reference(q, positions, k, v, seen, window))
 
 
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_tiles_of_another_platform(platform, monkeypatch):
+    """They are larger there, which changes nothing."""
+    here = attention.tile_size(2000, 1024, 300)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert attention.tile_size(2000, 1024, 300) > here
+    q, k, v = random(0, B, 40, K, D), *random(1, 2, B, 1400, K, D)
+    positions = np.broadcast_to(np.arange(1400), (B, 1400))
+    part = attention.attend_exact(q, positions[:, -40:], k, v, positions, None)
+    check(part, reference(q, positions[:, -40:], k, v, positions, None))
+
+
 @pytest.mark.parametrize("tokens", [1, 300])
 def test_bfloat16(tokens):
     """Scores and sums are float32 or wider."""

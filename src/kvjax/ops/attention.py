@@ -34,7 +34,9 @@ BY_HEAD = PartitionSpec("batch", None, "kv_heads")  # query heads lie where the 
 
 _DECODE_ROWS = 16  # query rows per kv head up to which folding scales costs less than applying them
 _LOWEST = -1e20  # the first maximum: far above MASKED, so that masked scores have exponentials of 0
-_TILE_ELEMENTS = 2**17  # elements of one tile of codes: 512 KiB of float32 stay in a core's cache
+# Elements of a sequence's tile of codes, and tokens of a tile that several queries read. On CPU 512 KiB of float32
+# stay in a core's cache; on GPU every tile costs a dozen kernel launches, on TPU turning the scores (docs/decisions.md).
+_TILES = {"cpu": (2**17, 256), "tpu": (2**18, 256), "gpu": (2**20, 1024)}
 
 
 class Partial(NamedTuple):
@@ -377,15 +379,16 @@ def attend_streamed(
 
 
 def tile_size(tokens: int, channels: int, queries: int) -> int:
-    """Returns the number of keys per tile.
+    """Returns the number of keys per tile on this platform.
 
     Args:
       tokens: keys in all, the upper bound.
       channels: elements of one key over all kv heads.
       queries: queries of the chunk.
     """
-    size = 1 << ((_TILE_ELEMENTS // channels).bit_length() - 1)
-    return min(tokens, size if queries == 1 else min(size, QUERY_TILE))
+    elements, most = _TILES.get(jax.default_backend(), _TILES["cpu"])
+    size = 1 << ((elements // channels).bit_length() - 1)
+    return min(tokens, size if queries == 1 else min(size, most))
 
 
 def is_decode_shape(rows: int) -> bool:
