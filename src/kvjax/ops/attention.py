@@ -35,7 +35,7 @@ BY_HEAD = PartitionSpec("batch", None, "kv_heads")  # query heads lie where the 
 _DECODE_ROWS = 16  # query rows per kv head up to which folding scales costs less than applying them
 _LOWEST = -1e20  # the first maximum: far above MASKED, so that masked scores have exponentials of 0
 # Elements of a sequence's tile of codes, and tokens of a tile that several queries read. On CPU 512 KiB of float32
-# stay in a core's cache; on GPU every tile costs a dozen kernel launches, on TPU turning the scores (docs/decisions.md).
+# stay in a core's cache; on GPU every tile costs a dozen kernel launches. Counts are in docs/decisions.md.
 _TILES = {"cpu": (2**17, 256), "tpu": (2**18, 256), "gpu": (2**20, 1024)}
 
 
