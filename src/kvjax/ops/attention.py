@@ -24,10 +24,12 @@ from kvjax.ops.dispatch import dispatch
 from kvjax.ops.key_form import BEFORE_ROPE, KeyForm, Table
 from kvjax.ops.shards import first_token, token_parts
 from kvjax.ops.store import Tile
+from pallas_kernels.causal_attention import causal_attention
 from pallas_kernels.layout import MASKED
 from pallas_kernels.packed_attention import packed_attention
 
 QUERY_TILE = 256  # queries that share a pass over the keys
+CHUNK = 128  # queries from which a chunk is worth a kernel of its own
 
 BY_SEQUENCE = PartitionSpec("batch")
 BY_HEAD = PartitionSpec("batch", None, "kv_heads")  # query heads lie where the kv head is that they read
@@ -153,6 +155,11 @@ def merge(parts: Sequence[Partial], learned_sinks: Float[Array, "H"] | None = No
         lse.append(jnp.broadcast_to(learned_sinks.astype(lse[0].dtype), lse[0].shape))
     weight = jax.nn.softmax(jnp.stack(lse), axis=0)
     return sum(w[..., None] * part.output for w, part in zip(weight, parts, strict=False))
+
+
+def join(a: Partial, b: Partial) -> Partial:
+    """Attention over two disjoint sets of keys as over their union, its log-sum-exp included."""
+    return Partial(merge([a, b]), jnp.logaddexp(a.lse, b.lse))
 
 
 def attend_held(span: Span, tokens: int, attend: Callable[[Span], Partial]) -> Partial:
@@ -309,6 +316,39 @@ def attend_exact(
     Returns:
       The output and its log-sum-exp.
     """
+    before = k.shape[1] - q.shape[1]
+    if not own or edges is not None or q.shape[1] < CHUNK:
+        return _attend_tiles_of_exact(q, q_positions, k, v, k_positions, window, own, edges)
+
+    def kernel(
+        name: str, interpret: bool, q: Array, q_positions: Array, k: Array, v: Array, k_positions: Array
+    ) -> Partial:
+        last = causal_attention(
+            q, k[:, before:], v[:, before:], window=window, implementation=name, interpret=interpret
+        )
+        if not before:
+            return Partial(*last)
+        early = k[:, :before], v[:, :before], k_positions[:, :before]
+        return join(Partial(*last), _attend_tiles_of_exact(q, q_positions, *early, window, own=False))
+
+    def xla(q: Array, q_positions: Array, k: Array, v: Array, k_positions: Array) -> Partial:
+        return _attend_tiles_of_exact(q, q_positions, k, v, k_positions, window)
+
+    axes = BY_HEAD, BY_SEQUENCE, BY_HEAD, BY_HEAD, BY_SEQUENCE
+    return dispatch("causal_attention", kernel, xla, (q, q_positions, k, v, k_positions), axes, BY_HEAD)
+
+
+def _attend_tiles_of_exact(
+    q: Float[Array, "B T H D"],
+    q_positions: Int[Array, "B T"],
+    k: Float[Array, "B N K D"],
+    v: Float[Array, "B N K D"],
+    k_positions: Int[Array, "B N"],
+    window: int | None,
+    own: bool = True,
+    edges: Int[Array, "B T"] | None = None,
+) -> Partial:
+    """`attend_exact` in XLA."""
     count, tokens, kv_heads, head_dim = k.shape[1], q.shape[1], k.shape[2], k.shape[3]
     size = count if tokens == 1 else tile_size(count, kv_heads * head_dim, tokens)
     pad = -count % size
@@ -359,7 +399,7 @@ def attend_streamed(
     batch, tokens = q.shape[:2]
     at = jnp.broadcast_to(jnp.arange(tokens), (batch, tokens))
     r = residual_length
-    edges = at // r * r if r else at + 1
+    edges = at // r * r if r else None
     k, v, positions = stored
     parts = [attend_exact(q, at, k[:, :tokens], v[:, :tokens], positions[:, :tokens], window, edges=edges)]
     if k.shape[1] > tokens:
