@@ -116,7 +116,13 @@ def by_query(rows: Float[Array, "B K R D"], tokens: int) -> Float[Array, "B T H 
 
 
 def in_launches(
-    launch: Callable[..., Attended], q: Float[Array, "B T H D"], start: Int[Array, "B"], kv_heads: int, rows: int
+    launch: Callable[..., Attended],
+    q: Float[Array, "B T H D"],
+    start: Int[Array, "B"],
+    kv_heads: int,
+    *,
+    rows: int,
+    most: int,
 ) -> Attended:
     """Attention by as many launches as the queries need, one after the other.
 
@@ -128,7 +134,8 @@ def in_launches(
       q: queries.
       start: position of the first query, per sequence.
       kv_heads: K.
-      rows: query rows of a kv head that a launch takes.
+      rows: query rows of a kv head that a launch takes, where that is a query at least.
+      most: rows that a launch takes at most, for queries of many heads.
 
     Returns:
       Output and log-sum-exp of all queries.
@@ -138,10 +145,10 @@ def in_launches(
     """
     batch, tokens, heads, channels = q.shape
     ratio = heads // kv_heads
-    if tokens * ratio > MOST_ROWS or ratio > rows:
-        most = MOST_ROWS if ratio <= rows else rows
-        raise NotImplementedError(f"{tokens * ratio} query rows per kv head; expected at most {most}")
-    count = -(-tokens // (rows // ratio))
+    if tokens * ratio > MOST_ROWS or ratio > most:
+        limit = most if ratio > most else MOST_ROWS
+        raise NotImplementedError(f"{tokens * ratio} query rows per kv head; expected at most {limit}")
+    count = -(-tokens // max(1, rows // ratio))
     if count == 1:
         return launch(q, start)
     size = -(-tokens // count)

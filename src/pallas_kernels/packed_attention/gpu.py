@@ -13,7 +13,8 @@ from pallas_kernels.gpu_layout import Cut, GpuTensor, cores, cut, splits_of
 from pallas_kernels.layout import Packed, by_query
 
 LOWEST = -1e20  # the initial running maximum: far above MASKED, so that masked scores have probability 0
-LAUNCH_ROWS = 16  # query rows of a kv head: with 32 some widths spill kilobytes, and some do not fit B200
+LAUNCH_ROWS = 8  # query rows of a kv head: what a tensor core takes; with 16, codes with scales per channel spill
+MOST_ROWS = 16  # for queries of many heads: with 32 some widths spill kilobytes, and some do not fit B200
 SHARED = 80 << 10  # bytes that fetched blocks may take, of the 99 KiB that a program of the least GPU has
 RESIDENT = 2  # programs of four warps on a multiprocessor, whatever their registers
 

@@ -66,7 +66,7 @@ def packed_attention(
         )
         return gpu.result(output, lse, q.shape[1])
 
-    return in_launches(launch, q, start, keys.shape[1], gpu.LAUNCH_ROWS)
+    return in_launches(launch, q, start, keys.shape[1], rows=gpu.LAUNCH_ROWS, most=gpu.MOST_ROWS)
 
 
 def _modules() -> tuple[Any, Any]:

@@ -54,7 +54,7 @@ def packed_attention(
         block=block,
         chunk=chunk,
     )
-    return in_launches(launch, q, start, keys.shape[1], LAUNCH_ROWS)
+    return in_launches(launch, q, start, keys.shape[1], rows=LAUNCH_ROWS, most=LAUNCH_ROWS)
 
 
 def _launch(

@@ -123,7 +123,7 @@ def packed_attention(
         plan, how = gpu.plan_of(TritonPlan, q, keys, values, first, window, scale, interpret, chosen)
         return _launch(plan, how, q, keys, values, start, stop)
 
-    return in_launches(launch, q, start, keys.shape[1], gpu.LAUNCH_ROWS)
+    return in_launches(launch, q, start, keys.shape[1], rows=gpu.LAUNCH_ROWS, most=gpu.MOST_ROWS)
 
 
 def _launch(
