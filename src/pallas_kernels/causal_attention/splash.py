@@ -36,7 +36,7 @@ def causal_attention(
         output, (lse,) = kernel(rows, *(a.swapaxes(0, 1) for a in (k, v)))
         return output.reshape(heads, *q.shape[::2]).swapaxes(0, 1), lse.reshape(heads, -1).T
 
-    # A sequence after the other: the kernel writes a log-sum-exp 128 times, which is as much as four outputs.
+    # A sequence after the other: the kernel writes each log-sum-exp 128 times, as much as two outputs.
     output, lse = jax.lax.map(lambda each: attend(*each), (q, k, v))
     return output[:, :tokens, :, :channels].astype(jnp.float32), lse[:, :tokens]
 
