@@ -25,17 +25,20 @@ def causal_attention(
     for name, array in (("queries", q), ("keys", k), ("values", v)):
         if array.dtype != jnp.bfloat16:
             raise NotImplementedError(f"{name} in {array.dtype}; splash attention multiplies in bfloat16")
-    batch, tokens, heads, channels = q.shape
+    _, tokens, heads, channels = q.shape
     pad = (0, 0), (0, -tokens % LANES), (0, 0), (0, -channels % LANES)
     q, k, v = (jnp.pad(a, pad) for a in (q * jnp.asarray(channels**-0.5, q.dtype), k, v))
-    size, kv_heads = q.shape[1], k.shape[2]
-    ratio = heads // kv_heads
-    rows = q.swapaxes(1, 2).reshape(batch * kv_heads, ratio, size, -1)
-    output, (lse,) = jax.vmap(_kernel(size, ratio, window, interpret))(
-        rows, *(a.swapaxes(1, 2).reshape(batch * kv_heads, size, -1) for a in (k, v))
-    )
-    output = output.reshape(batch, heads, size, -1).swapaxes(1, 2)[:, :tokens, :, :channels]
-    return output.astype(jnp.float32), lse.reshape(batch, heads, size).swapaxes(1, 2)[:, :tokens]
+    kv_heads = k.shape[2]
+    kernel = jax.vmap(_kernel(q.shape[1], heads // kv_heads, window, interpret))
+
+    def attend(q: Array, k: Array, v: Array) -> Attended:
+        rows = q.swapaxes(0, 1).reshape(kv_heads, -1, *q.shape[::2])
+        output, (lse,) = kernel(rows, *(a.swapaxes(0, 1) for a in (k, v)))
+        return output.reshape(heads, *q.shape[::2]).swapaxes(0, 1), lse.reshape(heads, -1).T
+
+    # A sequence after the other: the kernel writes each log-sum-exp 128 times, as much as two outputs.
+    output, lse = jax.lax.map(lambda each: attend(*each), (q, k, v))
+    return output[:, :tokens, :, :channels].astype(jnp.float32), lse[:, :tokens]
 
 
 def _kernel(size: int, ratio: int, window: int | None, interpret: bool):
