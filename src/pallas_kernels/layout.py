@@ -17,11 +17,15 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float16, Int, UInt8
+from jaxtyping import Array, Float, Float16, Float32, Int, UInt8
 
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 EXACT = 16  # the width that means unquantised
+MOST_ROWS = 128  # query rows of a kv head that kernels serve; with more, XLA is faster on CPU
 MASKED = -1e30  # score of a masked key; finite, so that a row that has seen no key does not become NaN
+
+Attended = tuple[Float32[Array, "B T H V"], Float32[Array, "B T H"]]
+"""Output and log-sum-exp of queries."""
 
 
 @jax.tree_util.register_dataclass
@@ -109,6 +113,51 @@ def by_query(rows: Float[Array, "B K R D"], tokens: int) -> Float[Array, "B T H 
     batch, kv_heads, _, channels = rows.shape
     q = rows.reshape(batch, kv_heads, tokens, -1, channels).swapaxes(1, 2)
     return q.reshape(batch, tokens, -1, channels)
+
+
+def in_launches(
+    launch: Callable[..., Attended],
+    q: Float[Array, "B T H D"],
+    start: Int[Array, "B"],
+    kv_heads: int,
+    *,
+    rows: int,
+    most: int,
+) -> Attended:
+    """Attention by as many launches as the queries need, one after the other.
+
+    A launch holds the running sums of its queries in registers or VMEM, which limits their number; every launch
+    reads all keys.
+
+    Args:
+      launch: `launch(q, start)` attends for some consecutive queries of each sequence.
+      q: queries.
+      start: position of the first query, per sequence.
+      kv_heads: K.
+      rows: query rows of a kv head that a launch takes, where that is a query at least.
+      most: rows that a launch takes at most, for queries of many heads.
+
+    Returns:
+      Output and log-sum-exp of all queries.
+
+    Raises:
+      NotImplementedError: there are more than `MOST_ROWS` rows, or a query has more heads than a launch takes.
+    """
+    batch, tokens, heads, channels = q.shape
+    ratio = heads // kv_heads
+    if tokens * ratio > MOST_ROWS or ratio > most:
+        limit = most if ratio > most else MOST_ROWS
+        raise NotImplementedError(f"{tokens * ratio} query rows per kv head; expected at most {limit}")
+    count = -(-tokens // max(1, rows // ratio))
+    if count == 1:
+        return launch(q, start)
+    size = -(-tokens // count)
+    q = jnp.pad(q, ((0, 0), (0, count * size - tokens), (0, 0), (0, 0)))
+    parts = q.reshape(batch, count, size, heads, channels).swapaxes(0, 1)
+    starts = start + size * jnp.arange(count, dtype=start.dtype)[:, None]
+    output, lse = jax.lax.map(lambda part: launch(*part), (parts, starts))
+    joined = (a.swapaxes(0, 1).reshape(batch, count * size, *a.shape[3:])[:, :tokens] for a in (output, lse))
+    return tuple(joined)  # type: ignore[return-value]
 
 
 def check(name: str, packed: Packed) -> None:

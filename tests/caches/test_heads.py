@@ -19,6 +19,8 @@ from kvjax.caches.registry import parse_spec
 from kvjax.errors import KvjaxError
 from kvjax.testing.layers import BATCH, HEADS, KV_HEADS, TOKENS, both, schedule
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 HEAD_DIM, WIDTH = 16, 7
 MODEL = model(2)  # two kv heads
 

@@ -30,6 +30,8 @@ from kvjax.testing.layers import (
     stack,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 load_plugins(str(Path(__file__).parents[2] / "examples/int8.py"))
 WINDOW, TOKENS = 11, 200
 ENDS = np.array([200, 171, 90, 200])

@@ -17,6 +17,8 @@ from kvjax.ops.dispatch import OPS, fresh_reasons, reasons, using
 from kvjax.ops.key_form import turn
 from kvjax.testing.layers import BATCH, ENDS, HEADS, KV_HEADS, TOKENS, both, quick_jit, schedule
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BOTH = "rotate=hadamard,center=bias"
 WIDTH = 7
 

@@ -40,6 +40,8 @@ from kvjax.testing.layers import (
     stack,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @functools.cache
 def plan_of(text: str) -> CachePlan:

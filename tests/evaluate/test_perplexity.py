@@ -28,6 +28,8 @@ from kvjax.models.tokenizer import Tokenizer
 from kvjax.models.tokenizer_files import start_with
 from kvjax.testing.layers import QUICK
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PLANS = [
     "dense",
     "k8v8@token",

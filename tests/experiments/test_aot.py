@@ -35,6 +35,16 @@ def test_every_case_is_traced(kernels: Kernels, op: str) -> None:
             assert results[0].dtype == jnp.float32 and results[0].shape[:3] == (2, 1, 4)
 
 
+def test_a_prompt_is_traced_on_tpu_alone() -> None:
+    config = small(aot.KERNELS)
+    config.update(ops="causal_attention", step_tokens=256, head_dim=64)
+    (case,) = cases(config, aot.KERNELS)
+    output, lse = jax.eval_shape(case.function, *case.arguments)
+    assert output.shape == (2, 256, 4, 64) and lse.shape == (2, 256, 4)
+    with pytest.raises(KvjaxError, match="op 'causal_attention'"):
+        list(cases(config, CUDA))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"ops": "attention"}, "op 'attention'"), ({"modes": "kivi"}, "mode 'kivi'"), ({"bits": "7/7"}, "bits '7/7'")],

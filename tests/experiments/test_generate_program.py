@@ -14,6 +14,8 @@ from kvjax.experiments import generate
 from kvjax.records import read_rows
 from kvjax.tables import format_ratio
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def run(goldens: Path, workdir: Path, **fields: Any) -> list[dict[str, Any]]:
     config = get_config()

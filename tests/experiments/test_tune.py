@@ -39,6 +39,8 @@ from kvjax.tuner import objective as objectives
 from kvjax.tuner.layer_errors import LayerErrors
 from kvjax.tuner.search import Search
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SPAWN = multiprocessing.get_context("forkserver")  # forks before JAX has threads
 SPAWN.set_forkserver_preload(["kvjax.experiments.tune", "sklearn.cluster"])  # one list for all tests
 CONTEXT, LAYERS, PAIRS = 96, 4, 9

@@ -28,6 +28,8 @@ from kvjax.models.model import Model
 from kvjax.models.tokenizer import ByteTokenizer
 from kvjax.models.zoo import random_params
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PROMPTS = ["The cat", "a much longer prompt, of more than one block of thirty-two tokens", "x"]
 TOKEN = "0:dense;1:k4v2@token"  # every token is stored as it comes
 PLANS = [TOKEN, "0:k4v4@kivi(sink=2);1:k3v2@kivi(rope=pre)", "xcl3@latent(base=0,sink=2)"]

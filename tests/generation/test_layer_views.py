@@ -12,6 +12,8 @@ from kvjax.generation.layers import LayerView
 from kvjax.generation.states import State
 from kvjax.models.model import Model
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PROMPTS = ["a prompt of more than one block of thirty-two tokens", "another"]
 LENGTHS = [52, 7]
 

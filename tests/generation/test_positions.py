@@ -15,6 +15,8 @@ from kvjax.models.model import Model
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.models.tokenizer_files import start_with
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BOS, EOS = 1, 2
 CHAT = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"

@@ -14,6 +14,8 @@ from kvjax.caches.plan import CachePlan
 from kvjax.evaluate.forward import hidden_states
 from kvjax.models.model import Model
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PROMPTS = [list(range(1, 75)), list(range(40, 60))]  # one ends chunks before the other
 
 

@@ -17,6 +17,8 @@ import kvjax
 from kvjax.models.config import RopeConfig
 from kvjax.models.model import Model
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 OTHER = """
 import sys, kvjax
 model = kvjax.load(sys.argv[1], "float32")

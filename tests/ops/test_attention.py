@@ -186,6 +186,40 @@ def test_attend_exact(case):
     check(part, reference(q, positions, k, v, seen, window))
 
 
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="a kernel for TPU")
+@pytest.mark.parametrize(("before", "window"), [(0, None), (36, None), (36, 20)])
+def test_a_chunk_by_a_kernel_of_its_own(before, window):
+    """Beside what lies before it; what is asked beyond a sequence's end is nobody's."""
+    tokens = 140
+    positions = np.array([[before], [before + 9]]) + np.arange(tokens)
+    old = positions[:, :1] - before + np.arange(before)
+    lengths = np.array([[tokens], [tokens // 2]])
+    own = np.where(np.arange(tokens) < lengths, positions, -1)
+    seen = np.concatenate([np.where(np.arange(before) % 3, old, -1), own], 1).astype(np.int32)
+    q, k, v = (
+        jnp.asarray(random(i, B, n, heads, 64)).astype(jnp.bfloat16)
+        for i, (n, heads) in enumerate([(tokens, 2 * K), (before + tokens, K), (before + tokens, K)])
+    )
+    with dispatch.using(causal_attention="splash", interpret=jax.default_backend() == "cpu"):
+        found = attention.attend_exact(q, positions, k, v, seen, window)
+    wanted = attention.attend_exact(q, positions, k, v, seen, window)
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a[0], b[0], atol=0.02)
+        np.testing.assert_allclose(a[1, : tokens // 2], b[1, : tokens // 2], atol=0.02)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_tiles_of_another_platform(platform, monkeypatch):
+    """They are larger there, which changes nothing."""
+    here = attention.tile_size(2000, 1024, 300)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert attention.tile_size(2000, 1024, 300) > here
+    q, k, v = random(0, B, 40, K, D), *random(1, 2, B, 1400, K, D)
+    positions = np.broadcast_to(np.arange(1400), (B, 1400))
+    part = attention.attend_exact(q, positions[:, -40:], k, v, positions, None)
+    check(part, reference(q, positions[:, -40:], k, v, positions, None))
+
+
 @pytest.mark.parametrize("tokens", [1, 300])
 def test_bfloat16(tokens):
     """Scores and sums are float32 or wider."""

@@ -146,11 +146,26 @@ def test_native_chunks_of_a_few_dozen_queries(per: str, queries: int, rows: int,
     check(run("native", case, case.tensors()), reference(case), 3e-6)
 
 
-@pytest.mark.skipif("native" not in KERNELS, reason="another device's")
-def test_native_refuses_longer_chunks() -> None:
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != "native"])
+@pytest.mark.parametrize(("per", "queries", "rows"), [("token", 32, 3), ("channel", 31, 4), ("token", 17, 1)])
+def test_several_launches_serve_chunks_of_a_few_dozen_queries(name: str, per: str, queries: int, rows: int) -> None:
+    """As streaming scores them, whether or not launches divide them evenly; one of the sequences is short."""
+    case = Case(4, 2, per, rows=rows, queries=queries, group=32, window=100)
+    check(run(name, case, case.tensors()), reference(case), 3e-6)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_longer_chunks_are_refused(name: str) -> None:
     case = Case(4, 2, rows=3, queries=43)
     with pytest.raises(NotImplementedError, match="129 query rows per kv head; expected at most 128"):
-        run("native", case, case.tensors())
+        run(name, case, case.tensors())
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != "native"])
+def test_a_query_of_more_heads_than_a_launch_takes_is_refused(name: str) -> None:
+    case = Case(4, 2, rows=17)
+    with pytest.raises(NotImplementedError, match="17 query rows per kv head; expected at most 16"):
+        run(name, case, case.tensors())
 
 
 LENGTHS = (1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 2048, 4095, 4096, 4097, 0)

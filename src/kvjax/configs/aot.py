@@ -8,7 +8,7 @@ hour on two CPU cores, most of it whole decode steps.
 
 from ml_collections import config_dict
 
-OPS = "packed_attention,quantize_pack,remat_attention,reconstruct,decode_step"
+OPS = "packed_attention,causal_attention,quantize_pack,remat_attention,reconstruct,decode_step"
 
 
 def get_config(variant: str = "tpu") -> config_dict.ConfigDict:
@@ -32,5 +32,5 @@ def get_config(variant: str = "tpu") -> config_dict.ConfigDict:
         model="random:llama-3.1-8b",  # of the decode step
         caches="k4v4@token,k4v2@kivi",  # of the decode step
         plugins="",  # modules or Python files that register more caches, separated by commas
-        step_tokens=8192,  # in the decode step's cache
+        step_tokens=8192,  # in the decode step's cache, and of causal attention's prompt
     )

@@ -32,6 +32,7 @@ from kvjax.errors import KvjaxError
 from kvjax.experiments import bars, program
 from kvjax.experiments.aot_cases import SHAPE, Case, Kernels, cases
 from kvjax.files import brief
+from pallas_kernels.causal_attention import splash
 from pallas_kernels.packed_attention import mosaic_tpu as packed_attention
 from pallas_kernels.quantize_pack import mosaic_tpu as quantize_pack
 from pallas_kernels.remat_attention import mosaic_tpu as remat_attention
@@ -46,6 +47,7 @@ KERNELS = Kernels(
     remat_attention.remat_attention,
     remat_attention.reconstruct,
     {"chunk": TWICE},
+    splash.causal_attention,
 )
 
 

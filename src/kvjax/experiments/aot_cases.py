@@ -51,7 +51,7 @@ class Case:
 
 class Kernels(NamedTuple):
     """A platform's implementations. packed_attention: one or more, by what their rows are called; twice: the settings
-    by which it computes twice as many tokens at a time, where there are such."""
+    by which it computes twice as many tokens at a time, where there are such; causal_attention: if there is one."""
 
     name: str
     packed_attention: dict[str, Callable]
@@ -59,6 +59,7 @@ class Kernels(NamedTuple):
     remat_attention: Callable
     reconstruct: Callable
     twice: dict[str, int]
+    causal_attention: Callable | None = None
 
 
 def cases(config: config_dict.ConfigDict, kernels: Kernels) -> Iterator[Case]:
@@ -77,6 +78,8 @@ def cases(config: config_dict.ConfigDict, kernels: Kernels) -> Iterator[Case]:
         "reconstruct": _reconstruct,
         "decode_step": _decode_steps,
     }
+    if kernels.causal_attention:
+        makers["causal_attention"] = _causal_attention
     for op in split_list(config.ops):
         if op not in makers:
             raise KvjaxError(f"op {op!r}; expected one of {', '.join(makers)}")
@@ -178,6 +181,15 @@ def _reconstruct(config: config_dict.ConfigDict, kernels: Kernels) -> Iterator[C
         delta = packed(config.batch, 1, config.tokens, config.rank, bits, per, 32)
         point = {"op": "reconstruct", "bits": str(bits), "mode": f"{per}32"}
         yield Case(point, kernels.reconstruct, (below, delta, up, until), donated=(0,))
+
+
+def _causal_attention(config: config_dict.ConfigDict, kernels: Kernels) -> Iterator[Case]:
+    """A prompt of as many tokens as the decode step's cache has."""
+    shape = config.batch, config.step_tokens
+    q, k = (shaped((*shape, heads, config.head_dim), jnp.bfloat16) for heads in (config.heads, config.kv_heads))
+    assert kernels.causal_attention
+    run = functools.partial(kernels.causal_attention, window=None)
+    yield Case({"op": "causal_attention", "bits": f"{EXACT}/{EXACT}", "mode": ""}, run, (q, k, k))
 
 
 def _decode_steps(config: config_dict.ConfigDict, kernels: Kernels) -> Iterator[Case]:

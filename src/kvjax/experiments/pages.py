@@ -723,6 +723,8 @@ TABLES: dict[str, Tables] = {
         "mha-forms": ("mha-forms.jsonl", functools.partial(beside, by="text")),
         "forms": ("decode-forms.jsonl", decode),
         "rows": ("aot-cuda-rows.jsonl", registers),
+        "launches-of-16": ("aot-cuda-launch16.jsonl", registers),
+        "launches-of-8": ("aot-cuda-launch8.jsonl", registers),
         "accounting": (None, lambda _: accounting()),
     },
 }

@@ -24,17 +24,21 @@ from kvjax.ops.dispatch import dispatch
 from kvjax.ops.key_form import BEFORE_ROPE, KeyForm, Table
 from kvjax.ops.shards import first_token, token_parts
 from kvjax.ops.store import Tile
+from pallas_kernels.causal_attention import causal_attention
 from pallas_kernels.layout import MASKED
 from pallas_kernels.packed_attention import packed_attention
 
 QUERY_TILE = 256  # queries that share a pass over the keys
+CHUNK = 128  # queries from which a chunk is worth a kernel of its own
 
 BY_SEQUENCE = PartitionSpec("batch")
 BY_HEAD = PartitionSpec("batch", None, "kv_heads")  # query heads lie where the kv head is that they read
 
 _DECODE_ROWS = 16  # query rows per kv head up to which folding scales costs less than applying them
 _LOWEST = -1e20  # the first maximum: far above MASKED, so that masked scores have exponentials of 0
-_TILE_ELEMENTS = 2**17  # elements of one tile of codes: 512 KiB of float32 stay in a core's cache
+# Elements of a sequence's tile of codes, and tokens of a tile that several queries read. On CPU 512 KiB of float32
+# stay in a core's cache; on GPU every tile costs a dozen kernel launches. Counts are in docs/decisions.md.
+_TILES = {"cpu": (2**17, 256), "tpu": (2**18, 256), "gpu": (2**20, 1024)}
 
 
 class Partial(NamedTuple):
@@ -151,6 +155,11 @@ def merge(parts: Sequence[Partial], learned_sinks: Float[Array, "H"] | None = No
         lse.append(jnp.broadcast_to(learned_sinks.astype(lse[0].dtype), lse[0].shape))
     weight = jax.nn.softmax(jnp.stack(lse), axis=0)
     return sum(w[..., None] * part.output for w, part in zip(weight, parts, strict=False))
+
+
+def join(a: Partial, b: Partial) -> Partial:
+    """Attention over two disjoint sets of keys as over their union, its log-sum-exp included."""
+    return Partial(merge([a, b]), jnp.logaddexp(a.lse, b.lse))
 
 
 def attend_held(span: Span, tokens: int, attend: Callable[[Span], Partial]) -> Partial:
@@ -307,6 +316,39 @@ def attend_exact(
     Returns:
       The output and its log-sum-exp.
     """
+    before = k.shape[1] - q.shape[1]
+    if not own or edges is not None or q.shape[1] < CHUNK:
+        return _attend_tiles_of_exact(q, q_positions, k, v, k_positions, window, own, edges)
+
+    def kernel(
+        name: str, interpret: bool, q: Array, q_positions: Array, k: Array, v: Array, k_positions: Array
+    ) -> Partial:
+        last = causal_attention(
+            q, k[:, before:], v[:, before:], window=window, implementation=name, interpret=interpret
+        )
+        if not before:
+            return Partial(*last)
+        early = k[:, :before], v[:, :before], k_positions[:, :before]
+        return join(Partial(*last), _attend_tiles_of_exact(q, q_positions, *early, window, own=False))
+
+    def xla(q: Array, q_positions: Array, k: Array, v: Array, k_positions: Array) -> Partial:
+        return _attend_tiles_of_exact(q, q_positions, k, v, k_positions, window)
+
+    axes = BY_HEAD, BY_SEQUENCE, BY_HEAD, BY_HEAD, BY_SEQUENCE
+    return dispatch("causal_attention", kernel, xla, (q, q_positions, k, v, k_positions), axes, BY_HEAD)
+
+
+def _attend_tiles_of_exact(
+    q: Float[Array, "B T H D"],
+    q_positions: Int[Array, "B T"],
+    k: Float[Array, "B N K D"],
+    v: Float[Array, "B N K D"],
+    k_positions: Int[Array, "B N"],
+    window: int | None,
+    own: bool = True,
+    edges: Int[Array, "B T"] | None = None,
+) -> Partial:
+    """`attend_exact` in XLA."""
     count, tokens, kv_heads, head_dim = k.shape[1], q.shape[1], k.shape[2], k.shape[3]
     size = count if tokens == 1 else tile_size(count, kv_heads * head_dim, tokens)
     pad = -count % size
@@ -357,7 +399,7 @@ def attend_streamed(
     batch, tokens = q.shape[:2]
     at = jnp.broadcast_to(jnp.arange(tokens), (batch, tokens))
     r = residual_length
-    edges = at // r * r if r else at + 1
+    edges = at // r * r if r else None
     k, v, positions = stored
     parts = [attend_exact(q, at, k[:, :tokens], v[:, :tokens], positions[:, :tokens], window, edges=edges)]
     if k.shape[1] > tokens:
@@ -377,15 +419,16 @@ def attend_streamed(
 
 
 def tile_size(tokens: int, channels: int, queries: int) -> int:
-    """Returns the number of keys per tile.
+    """Returns the number of keys per tile on this platform.
 
     Args:
       tokens: keys in all, the upper bound.
       channels: elements of one key over all kv heads.
       queries: queries of the chunk.
     """
-    size = 1 << ((_TILE_ELEMENTS // channels).bit_length() - 1)
-    return min(tokens, size if queries == 1 else min(size, QUERY_TILE))
+    elements, most = _TILES.get(jax.default_backend(), _TILES["cpu"])
+    size = 1 << ((elements // channels).bit_length() - 1)
+    return min(tokens, size if queries == 1 else min(size, most))
 
 
 def is_decode_shape(rows: int) -> bool:

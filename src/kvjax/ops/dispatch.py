@@ -22,11 +22,12 @@ import jax
 
 from kvjax.errors import KvjaxError
 from kvjax.ops.shards import by_tokens, per_shard
-from pallas_kernels import packed_attention, quantize_pack, remat_attention
+from pallas_kernels import causal_attention, packed_attention, quantize_pack, remat_attention
 
-ORDER = {"gpu": ("triton", "xla"), "tpu": ("mosaic_tpu", "xla"), "cpu": ("native", "xla")}
+ORDER = {"gpu": ("triton", "xla"), "tpu": ("mosaic_tpu", "splash", "xla"), "cpu": ("native", "xla")}
 OPS: Mapping[str, tuple[str, ...]] = {
-    op.__name__.rpartition(".")[2]: op.IMPLEMENTATIONS for op in (packed_attention, remat_attention, quantize_pack)
+    op.__name__.rpartition(".")[2]: op.IMPLEMENTATIONS
+    for op in (packed_attention, remat_attention, quantize_pack, causal_attention)
 }
 Names = str | Sequence[str]
 Result = TypeVar("Result")

@@ -13,7 +13,8 @@ from pallas_kernels.gpu_layout import Cut, GpuTensor, cores, cut, splits_of
 from pallas_kernels.layout import Packed, by_query
 
 LOWEST = -1e20  # the initial running maximum: far above MASKED, so that masked scores have probability 0
-MOST_ROWS = 16  # query rows of a kv head at most: with 32 some widths spill kilobytes, and some do not fit B200
+LAUNCH_ROWS = 8  # query rows of a kv head: what a tensor core takes; with 16, codes with scales per channel spill
+MOST_ROWS = 16  # for queries of many heads: with 32 some widths spill kilobytes, and some do not fit B200
 SHARED = 80 << 10  # bytes that fetched blocks may take, of the 99 KiB that a program of the least GPU has
 RESIDENT = 2  # programs of four warps on a multiprocessor, whatever their registers
 
@@ -85,11 +86,9 @@ def plan_of(
       The plan, and the warps and stages of the launch.
 
     Raises:
-      NotImplementedError: there are too many query rows, or the packing does not suit the kernels.
+      NotImplementedError: the packing does not suit the kernels.
     """
     tokens, ratio = q.shape[1], q.shape[2] // keys.shape[1]
-    if tokens * ratio > MOST_ROWS:
-        raise NotImplementedError(f"{tokens} queries of {ratio} heads; at most {MOST_ROWS} rows a kv head")
     stored = GpuTensor.of(keys), GpuTensor.of(values)
     own = cut(list(stored), 0, settings["block"])
     dtype = jnp.dtype(q.dtype)
@@ -109,7 +108,7 @@ def settings_of(
     """Chooses block, splits, warps and stages.
 
     Args:
-      q: queries.
+      q: queries of a launch.
       keys: packed keys.
       values: packed values.
       rows: tokens that a sub-tile should have; the packing may need more.
@@ -119,14 +118,14 @@ def settings_of(
     Returns:
       The settings by name.
     """
-    (batch, tokens, heads, _), kv_heads = q.shape, keys.shape[1]
+    batch, kv_heads = q.shape[0], keys.shape[1]
     block = cut([GpuTensor.of(keys), GpuTensor.of(values)], rows).block
-    few = tokens * heads // kv_heads <= 32 and q.dtype == jnp.bfloat16
-    slots = cores() * (resident if few else 1)
+    light = q.dtype == jnp.bfloat16
+    slots = cores() * (resident if light else 1)
     splits = splits_of(batch * kv_heads, -(-keys.shape[2] // block), slots)
     # With 2 stages a block is awaited right after its copy is issued; with 3 it is fetched a block ahead.
     fits = buffers * block * (_token_bytes(keys) + _token_bytes(values)) <= SHARED
-    return {"block": block, "splits": splits, "num_warps": 4 if few else 8, "num_stages": 3 if fits else 2}
+    return {"block": block, "splits": splits, "num_warps": 4 if light else 8, "num_stages": 3 if fits else 2}
 
 
 def _token_bytes(packed: Packed) -> float:

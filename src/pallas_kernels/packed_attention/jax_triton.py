@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.gpu_layout import SMALLEST, GpuTensor, check_gpu, power_of_two
-from pallas_kernels.layout import Packed, by_kv_head
+from pallas_kernels.layout import Attended, Packed, by_kv_head, in_launches
 from pallas_kernels.packed_attention import gpu
 
 
@@ -35,7 +35,7 @@ def packed_attention(
     num_warps: int | None = None,
     num_stages: int | None = None,
     compute_capability: int | None = None,
-) -> tuple[Float32[Array, "B T H V"], Float32[Array, "B T H"]]:
+) -> Attended:
     """See `pallas_kernels.packed_attention`.
 
     The settings block, splits, num_warps and num_stages are those of `defaults` where None. `compute_capability` is
@@ -47,21 +47,26 @@ def packed_attention(
     if compute_capability is None:
         check_gpu()
     settings = {"block": block, "splits": splits, "num_warps": num_warps, "num_stages": num_stages}
-    chosen = defaults(q, keys, values) | {name: value for name, value in settings.items() if value is not None}
-    plan, launch = gpu.plan_of(gpu.AttentionPlan, q, keys, values, first, window, scale, interpret, chosen)
-    parts = q.shape[0], keys.shape[1], plan.splits
-    shapes = (*parts, plan.rows, values.shape[3]), (*parts, plan.rows)
-    output, lse = jax_triton.triton_call(
-        *arguments(q, keys, values, start, stop),
-        kernel=kernel.attend_kernel,
-        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
-        grid=parts,
-        P=plan,
-        KV_HEADS=keys.shape[1],
-        compute_capability=compute_capability,
-        **launch,
-    )
-    return gpu.result(output, lse, q.shape[1])
+    given = {name: value for name, value in settings.items() if value is not None}
+
+    def launch(q: Array, start: Array) -> Attended:
+        chosen = defaults(q, keys, values) | given
+        plan, how = gpu.plan_of(gpu.AttentionPlan, q, keys, values, first, window, scale, interpret, chosen)
+        parts = q.shape[0], keys.shape[1], plan.splits
+        shapes = (*parts, plan.rows, values.shape[3]), (*parts, plan.rows)
+        output, lse = jax_triton.triton_call(
+            *arguments(q, keys, values, start, stop),
+            kernel=kernel.attend_kernel,
+            out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+            grid=parts,
+            P=plan,
+            KV_HEADS=keys.shape[1],
+            compute_capability=compute_capability,
+            **how,
+        )
+        return gpu.result(output, lse, q.shape[1])
+
+    return in_launches(launch, q, start, keys.shape[1], rows=gpu.LAUNCH_ROWS, most=gpu.MOST_ROWS)
 
 
 def _modules() -> tuple[Any, Any]:
@@ -107,8 +112,7 @@ def defaults(q: Float[Array, "B T H D"], keys: Packed, values: Packed) -> dict[s
     """Chooses block, splits, warps and stages.
 
     Sub-tiles have 64 tokens. They have fewer where registers would spill, because all bytes of a block are held at
-    once: for many queries, float32, two planes or unequal widths. Exact values have 32, so that three blocks fit
-    shared memory.
+    once: for float32, two planes or unequal widths. Exact values have 32, so that three blocks fit shared memory.
 
     Args:
       q: queries.
@@ -120,6 +124,5 @@ def defaults(q: Float[Array, "B T H D"], keys: Packed, values: Packed) -> dict[s
     """
     stored = [s for s in (GpuTensor.of(keys), GpuTensor.of(values)) if not s.exact]
     widths = {width for s in stored for width in s.widths}
-    many = q.shape[1] * q.shape[2] // keys.shape[1] > 16 or q.dtype != jnp.bfloat16
-    rows = 16 if many or {1, 4} <= widths else 64 if len(widths) == 1 else 32
+    rows = 16 if q.dtype != jnp.bfloat16 or {1, 4} <= widths else 64 if len(widths) == 1 else 32
     return gpu.settings_of(q, keys, values, rows, buffers=3)

@@ -16,10 +16,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from pallas_kernels import mosaic_tpu_common as common
-from pallas_kernels.layout import EXACT, MASKED, Packed, by_kv_head, by_query
+from pallas_kernels.layout import EXACT, MASKED, Attended, Packed, by_kv_head, by_query, in_launches
 from pallas_kernels.mosaic_tpu_common import LANES, PackedRefs
 
-ROWS = 16  # query rows per kv head at most: with 128, 2 bits and scales per channel do not fit the VMEM of v4
+LAUNCH_ROWS = 16  # query rows of a kv head: with 128, 2 bits and scales per channel do not fit the VMEM of v4
 CHUNK = 512  # tokens computed at a time
 
 
@@ -36,18 +36,46 @@ def packed_attention(
     interpret: bool = False,
     block: int | None = None,
     chunk: int = CHUNK,
-) -> tuple[Float32[Array, "B T H V"], Float32[Array, "B T H"]]:
+) -> Attended:
     """See `pallas_kernels.packed_attention`.
 
     `block` is the number of tokens fetched at a time (None: what fits VMEM), `chunk` the number computed at a time.
     Both are rounded to what the packing needs.
     """
+    launch = functools.partial(
+        _launch,
+        keys,
+        values,
+        stop,
+        first=first,
+        window=window,
+        scale=scale,
+        interpret=interpret,
+        block=block,
+        chunk=chunk,
+    )
+    return in_launches(launch, q, start, keys.shape[1], rows=LAUNCH_ROWS, most=LAUNCH_ROWS)
+
+
+def _launch(
+    keys: Packed,
+    values: Packed,
+    stop: Int[Array, "B"],
+    q: Float[Array, "B T H D"],
+    start: Int[Array, "B"],
+    *,
+    first: int,
+    window: int | None,
+    scale: float,
+    interpret: bool,
+    block: int | None,
+    chunk: int,
+) -> Attended:
+    """Attends for as many queries as one launch takes."""
     batch, queries, heads, channels = q.shape
     _, kv_heads, tokens, width = values.shape
     ratio = heads // kv_heads
     rows = queries * ratio
-    if rows > ROWS:
-        raise NotImplementedError(f"{rows} query rows per kv head; expected at most {ROWS}")
     padded = -(-rows // 8) * 8
     hold = common.heads_of(keys, values)
     chunk = common.chunk_of(keys, values, least=chunk)

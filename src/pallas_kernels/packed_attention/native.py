@@ -10,10 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float32, Int
 
 from pallas_kernels import native
-from pallas_kernels.layout import Packed
+from pallas_kernels.layout import MOST_ROWS, Packed
 
 SOURCE = Path(__file__).with_name("native.cc")
-MOST_ROWS = 128  # query rows of a kv head: with more, XLA is faster for keys per channel and heads of 128 channels
 
 
 def packed_attention(

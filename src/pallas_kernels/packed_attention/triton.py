@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.gpu_layout import LIFT, LOG2_E, GpuTensor, quotient, remainder
-from pallas_kernels.layout import MASKED, Packed, by_kv_head
+from pallas_kernels.layout import MASKED, Attended, Packed, by_kv_head, in_launches
 from pallas_kernels.packed_attention import gpu
 from pallas_kernels.packed_attention.gpu import LOWEST
 from pallas_kernels.triton_common import (
@@ -105,7 +105,7 @@ def packed_attention(
     splits: int | None = None,
     num_warps: int | None = None,
     num_stages: int | None = None,
-) -> tuple[Float32[Array, "B T H V"], Float32[Array, "B T H"]]:
+) -> Attended:
     """See `pallas_kernels.packed_attention`.
 
     Where block, splits, num_warps or num_stages is None, the value measured for this device is taken, or that of
@@ -114,10 +114,28 @@ def packed_attention(
     check_launch(interpret, q, keys, values)
     settings = {"block": block, "splits": splits, "num_warps": num_warps, "num_stages": num_stages}
     given = {name: value for name, value in settings.items() if value is not None}
-    if len(given) < len(settings):
-        tuned = lookup("packed_attention", attention_class(q.shape, keys, values))
-        given = defaults(q, keys, values) | tuned | given
-    plan, launch = gpu.plan_of(TritonPlan, q, keys, values, first, window, scale, interpret, given)
+
+    def launch(q: Array, start: Array) -> Attended:
+        tuned = {}
+        if len(given) < len(settings):
+            tuned = defaults(q, keys, values) | lookup("packed_attention", attention_class(q.shape, keys, values))
+        chosen = tuned | given
+        plan, how = gpu.plan_of(TritonPlan, q, keys, values, first, window, scale, interpret, chosen)
+        return _launch(plan, how, q, keys, values, start, stop)
+
+    return in_launches(launch, q, start, keys.shape[1], rows=gpu.LAUNCH_ROWS, most=gpu.MOST_ROWS)
+
+
+def _launch(
+    plan: TritonPlan,
+    launch: dict[str, int],
+    q: Float[Array, "B T H D"],
+    keys: Packed,
+    values: Packed,
+    start: Int[Array, "B"],
+    stop: Int[Array, "B"],
+) -> Attended:
+    """Attends for as many queries as one launch takes."""
     batch, kv_heads, splits = q.shape[0], keys.shape[1], plan.splits
     rows, width = by_kv_head(q, kv_heads), values.shape[3]
     own = lambda b, k, s: (b, k, s, 0, 0)  # noqa: E731
@@ -140,7 +158,7 @@ def packed_attention(
             jax.ShapeDtypeStruct((batch, kv_heads, splits, plan.rows), jnp.float32),
         ],
         compiler_params=plgpu.CompilerParams(**launch),
-        interpret=interpret,
+        interpret=plan.interpret,
     )(rows, start.astype(jnp.int32), stop.astype(jnp.int32), keys, values)
     return gpu.result(output, lse, q.shape[1])
 
@@ -149,8 +167,7 @@ def defaults(q: Float[Array, "B T H D"], keys: Packed, values: Packed) -> dict[s
     """Chooses block, splits, warps and stages.
 
     With sub-tiles of 64 tokens, each of four warps has separate rows. Sub-tiles have fewer tokens where registers
-    would spill: for many queries, for float32, and for codes of 1 bit (a block then has eight sub-tiles) beside exact
-    values.
+    would spill: for float32, and for codes of 1 bit (a block then has eight sub-tiles) beside exact values.
 
     Args:
       q: queries.
@@ -162,8 +179,7 @@ def defaults(q: Float[Array, "B T H D"], keys: Packed, values: Packed) -> dict[s
     """
     stored = GpuTensor.of(keys), GpuTensor.of(values)
     crowded = any(s.exact for s in stored) and min(width for s in stored for width in s.widths) == 1
-    many = q.shape[1] * q.shape[2] // keys.shape[1] > 16 or q.dtype != jnp.bfloat16
-    rows = 16 if many else 32 if crowded else 64
+    rows = 16 if q.dtype != jnp.bfloat16 else 32 if crowded else 64
     light = all(not s.exact and s.per == "token" and s.groups == len(s.widths) == 1 for s in stored)
     return gpu.settings_of(q, keys, values, rows, buffers=2, resident=LIGHT if light else gpu.RESIDENT)
 
