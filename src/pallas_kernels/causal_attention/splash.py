@@ -27,7 +27,8 @@ def causal_attention(
             raise NotImplementedError(f"{name} in {array.dtype}; splash attention multiplies in bfloat16")
     _, tokens, heads, channels = q.shape
     pad = (0, 0), (0, -tokens % LANES), (0, 0), (0, -channels % LANES)
-    q, k, v = (jnp.pad(a, pad) for a in (q * jnp.asarray(channels**-0.5, q.dtype), k, v))
+    scaled = (q.astype(jnp.float32) * channels**-0.5).astype(q.dtype)  # the factor itself is not rounded
+    q, k, v = (jnp.pad(a, pad) for a in (scaled, k, v))
     kv_heads = k.shape[2]
     kernel = jax.vmap(_kernel(q.shape[1], heads // kv_heads, window, interpret))
 
