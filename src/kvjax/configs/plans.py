@@ -48,7 +48,7 @@ SEARCHES = {
     for variant, searches in CANDIDATES.items()
 }
 SEARCHES["heads"] = {f"by {by}": {"candidates": CANDIDATES["pairs"]["kivi"], "by": by} for by in ("layer", "head")}
-FAIR = "2.25,2.5,3,3.5,4,4.5"
+FAIR = "2.25,2.5,3,3.25,3.5,4,4.5"
 BUDGETS = {"pairs": "3,3.25,3.5,4,4.5,5,6", "widths": "3,4", "families": FAIR, "forms": FAIR, "heads": "3,3.5,4,5"}
 
 

@@ -648,6 +648,7 @@ TABLES: dict[str, Tables] = {
         "plans": ("plans-pairs.jsonl", searched),
         "heads": ("plans-heads.jsonl", by_head),
         "families": ("plans-families.jsonl", searched),
+        "more-windows": ("plans-windows.jsonl", judged),
         "searches": ("searches.jsonl", searches),
         "search-speed": ("search_speed.jsonl", search_speed),
         "mixed": ("mixed.jsonl", mixed),
