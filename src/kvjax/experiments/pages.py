@@ -713,7 +713,6 @@ TABLES: dict[str, Tables] = {
     },
     "docs/tasks.md": {
         "tasks": ("tasks.jsonl", tasks),
-        "agreement-long": ("agreement-long.jsonl", agreement),
         "positions": ("positions.jsonl", by_position),
         "layers": ("layers.jsonl", by_layer),
     },
