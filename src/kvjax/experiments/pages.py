@@ -307,8 +307,10 @@ def tasks(rows: list[Row]) -> str:
             for cache, width in bits.items()
         ]
         samples = {part: row["samples"] for (_, part, _), row in own.items()}
+        short = {part: part.partition("(")[0] for part in samples}
+        names = short if len({*short.values()}) == len(short) else {part: part for part in samples}
         asked = ", ".join(f"{count} of `{part}`" for part, count in samples.items())
-        header = ("cache", "with scales", *(f"`{part}`: {metric}" for part, metric in figures))
+        header = ("cache", "with scales", *(f"{names[part]}: {metric}" for part, metric in figures))
         parts += [f"{model}, ± one standard error; samples: {asked}.", table(header, lines)]
     return "\n\n".join(parts)
 
