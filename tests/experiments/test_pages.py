@@ -127,3 +127,27 @@ def test_a_missing_result_file_is_named(root: Path) -> None:
 def test_the_pages_are_those_of_the_clone_by_the_link_too() -> None:
     root = Path(__file__).parents[2]
     assert root == pages.ROOT and runpy.run_path(str(root / "experiments/pages.py"))["ROOT"] == root
+
+
+def test_tasks_stand_in_a_table_for_each_model() -> None:
+    def asked(model: str, cache: str, metric: str, value: float) -> dict[str, Any]:
+        figures = {"part": "needle", "metric": metric, "value": value, "stderr": 0.125, "samples": 20}
+        return row("a") | figures | {"model": model, "cache": cache, "bits_asymptotic": 5.0}
+
+    rows = [asked("one", "k4v4", "found", 0.5), asked("two", "k4v4", "found", 1.0), asked("two", "k2v2", "lost", 0.0)]
+    _, one, first, two, second = pages.tasks(rows).split("\n\n")
+    assert one == "one, ± one standard error; samples: 20 of `needle`." and two.startswith("two")
+    assert first.splitlines()[2:] == ["| `k4v4` | 5.00 | 0.50 ± 0.12 |"]
+    assert second.splitlines()[2:] == ["| `k4v4` | 5.00 | 1.00 ± 0.12 |  |", "| `k2v2` | 5.00 |  | 0.00 ± 0.12 |"]
+
+
+def test_parts_of_windows_are_columns() -> None:
+    shared = row("a") | {"model": "m", "text": "t", "windows": 2, "context": 9, "nll_increase": 0.5, "kld_se": 0.1}
+    rows = [shared | {"cache": "k4v4", "first": at, "last": at + 3, "kld": at / 8} for at in (1, 5)]
+    source, _, *lines = pages.by_position(rows).splitlines()
+    assert source.endswith("m, 2 × 9 tokens of t, ± one standard error.")
+    assert lines[0] == "| cache | figure | 1 to 4 | 5 to 8 |"
+    assert lines[2:] == [
+        "| `k4v4` | KL | 0.1250 ± 0.1000 | 0.6250 ± 0.1000 |",
+        "| `k4v4` | nll, more | 0.5000 | 0.5000 |",
+    ]

@@ -9,9 +9,10 @@ DIR/layers.png.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from ml_collections import config_dict
@@ -23,6 +24,9 @@ from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import read_config
 from kvjax.experiments import bars, curves, program, style
 from kvjax.tables import align_columns, format_with_error
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 
@@ -40,13 +44,9 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     with bars.shown("windows") as tell:
         progress = lambda plan, done, total: tell(str(plan), done, total)  # noqa: E731
         rows = kvjax.sweep(model, config.text, names, **sizes, folder=workdir, progress=progress)
-    found = {row["cache"]: row for row in rows}
-    row_of = lambda name: found[str(kvjax.plan(model, name))]  # noqa: E731
-    each = {name: [row_of(text) for text in texts] for name, texts in plans.items()}
-    print(table(each, {name: row_of(name) for name in plans}))
-    lines = {name: (range(len(rows)), rows) for name, rows in each.items()}
+    print(align_columns([["layer alone", *whole_rows(rows)], *lines(rows)], left=1))
     print(f"rows: {workdir / 'results.jsonl'}")
-    hosts.on_first(lambda: style.write(workdir / "layers.png", curves.draw, lines, "the layer that has the cache"))
+    hosts.on_first(lambda: style.write(workdir / "layers.png", draw, rows))
 
 
 def alone(name: str, layers: int) -> list[str]:
@@ -55,16 +55,36 @@ def alone(name: str, layers: int) -> list[str]:
     return [join_layers({name: [i], "dense": others(i)} if layers > 1 else {name: [i]}) for i in range(layers)]
 
 
-def table(each: Mapping[str, Sequence[Row]], whole: Mapping[str, Row]) -> str:
+def whole_rows(rows: Sequence[Row]) -> dict[str, Row]:
+    """By the cache, the row in which all layers have it."""
+    return {row["cache"]: row for row in rows if ":" not in row["cache"]}
+
+
+def by_layer(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """By the cache, the rows in which one layer has it, in the order of layers; of a model of one layer its row."""
+    found: dict[str, dict[int, Row]] = {cache: {} for cache in whole_rows(rows)}
+    for row in rows:
+        if match := re.search(r"(?<![^;])(\d+):(?!dense)([^;]+)", row["cache"]):
+            found[match[2]][int(match[1])] = row
+    return {cache: [own[layer] for layer in sorted(own)] or [whole_rows(rows)[cache]] for cache, own in found.items()}
+
+
+def lines(rows: Sequence[Row]) -> list[list[str]]:
     """A line per layer, a column per cache, KL in nats a token; below them their sum, and all layers at once."""
-    lines = [["layer alone", *each]]
-    lines += [
-        [str(layer), *(format_with_error(row, "kld", ".5f") for row in rows)]
-        for layer, rows in enumerate(zip(*each.values(), strict=True))
+    each = by_layer(rows)
+    found = [
+        [str(layer), *(format_with_error(row, "kld", ".5f") for row in own)]
+        for layer, own in enumerate(zip(*each.values(), strict=True))
     ]
-    lines.append(["their sum", *(f"{sum(row['kld'] for row in rows):.5f}" for rows in each.values())])
-    lines.append(["all at once", *(format_with_error(whole[name], "kld", ".5f") for name in each)])
-    return align_columns(lines, left=1)
+    found.append(["their sum", *(f"{sum(row['kld'] for row in own):.5f}" for own in each.values())])
+    found.append(["all at once", *(format_with_error(row, "kld", ".5f") for row in whole_rows(rows).values())])
+    return found
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """KL divergence by the layer that has the cache, one line a cache."""
+    each = {cache: (range(len(own)), own) for cache, own in by_layer(rows).items()}
+    return curves.draw(each, "the layer that has the cache")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from kvjax.experiments import (
     closed_loop,
     device_bytes,
     head_errors,
+    layers,
     loading_memory,
     pareto,
     plans,
@@ -289,6 +290,58 @@ def bad_inputs(rows: list[Row], fuzzed: list[Row]) -> str:
     )
     cases = f"{describe_source(rows)}\n\n{table(header, lines, numbers=False)}"
     return f"# Bad inputs\n\n{text}\n\n{cases}\n\n{damaged}\n\n{fuzz(fuzzed)}\n"
+
+
+# ---- docs/tasks.md
+
+
+def tasks(rows: list[Row]) -> str:
+    """What models answer with each cache: a table a model, a column a figure of each task."""
+    parts = [describe_source(rows)]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = {(row["cache"], row["part"], row["metric"]): row for row in rows if row["model"] == model}
+        figures = dict.fromkeys(key[1:] for key in own)
+        bits = {row["cache"]: format_figure(row, "bits_asymptotic", ".2f") for row in own.values()}
+        lines = [
+            [f"`{cache}`", width, *(_task_cell(own.get((cache, *figure))) for figure in figures)]
+            for cache, width in bits.items()
+        ]
+        samples = {part: row["samples"] for (_, part, _), row in own.items()}
+        short = {part: part.partition("(")[0] for part in samples}
+        names = short if len({*short.values()}) == len(short) else {part: part for part in samples}
+        asked = ", ".join(f"{count} of `{part}`" for part, count in samples.items())
+        header = ("cache", "with scales", *(f"{names[part]}: {metric}" for part, metric in figures))
+        parts += [f"{model}, ± one standard error; samples: {asked}.", table(header, lines)]
+    return "\n\n".join(parts)
+
+
+def _task_cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['value']:.2f}" + ("" if math.isnan(row["stderr"]) else f" ± {row['stderr']:.2f}")
+
+
+def by_position(rows: list[Row]) -> str:
+    """KL and the increase in nll of each cache, a column a part of the window."""
+    spans = list(dict.fromkeys((row["first"], row["last"]) for row in rows))
+    at = {(row["cache"], row["first"]): row for row in rows}
+    header = ("cache", "figure", *(f"{first} to {last}" for first, last in spans))
+    lines = [
+        [f"`{cache}`", name, *(format_with_error(at[cache, first], key, ".4f") for first, _ in spans)]
+        for cache in dict.fromkeys(row["cache"] for row in rows)
+        for name, key in (("KL", "kld"), ("nll, more", "nll_increase"))
+    ]
+    return f"{describe_source(rows)} {_size(rows[0])}\n\n{table(header, lines)}"
+
+
+def by_layer(rows: list[Row]) -> str:
+    """KL with one layer under each cache and the others dense."""
+    header = ("layer alone", *(f"`{cache}`" for cache in layers.whole_rows(rows)))
+    return f"{describe_source(rows)} {_size(rows[0])}\n\n{table(header, layers.lines(rows))}"
+
+
+def _size(row: Row) -> str:
+    return f"{row['model']}, {row['windows']} × {row['context']} tokens of {row['text']}, ± one standard error."
 
 
 # ---- docs/tuning.md
@@ -660,6 +713,11 @@ TABLES: dict[str, Tables] = {
         "models": ("models.jsonl", beside),
         "models-plans": ("models-plans.jsonl", searched),
     },
+    "docs/tasks.md": {
+        "tasks": ("tasks.jsonl", tasks),
+        "positions": ("positions.jsonl", by_position),
+        "layers": ("layers.jsonl", by_layer),
+    },
     "docs/decisions.md": {
         "xquant-beyond": ("xquant-beyond.jsonl", beyond),
         "quality": ("quality.jsonl", at_equal_conditions),
@@ -684,6 +742,7 @@ PICTURES: dict[str, tuple[str, Callable[[list[Row]], Any]]] = {  # by name: the 
     "tune-searches": ("searches.jsonl", search_courses.draw),
     "head_errors": ("head_errors.jsonl", head_errors.draw),
     "roofline": ("roofline.jsonl", roofline_program.draw),
+    "layers": ("layers.jsonl", layers.draw),
     "similarity": ("similarity.jsonl", similarity.draw),
     "tune-sensitivity": ("sensitivity.jsonl", lambda rows: tune_pictures.heat_map(rows, "kld")),
 }
