@@ -156,8 +156,8 @@ def in_launches(
     parts = q.reshape(batch, count, size, heads, channels).swapaxes(0, 1)
     starts = start + size * jnp.arange(count, dtype=start.dtype)[:, None]
     output, lse = jax.lax.map(lambda part: launch(*part), (parts, starts))
-    joined = (a.swapaxes(0, 1).reshape(batch, count * size, *a.shape[3:])[:, :tokens] for a in (output, lse))
-    return tuple(joined)  # type: ignore[return-value]
+    output, lse = (a.swapaxes(0, 1).reshape(batch, count * size, *a.shape[3:])[:, :tokens] for a in (output, lse))
+    return output, lse
 
 
 def check(name: str, packed: Packed) -> None:

@@ -62,11 +62,12 @@ def whole_rows(rows: Sequence[Row]) -> dict[str, Row]:
 
 def by_layer(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """By the cache, the rows in which one layer has it, in the order of layers; of a model of one layer its row."""
-    found: dict[str, dict[int, Row]] = {cache: {} for cache in whole_rows(rows)}
+    whole = whole_rows(rows)
+    found: dict[str, dict[int, Row]] = {cache: {} for cache in whole}
     for row in rows:
         if match := re.search(r"(?<![^;])(\d+):(?!dense)([^;]+)", row["cache"]):
             found[match[2]][int(match[1])] = row
-    return {cache: [own[layer] for layer in sorted(own)] or [whole_rows(rows)[cache]] for cache, own in found.items()}
+    return {cache: [own[layer] for layer in sorted(own)] or [whole[cache]] for cache, own in found.items()}
 
 
 def lines(rows: Sequence[Row]) -> list[list[str]]:
