@@ -149,7 +149,7 @@ class RowStore:
     def read(self, start: Int[Array, ""] | int, size: int, dtype: Any) -> Tile:
         """Reads tokens [start, start + size), decoded to `dtype`."""
         kept = tuple(jax.lax.dynamic_slice_in_dim(a, start, size, 2) for a in self.kept)
-        return Tile(self.format.decode(kept, dtype))
+        return Tile(self.format.decode(kept, jnp.promote_types(dtype, jnp.float32)).astype(dtype))
 
 
 @struct.dataclass
@@ -554,12 +554,14 @@ class Tile:
         return self.scale is not None and self.gain is None and whole
 
     def dequantize(self) -> Float[Array, "B K n D"]:
+        """The values, in the dtype of the codes, and rounded to it once."""
         if self.scale is None:
             return self.codes
         scale, zero = (a.swapaxes(2, 3) if self.axis == -1 else a for a in (self.scale, self.zero))
         q = affine.Quantized(self.codes, scale, zero)
-        x = affine.dequantize(q, self.axis, self.group, self.codes.dtype)
-        return x if self.gain is None else x * self.gain.astype(x.dtype)
+        x = affine.dequantize(q, self.axis, self.group, jnp.promote_types(self.codes.dtype, jnp.float32))
+        x = x if self.gain is None else x * self.gain.astype(x.dtype)
+        return x.astype(self.codes.dtype)
 
 
 def read_tile(packed: Stored, start: Int[Array, ""] | int, size: int, dtype) -> Tile:
