@@ -210,12 +210,10 @@ def frontier(rows: list[Row]) -> str:
         return [name, *(f"{row[f'bits_{each}']:.2f}" for each in CONTEXTS), *figures]
 
     parts = [describe_source(rows)]
-    for text, condition in dict.fromkeys((row["text"], row["condition"]) for row in rows):
-        own = [row for row in rows if (row["text"], row["condition"]) == (text, condition)]
-        title = (
-            f"{text}, {condition} ({own[0]['protocol']}), {own[0]['windows']} windows of {own[0]['context']} tokens:"
-        )
-        parts += [title, table(header, list(map(line, own)))]
+    title = "{model}, {text}, {condition} ({protocol}), {windows} windows of {context} tokens:"
+    for heading in dict.fromkeys(title.format(**row) for row in rows):
+        own = [row for row in rows if title.format(**row) == heading]
+        parts += [heading, table(header, list(map(line, own)))]
     return "\n\n".join(parts)
 
 
