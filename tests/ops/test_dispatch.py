@@ -140,7 +140,7 @@ def test_what_does_not_serve_is_passed_over() -> None:
         assert dispatch.dispatch("packed_attention", kernel, lambda: "xla") == "xla"
     assert tried == ["triton", "native"]
     tried.clear()
-    assert dispatch.dispatch("quantize_pack", kernel, lambda: "xla") == "xla" and not tried  # none for CPU
+    assert dispatch.dispatch("causal_attention", kernel, lambda: "xla") == "xla" and not tried  # none for CPU
 
 
 def test_reasons_are_kept() -> None:
