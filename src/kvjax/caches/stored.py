@@ -223,6 +223,15 @@ class BlockStore:
         both = tuple(jnp.concatenate(pair, 1) for pair in zip(self.sinks, self.residual, strict=True))
         return both, jnp.concatenate(positions, 1)
 
+    def recent(self, x: Float[Array, "B RT K d"], held: Int[Array, "B"]) -> Float[Array, "B RT K d"]:
+        """Residual and chunk, one after the other, as one run of tokens: without the slots that hold nothing.
+
+        held: tokens in the residual.
+        """
+        r = self.residual_length
+        put = jax.vmap(lambda old, new, at: old.at[at].set(new))  # batch: see ops/store.py
+        return put(x, x[:, r:], held[:, None] + jnp.arange(x.shape[1] - r))
+
     def own_positions(self, chunk: Chunk) -> Int[Array, "B T"]:
         """The chunk's positions, -1 at padding."""
         end = chunk.positions[:, :1] + chunk.lengths[:, None]
@@ -453,9 +462,7 @@ class StoredCache(LayerCache):
         views = self._views(after, chunk, carry)
         parts = [self.attend_packed(view, chunk, above) for view in views]
         if self.store.sink or not self.store.reads_stored(chunk):
-            k, v, positions = self._exact_kv(after, chunk)
-            own = not self.store.reads_stored(chunk)
-            parts.append(attention.attend_exact(chunk.q, chunk.positions, k, v, positions, chunk.window, own))
+            parts += self._attend_kept(after, chunk)
         output = attention.merge(parts, chunk.learned_sinks).astype(chunk.q.dtype)
         return output, dataclasses.replace(self, store=after), above
 
@@ -474,6 +481,23 @@ class StoredCache(LayerCache):
             for dtype, each in zip(dtypes, zip(*parts, strict=True), strict=True)
         )
         return k, v, positions, dataclasses.replace(self, store=after), above
+
+    def _attend_kept(self, after: BlockStore, chunk: Chunk) -> list[attention.Partial]:
+        """Attention over what `_exact_kv` gives; few queries read it as two spans, as kernels can."""
+        k, v, positions = self._exact_kv(after, chunk)
+        mine, stored = self.store, self.store.reads_stored(chunk)
+        if chunk.q.shape[1] >= attention.CHUNK:
+            return [attention.attend_exact(chunk.q, chunk.positions, k, v, positions, chunk.window, not stored)]
+        base, parts = mine.packed_stop(chunk), []
+        if mine.sink:  # those that the residual does not hold, too
+            span = attention.Span(chunk.positions, 0, jnp.minimum(base, mine.sink), chunk.window, divided=False)
+            parts.append(attention.attend_few(chunk.q, span, *(a[:, : mine.sink] for a in (k, v))))
+        if not stored:
+            here = chunk.positions - base[:, None]
+            span = attention.Span(here, 0, here[:, 0] + chunk.lengths, chunk.window, divided=False)
+            recent = (mine.recent(a[:, mine.sink :], here[:, 0]) for a in (k, v))
+            parts.append(attention.attend_few(chunk.q, span, *recent))
+        return parts
 
     def _views(self, source: BlockStore, chunk: Chunk, carry: Any) -> list[View]:
         """What the chunk's queries read as packed. `source` has it all, unless the chunk is too long for a ring."""

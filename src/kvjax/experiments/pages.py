@@ -635,6 +635,7 @@ TABLES: dict[str, Tables] = {
         "sweep": ("demo-streaming.jsonl", sweep),
         "reference": ("wikitext2-parallel.jsonl", reference),
         "decode": ("decode.jsonl", decode),
+        "decode-avx2": ("decode-avx2.jsonl", decode),
         "forward": ("forward.jsonl", forward),
         "agreement": ("agreement.jsonl", agreement),
         "xquant-gqa": ("xquant-gqa.jsonl", xquant),
@@ -675,6 +676,7 @@ TABLES: dict[str, Tables] = {
     "docs/methods/aqua.md": {"aqua": _rival("aqua*")},
     "docs/kernels.md": {
         "ops": ("throughput-cpu.jsonl", ops),
+        "ops-avx2": ("throughput-avx2.jsonl", ops),
         "aot-tpu": ("aot.jsonl", compiled),
         "bundles": ("aot.jsonl", bundles),
         "aot-cuda": ("aot-cuda.jsonl", compiled),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -30,9 +31,11 @@ class Rope:
           cos and sin, each angle once per half of D.
         """
         dtype = jnp.promote_types(dtype, jnp.float32)
-        inv_freq, factor = (jnp.tile(jnp.asarray(a, dtype), 2) for a in (self.inv_freq, self.factor))
+        inv_freq, factor = (jnp.asarray(a, dtype) for a in (self.inv_freq, self.factor))
         angle = positions[..., None].astype(dtype) * inv_freq
-        return jnp.cos(angle) * factor, jnp.sin(angle) * factor
+        both = (jnp.concatenate([half, half], -1) for half in (jnp.cos(angle) * factor, jnp.sin(angle) * factor))
+        # XLA would fuse them into all that reads them, and compute them for every head and every reader.
+        return jax.lax.optimization_barrier(tuple(both))
 
 
 def make_rope(config: RopeConfig, head_dim: int, length: int = 0) -> Rope:

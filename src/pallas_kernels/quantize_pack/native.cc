@@ -30,6 +30,11 @@ inline Vec narrowed(Vec x) {
 #endif
 }
 
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+
+// Codes as bytes.
+inline Bytes bytes(Vec codes) { return __builtin_convertvector(__builtin_convertvector(codes, IntVec), Bytes); }
+
 inline Vec least(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec most(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec within(Vec x, float low, float high) { return least(most(x, splat(low)), splat(high)); }
@@ -163,7 +168,8 @@ class Block {
  public:
   Block(const Problem& pr, int64_t n, int64_t head)
       : pr_(pr), at_(n * pr.heads + head), x_(pr.x + at_ * pr.tokens * pr.channels), counted_(pr.counted + n * pr.tokens),
-        entries_(pr.group * kLanes), codes_(pr.tokens * pr.channels), counts_(pr.group * kLanes) {}
+        entries_(pr.group * kLanes), turned_(pr.per_channel ? 0 : pr.group * kLanes), codes_(pr.tokens * pr.channels),
+        counts_(pr.group * kLanes) {}
 
   void run() {
     // Groups follow one another along `outer`, and those of neighbouring `inner` share a vector.
@@ -175,18 +181,52 @@ class Block {
   }
 
  private:
-  // The place in the block of entry 0 of the group in lane 0, and how far apart entries and lanes are.
+  // The place in the block of entry 0 of the group in lane 0.
   int64_t start(int64_t g, int64_t i) const {
     return pr_.per_channel ? g * pr_.group * pr_.channels + i : i * pr_.channels + g * pr_.group;
   }
-  int64_t entry_step() const { return pr_.per_channel ? pr_.channels : 1; }
-  int64_t lane_step() const { return pr_.per_channel ? 1 : pr_.channels; }
+
+  // Whether groups per token are turned by whole vectors.
+  bool turns(int64_t lanes) const { return !pr_.per_channel && lanes == kLanes && pr_.group % kLanes == 0; }
+
+  // Reads the groups of all lanes.
+  void gather(const float* x, int64_t lanes) {
+    if (turns(lanes)) return transpose(x, pr_.channels, kLanes, pr_.group, entries_.data(), kLanes);
+    const int64_t entry = pr_.per_channel ? pr_.channels : 1, lane = pr_.per_channel ? 1 : pr_.channels;
+    for (int64_t e = 0; e < pr_.group; ++e) {
+      float* const to = &entries_[e * kLanes];
+      if (lane == 1 && lanes == kLanes) {
+        store(to, load(x + e * entry));
+      } else {
+        for (int64_t l = 0; l < kLanes; ++l) to[l] = l < lanes ? x[e * entry + l * lane] : 0.0f;
+      }
+    }
+  }
+
+  // Writes codes where the entries were.
+  void scatter(uint8_t* to, int64_t lanes) {
+    if (turns(lanes)) {
+      transpose(entries_.data(), kLanes, pr_.group, kLanes, turned_.data(), pr_.group);
+      for (int64_t l = 0; l < kLanes; ++l)
+        for (int64_t e = 0; e < pr_.group; e += kLanes) {
+          const Bytes codes = bytes(load(&turned_[l * pr_.group + e]));
+          std::memcpy(to + l * pr_.channels + e, &codes, sizeof codes);
+        }
+      return;
+    }
+    const int64_t entry = pr_.per_channel ? pr_.channels : 1, lane = pr_.per_channel ? 1 : pr_.channels;
+    for (int64_t e = 0; e < pr_.group; ++e) {
+      const Bytes codes = bytes(load(&entries_[e * kLanes]));
+      if (lane == 1 && lanes == kLanes) {
+        std::memcpy(to + e * entry, &codes, sizeof codes);
+      } else {
+        for (int64_t l = 0; l < lanes; ++l) to[e * entry + l * lane] = codes[l];
+      }
+    }
+  }
 
   void encode(int64_t g, int64_t i, int64_t lanes, int64_t outer, int64_t inner) {
-    const int64_t from = start(g, i), entry = entry_step(), lane = lane_step();
-    for (int64_t e = 0; e < pr_.group; ++e)
-      for (int64_t l = 0; l < kLanes; ++l)
-        entries_[e * kLanes + l] = l < lanes ? x_[from + e * entry + l * lane] : 0.0f;
+    gather(x_ + start(g, i), lanes);
     const int64_t rows = pr_.per_channel ? pr_.group : 1;
     for (int64_t e = 0; e < rows; ++e)
       for (int64_t l = 0; l < kLanes; ++l)
@@ -201,9 +241,9 @@ class Block {
     const Vec s = flat ? splat(1.0f) : how.scale;
     for (int64_t e = 0; e < pr_.group; ++e) {
       const Vec code = within(rounded((groups.entry(e) - how.zero) / s), 0.0f, levels);
-      const IntVec whole = __builtin_convertvector(where(~flat, code), IntVec);
-      for (int64_t l = 0; l < lanes; ++l) codes_[from + e * entry + l * lane] = uint8_t(whole[l]);
+      store(&entries_[e * kLanes], where(~flat, code));
     }
+    scatter(&codes_[start(g, i)], lanes);
   }
 
   static void keep(Vec x, int64_t lanes, uint16_t* to) {
@@ -229,7 +269,7 @@ class Block {
   const int64_t at_;
   const float* const x_;
   const bool* const counted_;
-  Floats entries_;
+  Floats entries_, turned_;
   std::vector<uint8_t> codes_;
   std::vector<int32_t> counts_;
 };

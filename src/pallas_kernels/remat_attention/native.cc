@@ -164,8 +164,9 @@ ffi::Error remat_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::B
                         cos.typed_data(), sin.typed_data(), eps, kv_heads, groups, pr.head_dim, k->channels);
   const int tile = int(round_up(64, std::lcm(kLanes, std::max(k->pack, v->pack))));
   attend_parts(pool, pr, 1, tile, 1, [&](int64_t b, int64_t, int64_t begin, int64_t end, Part* parts, int64_t stride) {
-    const auto run = pr.rows() == 1 ? attend<1> : pr.rows() == 2 ? attend<2> : attend<4>;
-    run(pr, rebuild, shared, groups, b, begin, end, tile, parts, stride);
+    by_rows(pr.rows(), [&](auto rows) {
+      attend<rows>(pr, rebuild, shared, groups, b, begin, end, tile, parts, stride);
+    });
   });
   return ffi::Error::Success();
 }
