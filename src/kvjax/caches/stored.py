@@ -208,20 +208,22 @@ class BlockStore:
         begins = (jnp.stack(origins) == 0).any(0)
         return [view(origin, 0, origin > 0) for origin in origins] + [view(jnp.zeros_like(stop), self.sink, begins)]
 
-    def kept(self, after: BlockStore, chunk: Chunk) -> tuple[tuple[Array, ...], Int[Array, "B N"]]:
-        """Sinks and residual that the chunk's queries read beside the packed tokens; positions are -1 where absent.
+    def kept(
+        self, after: BlockStore, chunk: Chunk
+    ) -> tuple[tuple[Array, ...], Int[Array, "B N"], Bool[Array, "B N"]]:
+        """Sinks and residual that the chunk's queries read beside the packed tokens, their positions, and which are
+        read: a sink that the residual still holds is read once.
 
         after: this store with the chunk in it.
         """
         before = chunk.positions[:, :1]
         slots = jnp.broadcast_to(jnp.arange(self.sink), (before.shape[0], self.sink))
         if self.reads_stored(chunk):
-            return after.sinks, jnp.where(slots < before + chunk.lengths[:, None], slots, -1)
-        positions = [jnp.where(slots < before, slots, -1)]
-        slots = before // self.residual_length * self.residual_length + jnp.arange(self.residual_length)
-        positions.append(jnp.where((slots >= self.sink) & (slots < before), slots, -1))
+            return after.sinks, slots, slots < before + chunk.lengths[:, None]
+        recent = before // self.residual_length * self.residual_length + jnp.arange(self.residual_length)
         both = tuple(jnp.concatenate(pair, 1) for pair in zip(self.sinks, self.residual, strict=True))
-        return both, jnp.concatenate(positions, 1)
+        there = (slots < before, (recent >= self.sink) & (recent < before))
+        return both, jnp.concatenate([slots, recent], 1), jnp.concatenate(there, 1)
 
     def recent(self, x: Float[Array, "B RT K d"], held: Int[Array, "B"]) -> Float[Array, "B RT K d"]:
         """Residual and chunk, one after the other, as one run of tokens: without the slots that hold nothing.
@@ -483,13 +485,14 @@ class StoredCache(LayerCache):
         return k, v, positions, dataclasses.replace(self, store=after), above
 
     def _attend_kept(self, after: BlockStore, chunk: Chunk) -> list[attention.Partial]:
-        """Attention over what `_exact_kv` gives; few queries read it as two spans, as kernels can."""
+        """Attention over what `_exact_kv` gives. Few queries read it as two spans, as kernels can: of the sinks those
+        that the residual does not hold, then residual and chunk."""
         k, v, positions = self._exact_kv(after, chunk)
         mine, stored = self.store, self.store.reads_stored(chunk)
         if chunk.q.shape[1] >= attention.CHUNK:
             return [attention.attend_exact(chunk.q, chunk.positions, k, v, positions, chunk.window, not stored)]
         base, parts = mine.packed_stop(chunk), []
-        if mine.sink:  # those that the residual does not hold, too
+        if mine.sink:
             span = attention.Span(chunk.positions, 0, jnp.minimum(base, mine.sink), chunk.window, divided=False)
             parts.append(attention.attend_few(chunk.q, span, *(a[:, : mine.sink] for a in (k, v))))
         if not stored:
@@ -553,9 +556,10 @@ class StoredCache(LayerCache):
 
     def _exact_kv(self, after: BlockStore, chunk: Chunk) -> tuple[Array, Array, Int[Array, "B N"]]:
         """Keys after RoPE, values and positions (-1 where absent) of sinks, residual and the chunk itself."""
-        tensors, positions = self.store.kept(after, chunk)
+        tensors, positions, there = self.store.kept(after, chunk)
         k, v = self.rebuild_kv(tensors, chunk)
         k = self._rotated(k, positions, chunk)
+        positions = jnp.where(there, positions, -1)
         if self.store.reads_stored(chunk):
             return k, v, positions
         own = rotate_heads(chunk.k, chunk.rotation)
