@@ -211,10 +211,9 @@ class BlockStore:
     def kept(
         self, after: BlockStore, chunk: Chunk
     ) -> tuple[tuple[Array, ...], Int[Array, "B N"], Bool[Array, "B N"]]:
-        """Sinks and residual that the chunk's queries read beside the packed tokens, their positions, and which are
-        read: a sink that the residual still holds is read once.
+        """Sinks and residual beside the packed tokens, their positions, and which of them the chunk's queries read.
 
-        after: this store with the chunk in it.
+        A sink that the residual still holds is read once. after: this store with the chunk in it.
         """
         before = chunk.positions[:, :1]
         slots = jnp.broadcast_to(jnp.arange(self.sink), (before.shape[0], self.sink))
@@ -485,8 +484,11 @@ class StoredCache(LayerCache):
         return k, v, positions, dataclasses.replace(self, store=after), above
 
     def _attend_kept(self, after: BlockStore, chunk: Chunk) -> list[attention.Partial]:
-        """Attention over what `_exact_kv` gives. Few queries read it as two spans, as kernels can: of the sinks those
-        that the residual does not hold, then residual and chunk."""
+        """Attention over what `_exact_kv` gives.
+
+        Few queries read it as two spans, as kernels can: the sinks that the residual does not hold, then residual and
+        chunk.
+        """
         k, v, positions = self._exact_kv(after, chunk)
         mine, stored = self.store, self.store.reads_stored(chunk)
         if chunk.q.shape[1] >= attention.CHUNK:

@@ -354,7 +354,8 @@ def attend_few(
     Returns:
       The output and its log-sum-exp.
     """
-    return attend_packed(q, span, *(store.exact(a.swapaxes(1, 2)) for a in (k, v)))
+    keys, values = (store.exact(a.swapaxes(1, 2)) for a in (k, v))
+    return attend_packed(q, span, keys, values)
 
 
 def _attend_tiles_of_exact(
