@@ -217,6 +217,11 @@ def frontier(rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def judged_on(rows: list[Row], model: str, text: str) -> list[Row]:
+    """The rows of a model and a text."""
+    return [row for row in rows if (row["model"], row["text"]) == (model, text)]
+
+
 def adapters(rows: list[Row]) -> str:
     """A plan without adapters, and the exact cache and the plan with them; KL from the model without."""
     lines = []
@@ -666,7 +671,11 @@ TABLES: dict[str, Tables] = {
     "docs/methods/kv.md": {"kv": ("wikitext2-parallel.jsonl", only(brief, "dense", "k*", dtype="float32"))},
     "docs/methods/xquant.md": {"x": ("xquant-gqa.jsonl", only(brief, "dense", "k*", "x?@*"))},
     "docs/methods/xquant-cl.md": {"xcl": ("xquant-gqa.jsonl", only(brief, "dense", "k*", "xcl*"))},
-    "docs/frontier.md": {"frontier": ("frontier.jsonl", frontier)},
+    "docs/frontier.md": {
+        "frontier": ("frontier.jsonl", frontier),
+        "authors": ("frontier-authors.jsonl", frontier),
+        "rivals": ("decode-rivals.jsonl", decode),
+    },
     "docs/methods/adapters.md": {"adapters": ("adapters.jsonl", adapters)},
     "docs/methods/turboquant.md": {"turboquant": _rival("tq*")},
     "docs/methods/oscar.md": {"oscar": _rival("oscar*")},
@@ -736,7 +745,10 @@ PICTURES: dict[str, tuple[str, Callable[[list[Row]], Any]]] = {  # by name: the 
     "pareto": ("demo-streaming.jsonl", pareto.draw),
     "xquant-gqa": ("xquant-gqa.jsonl", lambda rows: pareto.draw([row for row in rows if row["text"] != "demo"])),
     "closed_loop": ("closed_loop.jsonl", closed_loop.draw),
-    "frontier": ("frontier.jsonl", quality.draw),
+    "frontier": ("frontier.jsonl", lambda rows: quality.draw(judged_on(rows, "smollm2-135m", "wiki.test.raw"))),
+    "frontier-essays": ("frontier.jsonl", lambda rows: quality.draw(judged_on(rows, "smollm2-135m", "demo"))),
+    "frontier-gemma": ("frontier.jsonl", lambda rows: quality.draw(judged_on(rows, "gemma3-270m", "wiki.test.raw"))),
+    "frontier-authors": ("frontier-authors.jsonl", quality.draw),
     "tune-plans": ("plans-pairs.jsonl", plans.draw),
     "tune-families": ("plans-families.jsonl", plans.draw),
     "tune-searches": ("searches.jsonl", search_courses.draw),

@@ -11,6 +11,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from kvjax.models.config import RopeConfig
+from kvjax.ops.rotate import cos_sin
 
 
 @struct.dataclass
@@ -33,7 +34,7 @@ class Rope:
         dtype = jnp.promote_types(dtype, jnp.float32)
         inv_freq, factor = (jnp.asarray(a, dtype) for a in (self.inv_freq, self.factor))
         angle = positions[..., None].astype(dtype) * inv_freq
-        both = (jnp.concatenate([half, half], -1) for half in (jnp.cos(angle) * factor, jnp.sin(angle) * factor))
+        both = (jnp.concatenate([half * factor] * 2, -1) for half in cos_sin(angle))
         # XLA would fuse them into all that reads them, and compute them for every head and every reader.
         return jax.lax.optimization_barrier(tuple(both))
 

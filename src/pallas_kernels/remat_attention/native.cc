@@ -75,18 +75,19 @@ struct Rebuild {
     for (int64_t d = 0; d < head_dim; ++d) k[d] *= factor * norm[d];
   }
 
+  // Both halves of a row of the tables are the same: one is read.
   void rotate(float* k, const float* c, const float* s) const {
     const int64_t half = head_dim / 2;
     int64_t d = 0;
     for (; d + kLanes <= half; d += kLanes) {
       const Vec low = load(k + d), high = load(k + half + d);
       store(k + d, low * load(c + d) - high * load(s + d));
-      store(k + half + d, high * load(c + half + d) + low * load(s + half + d));
+      store(k + half + d, high * load(c + d) + low * load(s + d));
     }
     for (; d < half; ++d) {
       const float low = k[d], high = k[half + d];
       k[d] = low * c[d] - high * s[d];
-      k[half + d] = high * c[half + d] + low * s[half + d];
+      k[half + d] = high * c[d] + low * s[d];
     }
   }
 };
