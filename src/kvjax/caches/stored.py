@@ -463,7 +463,7 @@ class StoredCache(LayerCache):
         views = self._views(after, chunk, carry)
         parts = [self.attend_packed(view, chunk, above) for view in views]
         if self.store.sink or not self.store.reads_stored(chunk):
-            parts += self._attend_kept(after, chunk)
+            parts += self._attend_kept(after, chunk, above)
         output = attention.merge(parts, chunk.learned_sinks).astype(chunk.q.dtype)
         return output, dataclasses.replace(self, store=after), above
 
@@ -483,26 +483,35 @@ class StoredCache(LayerCache):
         )
         return k, v, positions, dataclasses.replace(self, store=after), above
 
-    def _attend_kept(self, after: BlockStore, chunk: Chunk) -> list[attention.Partial]:
-        """Attention over what `_exact_kv` gives.
-
-        Few queries read it as two spans, as kernels can: the sinks that the residual does not hold, then residual and
-        chunk.
-        """
+    def _attend_kept(self, after: BlockStore, chunk: Chunk, carry: Any) -> list[attention.Partial]:
+        """Attention over what `_exact_kv` gives."""
         k, v, positions = self._exact_kv(after, chunk)
-        mine, stored = self.store, self.store.reads_stored(chunk)
         if chunk.q.shape[1] >= attention.CHUNK:
-            return [attention.attend_exact(chunk.q, chunk.positions, k, v, positions, chunk.window, not stored)]
-        base, parts = mine.packed_stop(chunk), []
+            own = not self.store.reads_stored(chunk)
+            return [attention.attend_exact(chunk.q, chunk.positions, k, v, positions, chunk.window, own)]
+        views = self._kept_views((k, v), chunk)
+        return [attention.attend_packed(chunk.q, view.span(chunk), view.packed[0], view.packed[1]) for view in views]
+
+    def _kept_views(self, tensors: Tensors, chunk: Chunk) -> list[View]:
+        """Sinks, residual and the chunk, which follow one another in `tensors`, as views that kernels can read.
+
+        They are the sinks that the residual does not hold, and a run of the residual's tokens and the chunk's.
+        """
+        mine, base = self.store, self.store.packed_stop(chunk)
+
+        def view(parts: list[Array], stop: Array, origin: Array) -> View:
+            return View(tuple(store.exact(a.swapaxes(1, 2)) for a in parts), 0, stop, origin)
+
+        views = []
         if mine.sink:
-            span = attention.Span(chunk.positions, 0, jnp.minimum(base, mine.sink), chunk.window, divided=False)
-            parts.append(attention.attend_few(chunk.q, span, *(a[:, : mine.sink] for a in (k, v))))
-        if not stored:
-            here = chunk.positions - base[:, None]
-            span = attention.Span(here, 0, here[:, 0] + chunk.lengths, chunk.window, divided=False)
-            recent = (mine.recent(a[:, mine.sink :], here[:, 0]) for a in (k, v))
-            parts.append(attention.attend_few(chunk.q, span, *recent))
-        return parts
+            views.append(
+                view([a[:, : mine.sink] for a in tensors], jnp.minimum(base, mine.sink), jnp.zeros_like(base))
+            )
+        if not mine.reads_stored(chunk):
+            held = chunk.positions[:, 0] - base
+            run = [mine.recent(a[:, mine.sink :], held) for a in tensors]
+            views.append(view(run, held + chunk.lengths, base))
+        return views
 
     def _views(self, source: BlockStore, chunk: Chunk, carry: Any) -> list[View]:
         """What the chunk's queries read as packed. `source` has it all, unless the chunk is too long for a ring."""

@@ -340,24 +340,6 @@ def attend_exact(
     return dispatch("causal_attention", kernel, xla, (q, q_positions, k, v, k_positions), axes, BY_HEAD)
 
 
-def attend_few(
-    q: Float[Array, "B T H D"], span: Span, k: Float[Array, "B N K D"], v: Float[Array, "B N K D"]
-) -> Partial:
-    """Attends to exact keys of a span, with kernels for few queries.
-
-    Args:
-      q: queries after RoPE.
-      span: which of the N tokens each query sees.
-      k: keys after RoPE.
-      v: values.
-
-    Returns:
-      The output and its log-sum-exp.
-    """
-    keys, values = (store.exact(a.swapaxes(1, 2)) for a in (k, v))
-    return attend_packed(q, span, keys, values)
-
-
 def _attend_tiles_of_exact(
     q: Float[Array, "B T H D"],
     q_positions: Int[Array, "B T"],

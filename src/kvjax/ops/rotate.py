@@ -7,14 +7,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 
-def _parts(step: float, bits: int) -> tuple[float, float, float]:
+def _parts(step: float, bits: int) -> tuple[np.float32, ...]:
     """A number as a sum of two of so many bits and a rest: whole multiples of the two are exact in float32."""
     parts = []
     for _ in range(2):
         fraction, exponent = np.frexp(step)
-        parts.append(float(np.ldexp(np.trunc(np.ldexp(fraction, bits)), exponent - bits)))
+        parts.append(np.ldexp(np.trunc(np.ldexp(fraction, bits)), exponent - bits))
         step -= parts[-1]
-    return *parts, float(step)
+    return tuple(map(np.float32, (*parts, step)))
 
 
 _FAR, _QUARTER = 512 * np.pi, np.pi / 2
@@ -29,10 +29,10 @@ def cos_sin(angle: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Arra
     """
     if angle.dtype != jnp.float32:
         return jnp.cos(angle), jnp.sin(angle)
-    far, (high, middle, low) = jnp.round(angle * np.float32(1 / _FAR)), map(np.float32, _parts(_FAR, 12))
+    far, (high, middle, low) = jnp.round(angle * np.float32(1 / _FAR)), _parts(_FAR, 12)
     rest, late = angle - far * high - far * middle, far * low  # what is late would be lost in so large a number
     quarters = jnp.round((rest - late) * np.float32(1 / _QUARTER))
-    high, middle, low = map(np.float32, _parts(_QUARTER, 13))
+    high, middle, low = _parts(_QUARTER, 13)
     rest = rest - quarters * high - quarters * middle - (quarters * low + late)
     square = rest * rest
     sine = rest + rest * square * (-1.6666654611e-1 + square * (8.3321608736e-3 - square * 1.9515295891e-4))
