@@ -324,7 +324,9 @@ class BlockStore:
         def flush(
             packed: Packed, new: Tensors, encode: Encode | None, at: Array, mask: Array, positions: Array
         ) -> Packed:
-            values = new if encode is None else encode(new, positions.reshape(len(positions), -1))
+            values = new
+            if encode is not None:
+                values = store.where_any(at >= 0, lambda: encode(new, positions.reshape(len(at), -1)))
             here = at - jnp.reshape(self._first(packed), (-1, 1)) // r
             here = jnp.where(at < 0, -1, here % (packed[0].tokens // r)) if self.ring else here
 

@@ -14,7 +14,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from pallas_kernels import layout
 from pallas_kernels.layout import EXACT
 from pallas_kernels.quantize_pack import FITS, quantize_pack
 
+T = TypeVar("T")
 PACK = 32  # tokens per packing block where tokens are written one by one
 
 
@@ -413,15 +414,19 @@ def write_blocks(
         even, gain = _evened(blocks, mask, format)
         return *_encode_blocks(even, mask, format), gain
 
-    # Most steps of a decode complete no block. The condition spans the small new rows only: XLA copies whatever
-    # a conditional returns, and would copy the history.
-    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(encode))
-    planes, scale, zero, gain = jax.lax.cond(
-        (index * format.residual_length < packed.tokens).any(), encode, lambda: nothing
-    )
+    planes, scale, zero, gain = where_any(index * format.residual_length < packed.tokens, encode)
     planes = tuple(_put_rows(old, new, index) for old, new in zip(packed.planes, planes, strict=True))
     scale, zero = _put_scales(packed, scale, zero, index)
     return dataclasses.replace(packed, planes=planes, scale=scale, zero=zero, gain=_put_gain(packed, gain, index))
+
+
+def where_any(needed: Bool[Array, "..."], make: Callable[[], T]) -> T:
+    """What `make` gives where any is needed, else zeros: most steps of a decode complete no block.
+
+    For small new rows only: XLA copies whatever a conditional returns, and would copy the history.
+    """
+    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(make))
+    return jax.lax.cond(needed.any(), make, lambda: nothing)
 
 
 def _evened(
