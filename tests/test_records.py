@@ -8,6 +8,7 @@ import platform
 import subprocess
 from pathlib import Path
 
+import jax
 import pytest
 
 from kvjax.records import append_row, commit_of, describe_cpu, provenance, read_rows
@@ -44,6 +45,12 @@ def test_a_cpu_is_named_by_its_model_and_vector_unit(text: str, says: str) -> No
 def test_the_device_says_more_than_cpu() -> None:
     device = provenance()["device"]
     assert device.endswith(" cores") and not device.startswith("cpu")
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of CPUs")
+def test_the_device_names_the_limit_on_its_instructions(monkeypatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_max_isa=AVX2")
+    assert " held to AVX2, " in provenance()["device"]
 
 
 def test_rows_are_strict_json_and_come_back(tmp_path: Path) -> None:

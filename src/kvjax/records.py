@@ -20,6 +20,7 @@ import numpy as np
 
 from kvjax.errors import KvjaxError
 from kvjax.files import brief, write_atomically
+from pallas_kernels import native
 
 NOT_IN_JSON = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 VECTOR_UNITS = {  # by the kernel's flag, the best first
@@ -187,7 +188,8 @@ def provenance() -> dict[str, Any]:
     """Describes where a row comes from.
 
     Returns:
-      The device (of a CPU: model, vector unit and cores), the versions of packages and the commit of the checkout.
+      The device (of a CPU: model, vector unit, the limit on its instructions where there is one, and cores), the
+      versions of packages and the commit of the checkout.
     """
     device = jax.devices()[0]
     kind = device.device_kind if device.platform != "cpu" else f"{_cpu()}, {os.cpu_count()} cores"
@@ -199,7 +201,9 @@ def provenance() -> dict[str, Any]:
 
 def _cpu() -> str:
     file = Path("/proc/cpuinfo")
-    return describe_cpu(file.read_text() if file.exists() else "") or platform.processor() or platform.machine()
+    name = describe_cpu(file.read_text() if file.exists() else "") or platform.processor() or platform.machine()
+    limit = native.instruction_limit()
+    return f"{name} held to {limit}" if limit else name
 
 
 def describe_cpu(cpuinfo: str) -> str:

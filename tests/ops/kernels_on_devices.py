@@ -100,7 +100,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], Callable]] = {
     "shared latents": ("remat_attention", ("native", "mosaic_tpu"), functools.partial(remat_attention, 1)),
     "latents per head": ("remat_attention", ("native", *PAIRS), functools.partial(remat_attention, K)),
     "reconstruction": ("remat_attention", ("native", *PAIRS), reconstruction),
-    "blocks": ("quantize_pack", PAIRS, quantize_pack),
+    "blocks": ("quantize_pack", ("native", *PAIRS), quantize_pack),
 }
 NAMES = [f"{case}, {name}" for case, (_, names, _) in CASES.items() for name in names]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -229,6 +230,33 @@ def test_bfloat16(tokens):
     assert part.output.dtype == part.lse.dtype == jnp.float32
     q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
     check(part, reference(q, positions, k, v, positions, None))
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("name", ["kivi", "token", "odd", "exact"])
+def test_products_of_bfloat16(name, tokens, monkeypatch):
+    """Where a platform multiplies them faster, factors are rounded to bfloat16, once, and sums are not."""
+    monkeypatch.setattr(attention, "_BFLOAT16", (jax.default_backend(),))
+    q = jnp.asarray(random(3, B, tokens, 2 * K, D)).astype(jnp.bfloat16)
+    positions = jnp.array([[690], [93]]) + jnp.arange(tokens)
+    keys, values = history(name)
+
+    def attend(q, keys, values):
+        span = Span(positions, 0, jnp.array([704, 96]), None)
+        packed = attention.attend_packed(q, span, keys, values)
+        own = [jnp.asarray(random(i, B, tokens, K, D)).astype(jnp.bfloat16) for i in (4, 5)]
+        return packed, attention.attend_exact(q, positions, *own, positions, None)
+
+    with dispatch.using(packed_attention="xla", causal_attention="xla"):
+        lowered = jax.jit(attend, compiler_options=QUICK).lower(q, keys, values)
+    products = re.findall(r"dot_general.* : (.*)", lowered.as_text())
+    assert products and all(re.fullmatch(r"\(.*bf16>, .*bf16>\) -> .*xf32>", each) for each in products), products
+    packed, own = lowered.compile()(q, keys, values)
+    at = np.broadcast_to(np.arange(S), (B, S))
+    seen = np.where(at < np.array([[704], [96]]), at, -1)
+    check(packed, reference(q, positions, *dequantized(name), seen, None), 0.02)
+    exact = (jnp.asarray(random(i, B, tokens, K, D)).astype(jnp.bfloat16) for i in (4, 5))
+    check(own, reference(q, positions, *exact, positions, None), 0.02)
 
 
 @pytest.mark.parametrize("name", ["token", "kivi"])

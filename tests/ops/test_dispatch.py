@@ -116,10 +116,10 @@ def test_models_decode_the_same(name: str, cache: str) -> None:
 
 def test_blocks_are_packed_the_same() -> None:
     decoding, found = Decoding("k4v2@kivi", EXACT), {}
-    for name in ("xla", "triton", "mosaic_tpu"):
-        with using(interpret=True, **PLAIN | {"quantize_pack": name}):
+    for name in ("xla", "native", "triton", "mosaic_tpu"):
+        with using(interpret=name != "native", **PLAIN | {"quantize_pack": name}):
             found[name] = decoding.steps(decoding.after_prompt())
-    for name in ("triton", "mosaic_tpu"):
+    for name in ("native", "triton", "mosaic_tpu"):
         np.testing.assert_array_equal(found[name], found["xla"], err_msg=name)
 
 
@@ -140,7 +140,7 @@ def test_what_does_not_serve_is_passed_over() -> None:
         assert dispatch.dispatch("packed_attention", kernel, lambda: "xla") == "xla"
     assert tried == ["triton", "native"]
     tried.clear()
-    assert dispatch.dispatch("quantize_pack", kernel, lambda: "xla") == "xla" and not tried  # none for CPU
+    assert dispatch.dispatch("causal_attention", kernel, lambda: "xla") == "xla" and not tried  # none for CPU
 
 
 def test_reasons_are_kept() -> None:
@@ -182,7 +182,7 @@ def test_reasons_say_what_is_not_served(cache: str, reason: str) -> None:
         assert dispatch.reasons() == [("packed_attention", "native", reason)]
 
 
-@pytest.mark.parametrize("names", [{"packed_attention": "cuda"}, {"attention": "xla"}, {"quantize_pack": "native"}])
+@pytest.mark.parametrize("names", [{"packed_attention": "cuda"}, {"attention": "xla"}, {"quantize_pack": "splash"}])
 def test_unknown_names(names) -> None:
     with (
         pytest.raises(

@@ -138,3 +138,21 @@ def test_a_cpu_without_avx2_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("KVJAX_CACHE", str(tmp_path))
     monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-mno-avx2"))
     assert "expected a CPU with AVX2" in reason(SOURCE)
+
+
+@pytest.mark.skipif(native.platform.machine() != "x86_64", reason="flags of x86-64")
+def test_kernels_keep_to_the_instructions_that_xla_is_held_to(source: Path, monkeypatch) -> None:
+    """The CPU does not matter: a library is built, not run."""
+    command = []
+    monkeypatch.setattr(native, "_build", lambda source, built, library: command.extend(built))
+    for flags, march in [
+        ("--xla_cpu_max_isa=AVX2", "x86-64-v3"),
+        ("--xla_cpu_max_isa=SSE4_2 --xla_cpu_max_isa=avx512", "x86-64-v4"),
+        ("--xla_cpu_max_isa=AMX", "native"),
+        ("--xla_dump_to=x", "native"),
+    ]:
+        command.clear()
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        with pytest.raises(NotImplementedError):  # nothing was built that could be loaded
+            native._load(source)
+        assert [each for each in command if each.startswith("-march")] == [f"-march={march}"]

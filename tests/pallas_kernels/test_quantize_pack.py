@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import INTERPRETED, QUICK, values
+from helpers import INTERPRETED, QUICK, WITHOUT, values
 
 from pallas_kernels.layout import PLANES
 from pallas_kernels.quantize_pack import IMPLEMENTATIONS, quantize_pack
@@ -49,6 +49,12 @@ def blocks():
 
 
 @functools.cache
+def odd_blocks():
+    """Blocks whose tokens and channels fill no whole vector, and a token that does not count."""
+    return values(3, 2, 1, 24, 40), jnp.ones((2, 24), bool).at[1, 20].set(False)
+
+
+@functools.cache
 def reference(bits: int, per: str, group: int, fit: str = "minmax"):
     return run("reference", *blocks(), bits, per, group, fit)
 
@@ -65,6 +71,21 @@ def test_bit_for_bit(name: str, bits: int, form: tuple[str, int | None]) -> None
 )
 def test_fitted_bit_for_bit(name: str, bits: int, form: tuple[str, int | None]) -> None:
     agree(name, bits, form[0], form[1] or 64, "mse")
+
+
+@pytest.mark.skipif("native" not in KERNELS, reason="another device's")
+@pytest.mark.parametrize("without", WITHOUT, indirect=True)
+@pytest.mark.parametrize("fit", ["minmax", "mse"])
+@pytest.mark.parametrize("form", FORMS)
+def test_native_on_lesser_cpus(form: tuple[str, int | None], fit: str, without) -> None:
+    agree("native", 3, form[0], form[1] or 64, fit)
+
+
+@pytest.mark.skipif("native" not in KERNELS, reason="another device's")
+@pytest.mark.parametrize(("per", "group"), [("token", 40), ("token", 8), ("channel", 24), ("channel", 8)])
+def test_native_on_blocks_of_any_size(per: str, group: int) -> None:
+    x, counted = odd_blocks()
+    same(*(run(name, x, counted, 4, per, group, "mse") for name in ("native", "reference")))
 
 
 def agree(name: str, bits: int, per: str, group: int, fit: str) -> None:

@@ -208,20 +208,30 @@ class BlockStore:
         begins = (jnp.stack(origins) == 0).any(0)
         return [view(origin, 0, origin > 0) for origin in origins] + [view(jnp.zeros_like(stop), self.sink, begins)]
 
-    def kept(self, after: BlockStore, chunk: Chunk) -> tuple[tuple[Array, ...], Int[Array, "B N"]]:
-        """Sinks and residual that the chunk's queries read beside the packed tokens; positions are -1 where absent.
+    def kept(
+        self, after: BlockStore, chunk: Chunk
+    ) -> tuple[tuple[Array, ...], Int[Array, "B N"], Bool[Array, "B N"]]:
+        """Sinks and residual beside the packed tokens, their positions, and which of them the chunk's queries read.
 
-        after: this store with the chunk in it.
+        A sink that the residual still holds is read once. after: this store with the chunk in it.
         """
         before = chunk.positions[:, :1]
         slots = jnp.broadcast_to(jnp.arange(self.sink), (before.shape[0], self.sink))
         if self.reads_stored(chunk):
-            return after.sinks, jnp.where(slots < before + chunk.lengths[:, None], slots, -1)
-        positions = [jnp.where(slots < before, slots, -1)]
-        slots = before // self.residual_length * self.residual_length + jnp.arange(self.residual_length)
-        positions.append(jnp.where((slots >= self.sink) & (slots < before), slots, -1))
+            return after.sinks, slots, slots < before + chunk.lengths[:, None]
+        recent = before // self.residual_length * self.residual_length + jnp.arange(self.residual_length)
         both = tuple(jnp.concatenate(pair, 1) for pair in zip(self.sinks, self.residual, strict=True))
-        return both, jnp.concatenate(positions, 1)
+        there = (slots < before, (recent >= self.sink) & (recent < before))
+        return both, jnp.concatenate([slots, recent], 1), jnp.concatenate(there, 1)
+
+    def recent(self, x: Float[Array, "B RT K d"], held: Int[Array, "B"]) -> Float[Array, "B RT K d"]:
+        """Residual and chunk, one after the other, as one run of tokens: without the slots that hold nothing.
+
+        held: tokens in the residual.
+        """
+        r = self.residual_length
+        put = jax.vmap(lambda old, new, at: old.at[at].set(new))  # batch: see ops/store.py
+        return put(x, x[:, r:], held[:, None] + jnp.arange(x.shape[1] - r))
 
     def own_positions(self, chunk: Chunk) -> Int[Array, "B T"]:
         """The chunk's positions, -1 at padding."""
@@ -314,7 +324,9 @@ class BlockStore:
         def flush(
             packed: Packed, new: Tensors, encode: Encode | None, at: Array, mask: Array, positions: Array
         ) -> Packed:
-            values = new if encode is None else encode(new, positions.reshape(len(positions), -1))
+            values = new
+            if encode is not None:
+                values = store.where_any(at >= 0, lambda: encode(new, positions.reshape(len(at), -1)))
             here = at - jnp.reshape(self._first(packed), (-1, 1)) // r
             here = jnp.where(at < 0, -1, here % (packed[0].tokens // r)) if self.ring else here
 
@@ -453,9 +465,7 @@ class StoredCache(LayerCache):
         views = self._views(after, chunk, carry)
         parts = [self.attend_packed(view, chunk, above) for view in views]
         if self.store.sink or not self.store.reads_stored(chunk):
-            k, v, positions = self._exact_kv(after, chunk)
-            own = not self.store.reads_stored(chunk)
-            parts.append(attention.attend_exact(chunk.q, chunk.positions, k, v, positions, chunk.window, own))
+            parts += self._attend_kept(after, chunk, above)
         output = attention.merge(parts, chunk.learned_sinks).astype(chunk.q.dtype)
         return output, dataclasses.replace(self, store=after), above
 
@@ -474,6 +484,36 @@ class StoredCache(LayerCache):
             for dtype, each in zip(dtypes, zip(*parts, strict=True), strict=True)
         )
         return k, v, positions, dataclasses.replace(self, store=after), above
+
+    def _attend_kept(self, after: BlockStore, chunk: Chunk, carry: Any) -> list[attention.Partial]:
+        """Attention over what `_exact_kv` gives."""
+        k, v, positions = self._exact_kv(after, chunk)
+        if chunk.q.shape[1] >= attention.CHUNK:
+            own = not self.store.reads_stored(chunk)
+            return [attention.attend_exact(chunk.q, chunk.positions, k, v, positions, chunk.window, own)]
+        views = self._kept_views((k, v), chunk)
+        return [attention.attend_packed(chunk.q, view.span(chunk), view.packed[0], view.packed[1]) for view in views]
+
+    def _kept_views(self, tensors: Tensors, chunk: Chunk) -> list[View]:
+        """Sinks, residual and the chunk, which follow one another in `tensors`, as views that kernels can read.
+
+        They are the sinks that the residual does not hold, and a run of the residual's tokens and the chunk's.
+        """
+        mine, base = self.store, self.store.packed_stop(chunk)
+
+        def view(parts: list[Array], stop: Array, origin: Array) -> View:
+            return View(tuple(store.exact(a.swapaxes(1, 2)) for a in parts), 0, stop, origin)
+
+        views = []
+        if mine.sink:
+            views.append(
+                view([a[:, : mine.sink] for a in tensors], jnp.minimum(base, mine.sink), jnp.zeros_like(base))
+            )
+        if not mine.reads_stored(chunk):
+            held = chunk.positions[:, 0] - base
+            run = [mine.recent(a[:, mine.sink :], held) for a in tensors]
+            views.append(view(run, held + chunk.lengths, base))
+        return views
 
     def _views(self, source: BlockStore, chunk: Chunk, carry: Any) -> list[View]:
         """What the chunk's queries read as packed. `source` has it all, unless the chunk is too long for a ring."""
@@ -529,9 +569,10 @@ class StoredCache(LayerCache):
 
     def _exact_kv(self, after: BlockStore, chunk: Chunk) -> tuple[Array, Array, Int[Array, "B N"]]:
         """Keys after RoPE, values and positions (-1 where absent) of sinks, residual and the chunk itself."""
-        tensors, positions = self.store.kept(after, chunk)
+        tensors, positions, there = self.store.kept(after, chunk)
         k, v = self.rebuild_kv(tensors, chunk)
         k = self._rotated(k, positions, chunk)
+        positions = jnp.where(there, positions, -1)
         if self.store.reads_stored(chunk):
             return k, v, positions
         own = rotate_heads(chunk.k, chunk.rotation)

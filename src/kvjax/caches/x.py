@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from kvjax.caches.base import Chunk, KVWeights, LayerShapes
 from kvjax.caches.latents import LatentCache, LatentSpec, remat_of, trained_key
 from kvjax.caches.statistics import Statistics
-from kvjax.caches.stored import PairFit, Tensors, TensorSpec, View, Width, fits_of
+from kvjax.caches.stored import BlockStore, PairFit, Tensors, TensorSpec, View, Width, fits_of
 from kvjax.errors import KvjaxError
 from kvjax.ops import attention, store
 from kvjax.ops.remat import Latents, Remat
@@ -156,6 +156,16 @@ class XCache(LatentCache):
 
     def attend_packed(self, view: View, chunk: Chunk, carry: Any) -> attention.Partial:
         return self.attend_latents(view, chunk, Latents(view.packed, self._latents if self.spec.outlier else None))
+
+    def _attend_kept(self, after: BlockStore, chunk: Chunk, carry: Any) -> list[attention.Partial]:
+        """Few queries attend to exact latents as to packed ones: less is rebuilt."""
+        if not attention.is_decode_shape(chunk.q.shape[1] * chunk.q.shape[2] // chunk.k.shape[2]):
+            return super()._attend_kept(after, chunk, carry)
+        tensors, *_ = self.store.kept(after, chunk)
+        if not self.store.reads_stored(chunk):
+            own = zip(tensors, self.new_tensors(chunk), strict=True)
+            tensors = tuple(jnp.concatenate([old, new.astype(old.dtype)], 1) for old, new in own)
+        return [self.attend_packed(view, chunk, carry) for view in self._kept_views(tensors, chunk)]
 
     def _latents(self, tensors: Tensors) -> tuple[Array, Array]:
         """Latents of keys and of values; X serves both."""

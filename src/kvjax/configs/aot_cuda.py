@@ -11,7 +11,10 @@ from ml_collections import config_dict
 
 from kvjax.configs import aot
 
-OPS = "packed_attention,packed_attention_jax_triton,quantize_pack,remat_attention,reconstruct,decode_step"
+OPS = (
+    "packed_attention,packed_attention_jax_triton,causal_attention,quantize_pack,remat_attention,reconstruct,"
+    "decode_step"
+)
 BITS = "1/1,2/2,3/3,4/4,5/5,6/6,8/8,16/16,2/4,4/2,2/8,8/2,4/8,8/4,16/4"
 
 

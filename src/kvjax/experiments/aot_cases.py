@@ -212,7 +212,9 @@ def _decode_step(config: config_dict.ConfigDict, cache: str, kernel: str) -> Cas
 
 def _step(model: str, kernel: str, params: Any, token: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
     decoder = Decoder(RANDOM[model])
-    with dispatch.using(**dict.fromkeys(dispatch.OPS, (kernel, "xla"))):  # type: ignore[arg-type]
+    order = next(names for names in dispatch.ORDER.values() if kernel in names)
+    named = {op: [name for name in order if name in (*names, "xla")] for op, names in dispatch.OPS.items()}
+    with dispatch.using(**named):  # type: ignore[arg-type]
         hidden, cache = decoder.apply({"params": params}, token, cache)
         logits = jnp.asarray(decoder.apply({"params": params}, hidden[:, -1:], method="logits"))
     return logits.argmax(-1).astype(jnp.int32), cache

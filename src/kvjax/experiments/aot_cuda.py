@@ -26,6 +26,7 @@ from typing import Any
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from ml_collections import config_dict
@@ -38,6 +39,7 @@ from kvjax.errors import KvjaxError
 from kvjax.experiments import bars, program, sass
 from kvjax.experiments.aot_cases import SHAPE, Case, Kernels, cases
 from kvjax.files import brief
+from kvjax.ops import attention, dispatch
 from pallas_kernels import gpu_layout
 from pallas_kernels.packed_attention import jax_triton
 from pallas_kernels.packed_attention import triton as packed_attention
@@ -98,14 +100,21 @@ TARGETS = {
 def kernels_of(target: str) -> Kernels:
     """jax-triton asks a device what it can do, unless it is told."""
     major, minor = _device(target).capability
-    attention: dict[str, Callable] = {
+    of_packed: dict[str, Callable] = {
         "packed_attention": packed_attention.packed_attention,
         "packed_attention_jax_triton": functools.partial(
             jax_triton.packed_attention, compute_capability=10 * major + minor
         ),
     }
     others = quantize_pack.quantize_pack, remat_attention.remat_attention, remat_attention.reconstruct
-    return Kernels("triton", attention, *others, {})
+    return Kernels("triton", of_packed, *others, {}, _own_tokens)
+
+
+def _own_tokens(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None) -> attention.Partial:
+    """Causal attention, which is XLA's on GPUs."""
+    positions = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
+    with dispatch.using(causal_attention="xla"):
+        return attention.attend_exact(q, positions, k, v, positions, window)
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
@@ -205,7 +214,8 @@ def _compile(target: str, case: Case, dump: Path) -> dict[str, Any]:
     sharding = SingleDeviceSharding(topology.devices[0])
     shaped = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), case.arguments)
     began = time.perf_counter()
-    with mock.patch.object(gpu_layout, "device", lambda: topology.devices[0]):
+    here = mock.patch.object(gpu_layout, "device", lambda: topology.devices[0])
+    with here, mock.patch.object(jax, "default_backend", lambda: "gpu"):
         compiled = jax.jit(case.function, donate_argnums=case.donated).lower(*shaped).compile()
     seconds = time.perf_counter() - began
     memory: Any = compiled.memory_analysis()

@@ -26,6 +26,7 @@ from ml_collections import config_dict
 from rich.console import Console
 from rich.table import Table
 
+import kvjax
 from kvjax import records
 from kvjax.caches.base import CacheShape
 from kvjax.caches.grammar import split_list
@@ -64,6 +65,7 @@ class Contestant:
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     model = load(config.model, config.dtype)
+    model = kvjax.calibrated(model, config.calibration) if config.calibration else model
     if config.steps < 1 or config.depth < 1 or config.depth + config.steps + WARM_UP > config.max_len:
         raise KvjaxError(f"expected depth + steps + {WARM_UP} to be at most max_len={config.max_len}, all positive")
     ids = model.tokenizer.encode(load_text(config.text))[: config.depth]

@@ -210,13 +210,16 @@ def frontier(rows: list[Row]) -> str:
         return [name, *(f"{row[f'bits_{each}']:.2f}" for each in CONTEXTS), *figures]
 
     parts = [describe_source(rows)]
-    for text, condition in dict.fromkeys((row["text"], row["condition"]) for row in rows):
-        own = [row for row in rows if (row["text"], row["condition"]) == (text, condition)]
-        title = (
-            f"{text}, {condition} ({own[0]['protocol']}), {own[0]['windows']} windows of {own[0]['context']} tokens:"
-        )
-        parts += [title, table(header, list(map(line, own)))]
+    title = "{model}, {text}, {condition} ({protocol}), {windows} windows of {context} tokens:"
+    for heading in dict.fromkeys(title.format(**row) for row in rows):
+        own = [row for row in rows if title.format(**row) == heading]
+        parts += [heading, table(header, list(map(line, own)))]
     return "\n\n".join(parts)
+
+
+def judged_on(rows: list[Row], model: str, text: str) -> list[Row]:
+    """The rows of a model and a text."""
+    return [row for row in rows if (row["model"], row["text"]) == (model, text)]
 
 
 def adapters(rows: list[Row]) -> str:
@@ -637,6 +640,7 @@ TABLES: dict[str, Tables] = {
         "sweep": ("demo-streaming.jsonl", sweep),
         "reference": ("wikitext2-parallel.jsonl", reference),
         "decode": ("decode.jsonl", decode),
+        "decode-avx2": ("decode-avx2.jsonl", decode),
         "forward": ("forward.jsonl", forward),
         "agreement": ("agreement.jsonl", agreement),
         "xquant-gqa": ("xquant-gqa.jsonl", xquant),
@@ -667,7 +671,10 @@ TABLES: dict[str, Tables] = {
     "docs/methods/kv.md": {"kv": ("wikitext2-parallel.jsonl", only(brief, "dense", "k*", dtype="float32"))},
     "docs/methods/xquant.md": {"x": ("xquant-gqa.jsonl", only(brief, "dense", "k*", "x?@*"))},
     "docs/methods/xquant-cl.md": {"xcl": ("xquant-gqa.jsonl", only(brief, "dense", "k*", "xcl*"))},
-    "docs/frontier.md": {"frontier": ("frontier.jsonl", frontier)},
+    "docs/frontier.md": {
+        "frontier": ("frontier.jsonl", frontier),
+        "rivals": ("decode-rivals.jsonl", decode),
+    },
     "docs/methods/adapters.md": {"adapters": ("adapters.jsonl", adapters)},
     "docs/methods/turboquant.md": {"turboquant": _rival("tq*")},
     "docs/methods/oscar.md": {"oscar": _rival("oscar*")},
@@ -677,6 +684,7 @@ TABLES: dict[str, Tables] = {
     "docs/methods/aqua.md": {"aqua": _rival("aqua*")},
     "docs/kernels.md": {
         "ops": ("throughput-cpu.jsonl", ops),
+        "ops-avx2": ("throughput-avx2.jsonl", ops),
         "aot-tpu": ("aot.jsonl", compiled),
         "bundles": ("aot.jsonl", bundles),
         "aot-cuda": ("aot-cuda.jsonl", compiled),
@@ -736,7 +744,8 @@ PICTURES: dict[str, tuple[str, Callable[[list[Row]], Any]]] = {  # by name: the 
     "pareto": ("demo-streaming.jsonl", pareto.draw),
     "xquant-gqa": ("xquant-gqa.jsonl", lambda rows: pareto.draw([row for row in rows if row["text"] != "demo"])),
     "closed_loop": ("closed_loop.jsonl", closed_loop.draw),
-    "frontier": ("frontier.jsonl", quality.draw),
+    "frontier": ("frontier.jsonl", lambda rows: quality.draw(judged_on(rows, "smollm2-135m", "wiki.test.raw"))),
+    "frontier-essays": ("frontier.jsonl", lambda rows: quality.draw(judged_on(rows, "smollm2-135m", "demo"))),
     "tune-plans": ("plans-pairs.jsonl", plans.draw),
     "tune-families": ("plans-families.jsonl", plans.draw),
     "tune-searches": ("searches.jsonl", search_courses.draw),

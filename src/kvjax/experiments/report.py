@@ -69,6 +69,7 @@ KINDS = {  # by the experiment of rows
     "sensitivity": Kind(_sensitivity, "sensitivity"),
     "quality": Kind(quality.draw, "quality", ("model",)),
     "frontier": Kind(quality.draw, "frontier", ("model",)),
+    "frontier-authors": Kind(quality.draw, "frontier-authors", ("model",)),
     "positions": Kind(positions.draw, "positions"),
     "closed_loop": Kind(closed_loop.draw, "closed_loop"),
     "head_errors": Kind(head_errors.draw, "head_errors"),

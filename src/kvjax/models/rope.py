@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
 from kvjax.models.config import RopeConfig
+from kvjax.ops.rotate import cos_sin
 
 
 @struct.dataclass
@@ -30,9 +32,11 @@ class Rope:
           cos and sin, each angle once per half of D.
         """
         dtype = jnp.promote_types(dtype, jnp.float32)
-        inv_freq, factor = (jnp.tile(jnp.asarray(a, dtype), 2) for a in (self.inv_freq, self.factor))
+        inv_freq, factor = (jnp.asarray(a, dtype) for a in (self.inv_freq, self.factor))
         angle = positions[..., None].astype(dtype) * inv_freq
-        return jnp.cos(angle) * factor, jnp.sin(angle) * factor
+        both = (jnp.concatenate([half * factor] * 2, -1) for half in cos_sin(angle))
+        # XLA would fuse them into all that reads them, and compute them for every head and every reader.
+        return jax.lax.optimization_barrier(tuple(both))
 
 
 def make_rope(config: RopeConfig, head_dim: int, length: int = 0) -> Rope:

@@ -39,6 +39,7 @@ _LOWEST = -1e20  # the first maximum: far above MASKED, so that masked scores ha
 # Elements of a sequence's tile of codes, and tokens of a tile that several queries read. On CPU 512 KiB of float32
 # stay in a core's cache; on GPU every tile costs a dozen kernel launches. Counts are in docs/decisions.md.
 _TILES = {"cpu": (2**17, 256), "tpu": (2**18, 256), "gpu": (2**20, 1024)}
+_BFLOAT16 = ("gpu", "tpu")  # where products of bfloat16, summed in float32, are faster than products of float32
 
 
 class Partial(NamedTuple):
@@ -264,16 +265,17 @@ def _attend_tiles(
 ) -> Partial:
     """`attend_packed` in XLA."""
     kv_heads, head_dim = keys.heads, q.shape[-1]
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    dtype = tile_dtype(q.dtype)
+    wide = dtype if table is None else jnp.promote_types(q.dtype, jnp.float32)  # of keys that are turned when read
 
     def attend(size: int, trusted: bool = False) -> Partial:
         size = min(keys.tokens, store.capacity(size, keys.format, values.format))
 
         def load(start):
-            k, v = (store.read_tile(a, start, size, dtype) for a in (keys, values))
+            k, v = store.read_tile(keys, start, size, wide), store.read_tile(values, start, size, dtype)
             if table is not None:
                 cos, sin = (jax.lax.dynamic_slice_in_dim(a, start, size, a.ndim - 2) for a in table)
-                k = Tile(form.after_rope(k.dequantize(), (cos, sin)))
+                k = Tile(form.after_rope(k.dequantize(), (cos, sin)).astype(dtype))
             return k, v
 
         tiles = span.tiles(keys.tokens, size, load)._replace(trusted=trusted)
@@ -352,7 +354,7 @@ def _attend_tiles_of_exact(
     count, tokens, kv_heads, head_dim = k.shape[1], q.shape[1], k.shape[2], k.shape[3]
     size = count if tokens == 1 else tile_size(count, kv_heads * head_dim, tokens)
     pad = -count % size
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    dtype = tile_dtype(q.dtype)
     k, v = (jnp.pad(a, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2).astype(dtype) for a in (k, v))
     k_positions = jnp.pad(k_positions, ((0, 0), (0, pad)), constant_values=-1)
 
@@ -416,6 +418,15 @@ def attend_streamed(
         output, lse = (a.reshape(batch, -1, *a.shape[2:])[:, :tokens] for a in late)
         parts.append(Partial(output, lse))
     return merge(parts, learned_sinks).astype(q.dtype)
+
+
+def tile_dtype(dtype: Any) -> Any:
+    """The dtype of tiles for queries of a dtype: what is multiplied; sums are in float32 or float64.
+
+    bfloat16 where the platform multiplies it faster: codes up to 8 bits are exact in it.
+    """
+    narrow = dtype == jnp.bfloat16 and jax.default_backend() in _BFLOAT16
+    return dtype if narrow else jnp.promote_types(dtype, jnp.float32)
 
 
 def tile_size(tokens: int, channels: int, queries: int) -> int:
@@ -542,16 +553,21 @@ def _online_softmax(
     return acc / l[..., None], jnp.where(nothing, MASKED, m + jnp.log(l))
 
 
+def _product(dims: str, x: Float[Array, "..."], tile: Float[Array, "..."]) -> Float[Array, "..."]:
+    """An einsum with a tile: both factors in the tile's dtype, the sums in that of x."""
+    return jnp.einsum(dims, x.astype(tile.dtype), tile, preferred_element_type=x.dtype)
+
+
 def _scores(q: Float[Array, "B K Q D"], k: Tile) -> Float[Array, "B K Q n"]:
     if not is_decode_shape(q.shape[2]):
         # Transposed first: XLA's CPU matmul is three times slower with both operands contracted along rows.
         columns = jax.lax.optimization_barrier(k.dequantize().swapaxes(2, 3))
-        return jnp.einsum("bkqd,bkdn->bkqn", q, columns)
+        return _product("bkqd,bkdn->bkqn", q, columns)
     if k.scale_per_token:
         scale, zero = (a.astype(q.dtype) for a in (k.scale, k.zero))
         return _few_scores(q, k.codes) * scale + q.sum(-1, keepdims=True) * zero
     if k.scale is None:
-        return jnp.einsum("bkqd,bknd->bkqn", q, k.codes)
+        return _product("bkqd,bknd->bkqn", q, k.codes)
     return _few_scores(q, k.dequantize())
 
 
@@ -559,7 +575,8 @@ def _few_scores(q: Float[Array, "B K Q D"], k: Float[Array, "B K n D"]) -> Float
     """Scores of few queries, padded to the four columns that a CPU matmul kernel takes at once."""
     rows = q.shape[2]
     q = jnp.pad(q, ((0, 0), (0, 0), (0, -rows % 4), (0, 0)))
-    return jnp.einsum("bknd,bkqd->bknq", k, q).swapaxes(2, 3)[:, :, :rows]
+    columns = jnp.einsum("bknd,bkqd->bknq", k, q.astype(k.dtype), preferred_element_type=q.dtype)
+    return columns.swapaxes(2, 3)[:, :, :rows]
 
 
 def _finite(v: Tile) -> Bool[Array, "..."]:
@@ -593,8 +610,8 @@ def _by_token(v: Tile, numbers: Bool[Array, "..."]) -> Bool[Array, "B K n"]:
 def _weighted(p: Float[Array, "B K Q n"], v: Tile) -> Float[Array, "B K Q D"]:
     if is_decode_shape(p.shape[2]) and v.scale_per_token:
         scale, zero = (a.astype(p.dtype) for a in (v.scale, v.zero))
-        return jnp.einsum("bkqn,bknd->bkqd", p * scale, v.codes) + (p * zero).sum(-1, keepdims=True)
+        return _product("bkqn,bknd->bkqd", p * scale, v.codes) + (p * zero).sum(-1, keepdims=True)
     x = v.dequantize()
     if x.shape[1] < p.shape[1]:  # all heads share the values
-        return (p.reshape(p.shape[0], 1, -1, p.shape[3]) @ x).reshape(*p.shape[:3], -1)
-    return jnp.einsum("bkqn,bknd->bkqd", p, x)
+        return _product("bkqn,bknd->bkqd", p.reshape(p.shape[0], 1, -1, p.shape[3]), x).reshape(*p.shape[:3], -1)
+    return _product("bkqn,bknd->bkqd", p, x)

@@ -14,7 +14,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from pallas_kernels import layout
 from pallas_kernels.layout import EXACT
 from pallas_kernels.quantize_pack import FITS, quantize_pack
 
+T = TypeVar("T")
 PACK = 32  # tokens per packing block where tokens are written one by one
 
 
@@ -149,7 +150,7 @@ class RowStore:
     def read(self, start: Int[Array, ""] | int, size: int, dtype: Any) -> Tile:
         """Reads tokens [start, start + size), decoded to `dtype`."""
         kept = tuple(jax.lax.dynamic_slice_in_dim(a, start, size, 2) for a in self.kept)
-        return Tile(self.format.decode(kept, dtype))
+        return Tile(self.format.decode(kept, jnp.promote_types(dtype, jnp.float32)).astype(dtype))
 
 
 @struct.dataclass
@@ -413,15 +414,19 @@ def write_blocks(
         even, gain = _evened(blocks, mask, format)
         return *_encode_blocks(even, mask, format), gain
 
-    # Most steps of a decode complete no block. The condition spans the small new rows only: XLA copies whatever
-    # a conditional returns, and would copy the history.
-    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(encode))
-    planes, scale, zero, gain = jax.lax.cond(
-        (index * format.residual_length < packed.tokens).any(), encode, lambda: nothing
-    )
+    planes, scale, zero, gain = where_any(index * format.residual_length < packed.tokens, encode)
     planes = tuple(_put_rows(old, new, index) for old, new in zip(packed.planes, planes, strict=True))
     scale, zero = _put_scales(packed, scale, zero, index)
     return dataclasses.replace(packed, planes=planes, scale=scale, zero=zero, gain=_put_gain(packed, gain, index))
+
+
+def where_any(needed: Bool[Array, "..."], make: Callable[[], T]) -> T:
+    """What `make` gives where any is needed, else zeros: most steps of a decode complete no block.
+
+    For small new rows only: XLA copies whatever a conditional returns, and would copy the history.
+    """
+    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(make))
+    return jax.lax.cond(needed.any(), make, lambda: nothing)
 
 
 def _evened(
@@ -554,12 +559,14 @@ class Tile:
         return self.scale is not None and self.gain is None and whole
 
     def dequantize(self) -> Float[Array, "B K n D"]:
+        """The values, in the dtype of the codes, and rounded to it once."""
         if self.scale is None:
             return self.codes
         scale, zero = (a.swapaxes(2, 3) if self.axis == -1 else a for a in (self.scale, self.zero))
         q = affine.Quantized(self.codes, scale, zero)
-        x = affine.dequantize(q, self.axis, self.group, self.codes.dtype)
-        return x if self.gain is None else x * self.gain.astype(x.dtype)
+        x = affine.dequantize(q, self.axis, self.group, jnp.promote_types(self.codes.dtype, jnp.float32))
+        x = x if self.gain is None else x * self.gain.astype(x.dtype)
+        return x.astype(self.codes.dtype)
 
 
 def read_tile(packed: Stored, start: Int[Array, ""] | int, size: int, dtype) -> Tile:

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -23,7 +24,6 @@ from pallas_kernels.layout import EXACT, PLANES, Packed
 FLAGS: tuple[str, ...] = (
     "-std=c++17",
     "-O3",
-    "-march=native",
     "-fPIC",
     "-shared",
     "-pthread",
@@ -32,8 +32,25 @@ FLAGS: tuple[str, ...] = (
 )
 if platform.machine() == "x86_64":
     FLAGS += ("-mprefer-vector-width=512",)
+LEVELS = {  # GCC's and Clang's names for what XLA's limits allow; other limits allow all that the CPU has
+    "SSE4_2": "x86-64-v2",
+    "AVX": "x86-64-v2",
+    "AVX2": "x86-64-v3",
+    "AVX512": "x86-64-v4",
+    "AVX512_VNNI": "x86-64-v4",
+    "AVX512_BF16": "x86-64-v4",
+}
 SECONDS = 600  # that a compiler may take
 HEADERS = Path(__file__).parent  # those that all kernels share
+
+
+def instruction_limit() -> str | None:
+    """The newest vector instructions that XLA may use: "AVX2" with --xla_cpu_max_isa=AVX2 in $XLA_FLAGS.
+
+    Kernels keep to it as well. Returns None where $XLA_FLAGS names no limit.
+    """
+    named = re.findall(r"--xla_cpu_max_isa=(\w+)", os.environ.get("XLA_FLAGS", ""))
+    return named[-1].upper() if named else None
 
 
 @functools.cache
@@ -93,7 +110,8 @@ def form(packed: Packed) -> np.ndarray:
 def _load(source: Path) -> ctypes.CDLL:
     """Loads the library of a source file, from the cache folder or built anew; raises NotImplementedError."""
     compiler = _compiler()
-    command = [*compiler, *FLAGS, f"-I{HEADERS}", f"-I{jax.ffi.include_dir()}"]
+    march = LEVELS.get(instruction_limit() or "", "native")
+    command = [*compiler, *FLAGS, f"-march={march}", f"-I{HEADERS}", f"-I{jax.ffi.include_dir()}"]
     library = _folder() / f"{source.stem}-{_key(source, command, _version(compiler))}.so"
     try:
         if not _whole(library):

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "parallel.h"
@@ -12,6 +13,8 @@
 namespace {
 
 constexpr float kMasked = -1e30f;  // layout.MASKED
+constexpr int kMany = 6;  // query rows whose sums a product holds in registers, where there are many
+constexpr int kFew = 4;   // and where there are few
 
 // e^x for x <= 0, to a few units in the last place: 2^n by its bits times a polynomial on [-ln2/2, ln2/2]. NaN stays.
 inline Vec exponential(Vec x) {
@@ -89,16 +92,14 @@ float softmax(float* p, int from, int until, int lo, int hi, float& top, float& 
     const Vec x = load(p + i);
     tops = ((lanes + i >= lo) & (lanes + i < hi) & (x > tops)) ? x : tops;
   }
-  float best = tops[0];
-  for (int j = 1; j < kLanes; ++j) best = std::max(best, tops[j]);
+  const float best = reduce(tops, [](Vec a, Vec b) { return a > b ? a : b; });
   for (int i = from / kLanes * kLanes; i < until; i += kLanes) {
     const Vec x = ((lanes + i >= lo) & (lanes + i < hi)) ? exponential(load(p + i) - best) : Vec{};
     store(p + i, x);
     sum += x;
   }
   const float shrink = best == top ? 1.0f : std::exp(top - best);
-  Vec all[kLanes] = {sum};
-  total = total * shrink + sums(all)[0];
+  total = total * shrink + reduce(sum, [](Vec a, Vec b) { return a + b; });
   top = best;
   return shrink;
 }
@@ -157,19 +158,27 @@ template <int kRows>
 struct Rows {
   Rows(const Problem& pr, int64_t b, int64_t h, int tile, Part& part)
       : pr(pr), b(b), count(pr.rows()), padded(round_up(count, kRows)), dk(round_up(pr.head_dim, kLanes)),
-        dv(round_up(pr.values.channels, kLanes)), tile(tile), q(padded * dk), s(padded * tile), seen(padded),
-        part(part) {
+        dv(round_up(pr.values.channels, kLanes)), tile(tile), q(padded * dk), s(padded * tile),
+        turned(kRows == kMany ? dk * tile : 0), seen(padded), part(part) {
     part.out.assign(padded * dv, 0.0f);
     part.top.assign(padded, kMasked);
     part.total.assign(padded, 0.0f);
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t d = 0; d < pr.head_dim; ++d)
-        q[r * dk + d] = pr.q[pr.at(b, h, r) * pr.head_dim + d] * pr.scale;
+    for (int64_t r = 0; r < count; ++r) {
+      const float* const from = pr.q + pr.at(b, h, r) * pr.head_dim;
+      for (int64_t d = 0; d < pr.head_dim; ++d) q[r * dk + d] = from[d] * pr.scale;
+    }
   }
 
   // s = q k, of all keys of a tile in rows of dk.
   void scores(const float* k) {
-    for (int64_t r = 0; r < padded; r += kRows) ::scores<kRows>(&q[r * dk], k, tile, dk, &s[r * tile], tile);
+    if constexpr (kRows == kMany) {
+      transpose(k, dk, tile, dk, turned.data(), tile);
+      std::fill(s.begin(), s.end(), 0.0f);
+      for (int64_t r = 0; r < padded; r += kRows)
+        weigh_all<kRows>(&q[r * dk], int(dk), turned.data(), 0, int(pr.head_dim), tile, &s[r * tile]);
+    } else {
+      for (int64_t r = 0; r < padded; r += kRows) ::scores<kRows>(&q[r * dk], k, tile, dk, &s[r * tile], tile);
+    }
   }
 
   // Scores become probabilities, and sums so far shrink.
@@ -211,7 +220,7 @@ struct Rows {
   const Problem& pr;
   const int64_t b, count, padded, dk, dv;
   const int tile;
-  Floats q, s;
+  Floats q, s, turned;  // a tile's keys as columns
   std::vector<Seen> seen;
   Part& part;
 };
@@ -254,9 +263,19 @@ void attend_parts(xla::ffi::ThreadPool& pool, const Problem& pr, int64_t groups,
     const int64_t used = std::max<int64_t>(high - low, 0);
     const int64_t begin = (low + used * split / splits) * tile, end = (low + used * (split + 1) / splits) * tile;
     work(b, g, begin, end, &parts[(b * groups + g) * per * splits + split], splits);
+    for (int64_t h = g * per; splits == 1 && h < (g + 1) * per; ++h) merge(pr, b, h, &parts[b * pr.kv_heads + h], 1);
   });
-  for (int64_t i = 0; i < pr.batch * pr.kv_heads; ++i)
+  for (int64_t i = 0; splits > 1 && i < pr.batch * pr.kv_heads; ++i)
     merge(pr, i / pr.kv_heads, i % pr.kv_heads, &parts[i * splits], splits);
+}
+
+// Calls run with how many query rows are taken together, as a type.
+template <typename Run>
+void by_rows(int64_t rows, Run run) {
+  if (rows == 1) return run(std::integral_constant<int, 1>{});
+  if (rows == 2) return run(std::integral_constant<int, 2>{});
+  if (rows < 4 * kMany) return run(std::integral_constant<int, kFew>{});
+  run(std::integral_constant<int, kMany>{});
 }
 
 }  // namespace

@@ -152,6 +152,46 @@ inline Vec sums(Vec v[kLanes]) {
 }
 #endif
 
+// The lanes of a vector, combined in pairs.
+template <typename Combine>
+inline float reduce(Vec v, Combine combine) {
+#ifdef __AVX512F__
+  v = combine(v, PALLAS_KERNELS_SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  v = combine(v, PALLAS_KERNELS_SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  v = combine(v, PALLAS_KERNELS_SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  v = combine(v, PALLAS_KERNELS_SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+#else
+  v = combine(v, PALLAS_KERNELS_SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
+  v = combine(v, PALLAS_KERNELS_SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
+  v = combine(v, PALLAS_KERNELS_SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6));
+#endif
+  return v[0];
+}
+
+// Rows of x, which are `stride` apart, as columns of `to`; rows and columns are multiples of kLanes. A square of vectors
+// is turned by as many perfect shuffles as its size has bits.
+inline void transpose(const float* x, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+  for (int64_t r = 0; r < rows; r += kLanes)
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      Vec from[kLanes], next[kLanes];
+      for (int i = 0; i < kLanes; ++i) from[i] = load(x + (r + i) * stride + c);
+      for (int size = 1; size < kLanes; size *= 2) {
+        for (int i = 0; i < kLanes / 2; ++i) {
+          const Vec a = from[i], b = from[i + kLanes / 2];
+#ifdef __AVX512F__
+          next[2 * i] = PALLAS_KERNELS_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+          next[2 * i + 1] = PALLAS_KERNELS_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#else
+          next[2 * i] = PALLAS_KERNELS_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+          next[2 * i + 1] = PALLAS_KERNELS_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#endif
+        }
+        std::copy(next, next + kLanes, from);
+      }
+      for (int i = 0; i < kLanes; ++i) store(to + (c + i) * to_stride + r, from[i]);
+    }
+}
+
 // The bytes of a token in one plane, and which of their bits are its codes.
 struct Codes {
   const uint8_t* bytes;

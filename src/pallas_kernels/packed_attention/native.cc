@@ -102,15 +102,15 @@ ffi::Error packed_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::
   Problem pr{q.typed_data(), start.typed_data(), stop.typed_data(), *k, *v, dims[0], dims[1], dims[2], dims[3],
              kv_heads, first, window, scale, output->typed_data(), lse->typed_data()};
   // Tokens and query rows at a time, and what tokens are a multiple of.
-  int tile = 64, together = int(std::min<int64_t>(pr.rows(), 4)), unit = std::lcm(kLanes, std::max(k->pack, v->pack));
+  int tile = 64, unit = std::lcm(kLanes, std::max(k->pack, v->pack));
+  int64_t together = pr.rows();
 #ifdef PALLAS_KERNELS_AMX
   if (amx::serves_keys(*k) && amx::serves_values(*v)) tile = amx::kTokens;
   if (amx::serves_keys(*k) || amx::serves_values(*v)) together = amx::kRows, unit = std::lcm(64, unit);
 #endif
   tile = int(round_up(tile, unit));
   attend_parts(pool, pr, kv_heads, tile, 8, [&](int64_t b, int64_t h, int64_t begin, int64_t end, Part* part, int64_t) {
-    const auto run = together == 1 ? attend<1> : together == 2 ? attend<2> : attend<4>;
-    run(pr, b, h, begin, end, tile, *part);
+    by_rows(together, [&](auto rows) { attend<rows>(pr, b, h, begin, end, tile, *part); });
   });
   return ffi::Error::Success();
 }

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Float16, UInt8
 from pallas_kernels import layout
 
 FITS = ("minmax", "mse")  # how scales and zero points are chosen
-IMPLEMENTATIONS = ("triton", "mosaic_tpu", "reference")
+IMPLEMENTATIONS = ("triton", "mosaic_tpu", "native", "reference")
 Planes = tuple[UInt8[Array, "N K _ D"], ...]
 
 
@@ -41,7 +41,7 @@ def quantize_pack(
       per: "token" or "channel", as in `layout.Packed`.
       group: elements of a group, as in `layout.Packed`.
       fit: one of `FITS`.
-      implementation: "triton" (GPU), "mosaic_tpu" (TPU) or "reference" (slow).
+      implementation: "triton" (GPU), "mosaic_tpu" (TPU), "native" (CPU, in C++) or "reference" (slow).
       interpret: runs the kernel in Pallas' interpreter.
 
     Returns:

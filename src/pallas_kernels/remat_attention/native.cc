@@ -75,18 +75,19 @@ struct Rebuild {
     for (int64_t d = 0; d < head_dim; ++d) k[d] *= factor * norm[d];
   }
 
+  // Both halves of a row of the tables are the same: one is read.
   void rotate(float* k, const float* c, const float* s) const {
     const int64_t half = head_dim / 2;
     int64_t d = 0;
     for (; d + kLanes <= half; d += kLanes) {
       const Vec low = load(k + d), high = load(k + half + d);
       store(k + d, low * load(c + d) - high * load(s + d));
-      store(k + half + d, high * load(c + half + d) + low * load(s + half + d));
+      store(k + half + d, high * load(c + d) + low * load(s + d));
     }
     for (; d < half; ++d) {
       const float low = k[d], high = k[half + d];
       k[d] = low * c[d] - high * s[d];
-      k[half + d] = high * c[half + d] + low * s[half + d];
+      k[half + d] = high * c[d] + low * s[d];
     }
   }
 };
@@ -164,8 +165,9 @@ ffi::Error remat_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::B
                         cos.typed_data(), sin.typed_data(), eps, kv_heads, groups, pr.head_dim, k->channels);
   const int tile = int(round_up(64, std::lcm(kLanes, std::max(k->pack, v->pack))));
   attend_parts(pool, pr, 1, tile, 1, [&](int64_t b, int64_t, int64_t begin, int64_t end, Part* parts, int64_t stride) {
-    const auto run = pr.rows() == 1 ? attend<1> : pr.rows() == 2 ? attend<2> : attend<4>;
-    run(pr, rebuild, shared, groups, b, begin, end, tile, parts, stride);
+    by_rows(pr.rows(), [&](auto rows) {
+      attend<rows>(pr, rebuild, shared, groups, b, begin, end, tile, parts, stride);
+    });
   });
   return ffi::Error::Success();
 }
