@@ -673,6 +673,7 @@ TABLES: dict[str, Tables] = {
     "docs/methods/xquant-cl.md": {"xcl": ("xquant-gqa.jsonl", only(brief, "dense", "k*", "xcl*"))},
     "docs/frontier.md": {
         "frontier": ("frontier.jsonl", frontier),
+        "authors": ("frontier-authors.jsonl", frontier),
         "rivals": ("decode-rivals.jsonl", decode),
     },
     "docs/methods/adapters.md": {"adapters": ("adapters.jsonl", adapters)},
@@ -746,6 +747,7 @@ PICTURES: dict[str, tuple[str, Callable[[list[Row]], Any]]] = {  # by name: the 
     "closed_loop": ("closed_loop.jsonl", closed_loop.draw),
     "frontier": ("frontier.jsonl", lambda rows: quality.draw(judged_on(rows, "smollm2-135m", "wiki.test.raw"))),
     "frontier-essays": ("frontier.jsonl", lambda rows: quality.draw(judged_on(rows, "smollm2-135m", "demo"))),
+    "frontier-authors": ("frontier-authors.jsonl", quality.draw),
     "tune-plans": ("plans-pairs.jsonl", plans.draw),
     "tune-families": ("plans-families.jsonl", plans.draw),
     "tune-searches": ("searches.jsonl", search_courses.draw),
