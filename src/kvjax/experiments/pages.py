@@ -747,6 +747,7 @@ PICTURES: dict[str, tuple[str, Callable[[list[Row]], Any]]] = {  # by name: the 
     "closed_loop": ("closed_loop.jsonl", closed_loop.draw),
     "frontier": ("frontier.jsonl", lambda rows: quality.draw(judged_on(rows, "smollm2-135m", "wiki.test.raw"))),
     "frontier-essays": ("frontier.jsonl", lambda rows: quality.draw(judged_on(rows, "smollm2-135m", "demo"))),
+    "frontier-gemma": ("frontier.jsonl", lambda rows: quality.draw(judged_on(rows, "gemma3-270m", "wiki.test.raw"))),
     "frontier-authors": ("frontier-authors.jsonl", quality.draw),
     "tune-plans": ("plans-pairs.jsonl", plans.draw),
     "tune-families": ("plans-families.jsonl", plans.draw),
