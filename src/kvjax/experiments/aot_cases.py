@@ -212,9 +212,8 @@ def _decode_step(config: config_dict.ConfigDict, cache: str, kernel: str) -> Cas
 
 def _step(model: str, kernel: str, params: Any, token: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
     decoder = Decoder(RANDOM[model])
-    order = next(names for names in dispatch.ORDER.values() if kernel in names)
-    named = {op: [name for name in order if name in (*names, "xla")] for op, names in dispatch.OPS.items()}
-    with dispatch.using(**named):  # type: ignore[arg-type]
+    platform = next(platform for platform, names in dispatch.ORDER.items() if kernel in names)
+    with dispatch.using(**{op: dispatch.order_of(op, platform) for op in dispatch.OPS}):  # type: ignore[arg-type]
         hidden, cache = decoder.apply({"params": params}, token, cache)
         logits = jnp.asarray(decoder.apply({"params": params}, hidden[:, -1:], method="logits"))
     return logits.argmax(-1).astype(jnp.int32), cache

@@ -65,7 +65,6 @@ class Contestant:
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     model = load(config.model, config.dtype)
-    model = kvjax.calibrated(model, config.calibration) if config.calibration else model
     if config.steps < 1 or config.depth < 1 or config.depth + config.steps + WARM_UP > config.max_len:
         raise KvjaxError(f"expected depth + steps + {WARM_UP} to be at most max_len={config.max_len}, all positive")
     ids = model.tokenizer.encode(load_text(config.text))[: config.depth]
@@ -81,6 +80,7 @@ def main(config: config_dict.ConfigDict, workdir: Path) -> None:
     points = [_point(config, *entry) for entry in entries]
     missing = [i for i, point in enumerate(points) if records.find_row(results, point) is None]
     if missing:
+        model = kvjax.calibrated(model, config.calibration) if config.calibration else model
         contestants = {
             i: _prepare(model, ids, *entries[i], config.max_len) for i in bars.track(sorted({0, *missing}), "prefill")
         }

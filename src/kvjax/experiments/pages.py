@@ -161,10 +161,10 @@ def brief(rows: list[Row]) -> str:
     return f"{describe_source(rows)}\n\n" + table(("cache", "with scales", "KL", "top-1", "nll"), lines)
 
 
-def only(render: Callable[[list[Row]], str], *patterns: str, **fields: str) -> Callable[[list[Row]], str]:
-    """A table of the rows whose caches have one of these patterns and which have these fields."""
+def only(render: Callable[[list[Row]], T], *patterns: str, **fields: str) -> Callable[[list[Row]], T]:
+    """A table, or a figure, of the rows whose caches have one of these patterns and which have these fields."""
 
-    def rendered(rows: list[Row]) -> str:
+    def rendered(rows: list[Row]) -> T:
         own = [row for row in rows if all(row[key] == value for key, value in fields.items())]
         return render([row for row in own if any(fnmatch.fnmatchcase(row["cache"], each) for each in patterns)])
 
@@ -215,11 +215,6 @@ def frontier(rows: list[Row]) -> str:
         own = [row for row in rows if title.format(**row) == heading]
         parts += [heading, table(header, list(map(line, own)))]
     return "\n\n".join(parts)
-
-
-def judged_on(rows: list[Row], model: str, text: str) -> list[Row]:
-    """The rows of a model and a text."""
-    return [row for row in rows if (row["model"], row["text"]) == (model, text)]
 
 
 def adapters(rows: list[Row]) -> str:
@@ -480,7 +475,8 @@ def _bundles(row: Row) -> str:
 def registers(rows: list[Row]) -> str:
     """Registers a thread of every kernel of ours, and spilled bytes where there are any."""
     targets = list(dict.fromkeys(row["target"] for row in rows))
-    at = {(row["op"], row["mode"], row["bits"], row["target"]): row for row in rows if row["op"] != "decode_step"}
+    xla = "decode_step", "causal_attention"
+    at = {(row["op"], row["mode"], row["bits"], row["target"]): row for row in rows if row["op"] not in xla}
     lines = []
     for op, mode, bits in dict.fromkeys(key[:3] for key in at):
         each = [at.get((op, mode, bits, target)) for target in targets]
@@ -745,9 +741,9 @@ PICTURES: dict[str, tuple[str, Callable[[list[Row]], Any]]] = {  # by name: the 
     "pareto": ("demo-streaming.jsonl", pareto.draw),
     "xquant-gqa": ("xquant-gqa.jsonl", lambda rows: pareto.draw([row for row in rows if row["text"] != "demo"])),
     "closed_loop": ("closed_loop.jsonl", closed_loop.draw),
-    "frontier": ("frontier.jsonl", lambda rows: quality.draw(judged_on(rows, "smollm2-135m", "wiki.test.raw"))),
-    "frontier-essays": ("frontier.jsonl", lambda rows: quality.draw(judged_on(rows, "smollm2-135m", "demo"))),
-    "frontier-gemma": ("frontier.jsonl", lambda rows: quality.draw(judged_on(rows, "gemma3-270m", "wiki.test.raw"))),
+    "frontier": ("frontier.jsonl", only(quality.draw, "*", model="smollm2-135m", text="wiki.test.raw")),
+    "frontier-essays": ("frontier.jsonl", only(quality.draw, "*", model="smollm2-135m", text="demo")),
+    "frontier-gemma": ("frontier.jsonl", only(quality.draw, "*", model="gemma3-270m", text="wiki.test.raw")),
     "frontier-authors": ("frontier-authors.jsonl", quality.draw),
     "tune-plans": ("plans-pairs.jsonl", plans.draw),
     "tune-families": ("plans-families.jsonl", plans.draw),

@@ -117,7 +117,7 @@ def dispatch(
     Raises:
       NotImplementedError: `using` leaves no implementation that serves the call.
     """
-    names = _several(_named.get().get(op) or _default(op))
+    names = _several(_named.get().get(op) or order_of(op, jax.default_backend()))
     for name in names:
         if name == "xla":
             break
@@ -130,8 +130,9 @@ def dispatch(
     return by_tokens(xla, operands, axes, result)
 
 
-def _default(op: str) -> Sequence[str]:
-    return [name for name in ORDER.get(jax.default_backend(), ("xla",)) if name in (*OPS[op], "xla")]
+def order_of(op: str, platform: str) -> Sequence[str]:
+    """The implementations of an op that are tried on a platform, where `using` names none."""
+    return [name for name in ORDER.get(platform, ("xla",)) if name in (*OPS[op], "xla")]
 
 
 def _note(reason: Reason) -> None:

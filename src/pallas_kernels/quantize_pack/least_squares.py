@@ -34,7 +34,7 @@ class Sums(NamedTuple):
     """Of a group's entries that count, under a candidate; the entries themselves before they are summed.
 
     The first is the squared distance from the codes, the others are of codes c and distances e, in small parts of
-    a step (`_parts`).
+    a step (`parts_of`).
     """
 
     squared: Float32[Array, "*s"]
@@ -44,7 +44,7 @@ class Sums(NamedTuple):
     ce: Float32[Array, "*s"]
 
 
-def _parts(size: int) -> tuple[float, float]:
+def parts_of(size: int) -> tuple[float, float]:
     """Into how many parts a step and a squared step are divided, in groups of `size`: no sum exceeds WHOLE."""
     power_of_two = lambda x: 2.0 ** (math.frexp(x)[1] - 1)  # noqa: E731
     return power_of_two(WHOLE / (255 * size**1.5)), power_of_two(WHOLE / size**2)
@@ -66,7 +66,7 @@ def entries(
     half their scale with such an entry loses anyway.
     """
     most = size**0.5
-    part, squared_part = _parts(size)
+    part, squared_part = parts_of(size)
     steps = divide(x - z, jnp.where(s > 0, s, 1.0))
     codes = rounded(jnp.clip(steps, 0.0, levels))
     off = jnp.where(counted, jnp.clip(steps - codes, -most, most), 0.0)
@@ -100,7 +100,7 @@ def search(
     Returns:
       Scales and zero points that float16 holds; the given ones where no candidate has a smaller error.
     """
-    part, squared_part = _parts(size)
+    part, squared_part = parts_of(size)
     count = jnp.maximum(count, 1.0)
     full = lambda a: jnp.broadcast_to(jnp.asarray(a, jnp.float32), scale.shape)  # noqa: E731
 
@@ -153,7 +153,7 @@ def unbiased(
     Returns:
       Scales and zero points to store beside the codes; the given ones where a group has one code only.
     """
-    part, squared_part = _parts(size)
+    part, squared_part = parts_of(size)
     count = jnp.maximum(count, 1.0)
     full = lambda a: jnp.broadcast_to(jnp.float32(a), scale.shape)  # noqa: E731
     spread = found.cc - divide(found.c * found.c, count)

@@ -10,9 +10,6 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int kCandidates = 6, kRefits = 3;  // as in least_squares.py
-constexpr float kWhole = 16777216.0f;
-
 inline Vec rounded(Vec x) {
 #ifdef __AVX512F__
   return (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -40,11 +37,12 @@ inline Vec most(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec within(Vec x, float low, float high) { return least(most(x, splat(low)), splat(high)); }
 inline Vec where(IntVec condition, Vec x) { return (Vec)(condition & (IntVec)x); }
 
-float power_of_two(double x) {
-  int exponent;
-  std::frexp(x, &exponent);
-  return std::ldexp(1.0f, exponent - 1);
-}
+// The settings of least_squares.py: how many ranges are tried, none where scales are not fitted, and refits of the best;
+// into how many parts a step and a squared step are divided.
+struct Fit {
+  int64_t candidates, refits;
+  float part, squared_part;
+};
 
 // `size` entries of kLanes groups, one group in each lane, and which of them count: a row for each entry, or one for
 // all where step is 0.
@@ -89,10 +87,7 @@ Affine of_range(const Groups& g) {
 // least_squares.py's `search` and `entries`.
 class Search {
  public:
-  Search(const Groups& g, Affine range) : g_(g), range_(range) {
-    most_ = std::sqrt(double(g.size));
-    part_ = power_of_two(kWhole / (255 * std::pow(double(g.size), 1.5)));
-    squared_part_ = power_of_two(kWhole / (double(g.size) * g.size));
+  Search(const Groups& g, const Fit& fit, Affine range) : g_(g), fit_(fit), range_(range), most_(std::sqrt(g.size)) {
     IntVec count{};
     for (int64_t i = 0; i < g.size; ++i) count -= g.counts(i);
     count_ = most(__builtin_convertvector(count, Vec), splat(1.0f));
@@ -101,13 +96,13 @@ class Search {
   Affine run() const {
     Affine best = range_, next = range_;
     Vec least_error = splat(INFINITY);
-    for (int i = 0; i < kCandidates + kRefits; ++i) {
-      const Affine tried = i < kCandidates ? narrower(2.0f * std::min(i, kCandidates - 1)) : next;
+    for (int i = 0; i < fit_.candidates + fit_.refits; ++i) {
+      const Affine tried = i < fit_.candidates ? narrower(2.0f * i) : next;
       const Affine at{narrowed(tried.scale), narrowed(tried.zero)};
       const Sums found = sums(at);
       Vec error = at.scale * at.scale * found.squared;
       // Where float16 rounds the zero point by steps, distances are cut and cannot be compared: the range stays.
-      if (i == 0) error = found.squared > count_ * squared_part_ ? Vec{} : error;
+      if (i == 0) error = found.squared > count_ * fit_.squared_part ? Vec{} : error;
       const IntVec better =
           (error < least_error) & (at.scale >= range_.scale * 0.5f) & (at.zero - at.zero == 0.0f);
       const Affine again = refit(at, found);
@@ -132,8 +127,8 @@ class Search {
       const IntVec counts = g_.counts(i);
       const Vec steps = (g_.entry(i) - at.zero) / s, codes = rounded(within(steps, 0.0f, g_.levels));
       const Vec off = where(counts, within(steps - codes, -most_, most_));
-      const Vec c = where(counts, codes), e = rounded(off * part_);
-      sum.squared += rounded(off * off * squared_part_);
+      const Vec c = where(counts, codes), e = rounded(off * fit_.part);
+      sum.squared += rounded(off * off * fit_.squared_part);
       sum.c += c, sum.cc += c * c, sum.e += e, sum.ce += c * e;
     }
     return sum;
@@ -143,12 +138,14 @@ class Search {
     const Vec turned = found.cc - found.c * found.c / count_, along = found.ce - found.c * found.e / count_;
     const Vec spread = turned > 0.0f ? turned : splat(INFINITY);  // one code for all: nothing to turn
     const Vec offset = found.e - along * found.c / spread;
-    return {at.scale + at.scale * along / (spread * part_), at.zero + at.scale * offset / (count_ * part_)};
+    return {at.scale + at.scale * along / (spread * fit_.part),
+            at.zero + at.scale * offset / (count_ * fit_.part)};
   }
 
   const Groups& g_;
+  const Fit& fit_;
   const Affine range_;
-  float most_, part_, squared_part_;
+  const float most_;
   Vec count_;
 };
 
@@ -156,7 +153,8 @@ struct Problem {
   const float* x;
   const bool* counted;
   int64_t heads, tokens, channels, group;
-  bool per_channel, fitted;
+  bool per_channel;
+  Fit fit;
   ffi::Span<const int64_t> widths;
   int bits;
   uint16_t *scale, *zero;
@@ -234,7 +232,7 @@ class Block {
     const float levels = float((1 << pr_.bits) - 1);
     const Groups groups{entries_.data(), counts_.data(), pr_.group, pr_.per_channel, levels};
     Affine how = of_range(groups);
-    if (pr_.fitted) how = Search(groups, how).run();
+    if (pr_.fit.candidates) how = Search(groups, pr_.fit, how).run();
     keep(how.scale, lanes, pr_.scale + (at_ * outer + g) * inner + i);
     keep(how.zero, lanes, pr_.zero + (at_ * outer + g) * inner + i);
     const IntVec flat = how.scale == 0.0f;
@@ -276,10 +274,10 @@ class Block {
 
 ffi::Error quantize_pack(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::PRED> counted,
                          ffi::RemainingRets results, ffi::Span<const int64_t> widths, int64_t per_channel,
-                         int64_t group, int64_t fitted) {
+                         int64_t group, int64_t candidates, int64_t refits, ffi::Span<const float> parts) {
   const auto dims = x.dimensions();
-  Problem pr{x.typed_data(), counted.typed_data(), dims[1], dims[2], dims[3], group, per_channel != 0, fitted != 0,
-             widths, 0, nullptr, nullptr, {}};
+  Problem pr{x.typed_data(), counted.typed_data(), dims[1], dims[2], dims[3], group, per_channel != 0,
+             {candidates, refits, parts[0], parts[1]}, widths, 0, nullptr, nullptr, {}};
   for (size_t i = 0; i < 2 + widths.size(); ++i) {
     auto result = results.get<ffi::AnyBuffer>(i);
     if (!result.has_value()) return result.error();
@@ -305,4 +303,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(pallas_kernels_quantize_pack, quantize_pack,
                                   .Attr<ffi::Span<const int64_t>>("widths")
                                   .Attr<int64_t>("per_channel")
                                   .Attr<int64_t>("group")
-                                  .Attr<int64_t>("fitted"));
+                                  .Attr<int64_t>("candidates")
+                                  .Attr<int64_t>("refits")
+                                  .Attr<ffi::Span<const float>>("parts"));

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Float16, UInt8
 
 from pallas_kernels import native
 from pallas_kernels.layout import PLANES
+from pallas_kernels.quantize_pack import least_squares
 
 SOURCE = Path(__file__).with_name("native.cc")
 
@@ -40,6 +41,8 @@ def quantize_pack(
         widths=np.asarray(PLANES[bits], np.int64),
         per_channel=np.int64(per == "channel"),
         group=np.int64(group),
-        fitted=np.int64(fit == "mse"),
+        candidates=np.int64(least_squares.CANDIDATES if fit == "mse" else 0),
+        refits=np.int64(least_squares.REFITS),
+        parts=np.asarray(least_squares.parts_of(group), np.float32),
     )
     return tuple(packed), scale, zero
