@@ -17,8 +17,8 @@ from kvjax.caches.plan import CachePlan
 from kvjax.caches.registry import load_plugins, register
 from kvjax.checkpoints.load import load
 from kvjax.errors import KvjaxError
-from kvjax.evaluate.adapters import learn_adapters
 from kvjax.evaluate.calibrated import calibrated
+from kvjax.evaluate.learned import learn_adapters, learn_model
 from kvjax.evaluate.perplexity import Comparison, Score
 from kvjax.evaluate.roofline import roofline
 from kvjax.evaluate.sweep import Rows, score, sweep
@@ -51,6 +51,7 @@ __all__ = [
     "generate",
     "learn",
     "learn_adapters",
+    "learn_model",
     "load",
     "load_plugins",
     "logits",

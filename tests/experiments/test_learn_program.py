@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import kvjax
 from kvjax.configs import learn as learn_config
 from kvjax.configs import perplexity as perplexity_config
 from kvjax.errors import KvjaxError
@@ -56,6 +57,25 @@ def test_adapters_are_learned_judged_and_taken(tmp_path: Path, capsys: pytest.Ca
     taken = perplexity_config.get_config()
     taken.update(model=MODEL, adapters=str(tmp_path / "adapters.safetensors"))
     assert program.load(taken).checksum != program.load_plain(config).checksum
-    with pytest.raises(KvjaxError, match="expected one of encoders, lora"):
+    with pytest.raises(KvjaxError, match="expected one of encoders, lora, model"):
         config.what = "everything"
         learn.main(config, tmp_path)
+
+
+def test_a_model_is_trained_kept_and_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    (tmp_path / "other.txt").write_text("one two three four five six seven. " * 40)
+    config = learn_config.get_config("model")
+    config.update(model=MODEL, calibration=f"{tmp_path}/own.txt", judged_on=f"{tmp_path}/other.txt", steps=3, batch=2)
+    config.update(context=24, windows=2, cache="dense,x2@input(group=8)", seen_context=24)
+    learn.main(config, tmp_path)
+    (row,) = [json.loads(line) for line in (tmp_path / "model.jsonl").read_text().splitlines()]
+    assert row["curve"][0][0] == 0 and row["curve"][-1][0] == 3 and len(row["k_likeness"]) == 2
+    scores = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(scores) == 4 and len({score["model_sha256"] for score in scores}) == 2
+    (folder,) = tmp_path.glob("model-*")
+    assert f"the trained model is {folder};" in capsys.readouterr().out
+    again = kvjax.score(kvjax.load(folder), tmp_path / "other.txt", "dense", context=24, windows=2)
+    assert again.nll == pytest.approx(scores[2]["nll"], rel=1e-6)
+    learn.main(config, tmp_path)  # nothing is done again
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4

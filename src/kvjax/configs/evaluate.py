@@ -3,14 +3,28 @@
     kvjax evaluate --workdir=runs/evaluate
     kvjax evaluate --config.tasks="arc_easy(samples=200)" --workdir=DIR
 
+    kvjax evaluate --config=evaluate:frontier --config.calibration=FILE --workdir=DIR
+
 asks a 135M-parameter model for hidden numbers and chains of variables in contexts of 1024 tokens. Tasks of
-lm-evaluation-harness, by name or as YAML files, need `pip install 'kvjax[eval]'`.
+lm-evaluation-harness, by name or as YAML files, need `pip install 'kvjax[eval]'`. `:frontier` asks with each of the
+frontier's methods at 4 and 2 bits, with its equal exact tokens; methods that learn do so from FILE.
 """
 
 from ml_collections import config_dict
 
+from kvjax.configs import frontier
 
-def get_config() -> config_dict.ConfigDict:
+
+def get_config(variant: str = "") -> config_dict.ConfigDict:
+    config = _uniform()
+    if variant == "frontier":
+        config.caches = f"dense,{frontier.caches(4, 2)}"
+    elif variant:
+        raise ValueError(f"variant {variant!r}; expected frontier or nothing")
+    return config
+
+
+def _uniform() -> config_dict.ConfigDict:
     return config_dict.create(
         model="smollm2-135m",  # a name, a path or a hub name, see kvjax.load
         tasks="needle,tracking",  # see kvjax.evaluate.suite; gsm8k(data=FOLDER) needs its two files

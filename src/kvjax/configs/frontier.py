@@ -40,3 +40,13 @@ def get_config(variant: str = "equal") -> config_dict.ConfigDict:
     config.conditions = config_dict.ConfigDict(CONDITIONS[variant])
     config.families = config_dict.ConfigDict({"methods": (CONTROL, METHODS)})
     return config
+
+
+def caches(*widths: int) -> str:
+    """All methods with equal exact tokens, for programs that take a list of caches.
+
+    Args:
+      widths: bits of what they store.
+    """
+    _, exact = CONDITIONS["equal"]["exact"]
+    return ",".join(quality.named(CONTROL, form, bits, exact) for bits in widths for form in ("", *METHODS))

@@ -46,3 +46,18 @@ def get_config() -> config_dict.ConfigDict:
         }
     )
     return config
+
+
+def named(plain: str, form: str, bits: int, exact: str) -> str:
+    """The cache of a form.
+
+    Args:
+      plain: the family's plain cache, {b} its bits.
+      form: fields that it has more, or another cache where {b} is in it.
+      bits: of what it stores.
+      exact: fields that a condition gives to all.
+    """
+    base, more = (form, "") if "{b}" in form else (plain, form)
+    name, _, own = base.replace("{b}", str(bits)).rstrip(")").partition("(")
+    inside = ",".join(filter(None, (own, exact, more)))
+    return f"{name}({inside})" if inside else name

@@ -32,14 +32,14 @@ def calibrated(model: Model, text: Text, *, context: int = 1024, windows: int = 
     return statistics.calibrated(model, strip_paths(names_of(text)), cut)
 
 
-def calibration(model: Model, text: Text, context: int, windows: int, offset: int) -> Int[np.ndarray, "w n"]:
+def calibration(model: Model, text: Text, context: int, windows: int | None, offset: int) -> Int[np.ndarray, "w n"]:
     """The windows of all texts.
 
     Args:
       model: whose tokenizer counts.
       text: see `kvjax.evaluate.text.read_ids`; names of several are separated by commas.
       context: tokens a window.
-      windows: of each text.
+      windows: of each text; as many as it has where None.
       offset: tokens of each text that are skipped first.
 
     Raises:

@@ -38,14 +38,14 @@ _compile_seconds = functools.cache(records.CompileSeconds)  # one clock for all 
 
 
 def cut_windows(
-    ids: Int[np.ndarray, "n"], context: int, windows: int, offset: int = 0, start: Sequence[int] = ()
+    ids: Int[np.ndarray, "n"], context: int, windows: int | None, offset: int = 0, start: Sequence[int] = ()
 ) -> Int[np.ndarray, "w c"]:
     """Consecutive windows of a text.
 
     Args:
       ids: the text's tokens.
       context: tokens of a window.
-      windows: how many windows.
+      windows: how many windows; as many as there are where None.
       offset: tokens that are skipped first.
       start: tokens that every window begins with, counted in `context`.
 
@@ -53,11 +53,11 @@ def cut_windows(
       KvjaxError: fewer tokens than asked for, or sizes that cannot be scored.
     """
     context = check_whole("context", context, 2)
-    windows = check_whole("windows", windows, 1)
     offset = check_whole("offset", offset, 0)
     if context < len(start) + 2:
         raise KvjaxError(f"context={context}; expected at least {len(start) + 2}, {len(start)} of them for a start")
     own = context - len(start)
+    windows = max((len(ids) - offset) // own, 1) if windows is None else check_whole("windows", windows, 1)
     needed = offset + own * windows
     if len(ids) < needed:
         raise KvjaxError(

@@ -62,7 +62,9 @@ def read_ids(source: Text, tokenizer: AnyTokenizer, vocab_size: int) -> Int[np.n
     return ids.astype(np.int32)
 
 
-def read_windows(source: Text, model: Model, context: int, windows: int, offset: int) -> Int[np.ndarray, "w c"]:
+def read_windows(
+    source: Text, model: Model, context: int, windows: int | None, offset: int
+) -> Int[np.ndarray, "w c"]:
     """Consecutive windows of a text, each of which begins a sequence.
 
     So what the tokenizer puts before a sequence, mostly bos, stands first in each: models that were trained with it
@@ -72,7 +74,7 @@ def read_windows(source: Text, model: Model, context: int, windows: int, offset:
       source: see `read_ids`.
       model: the model that reads them.
       context: tokens of a window.
-      windows: how many windows.
+      windows: how many windows; as many as the text has where None.
       offset: tokens of the text that are skipped first.
 
     Raises:

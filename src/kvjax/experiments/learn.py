@@ -1,12 +1,14 @@
-"""Trains the encoders of a cache, or adapters of a model for a cache, on a text, and judges them on others.
+"""Trains the encoders of a cache, adapters of a model for a cache, or a model, and judges them on other texts.
 
     kvjax learn --workdir=DIR
     kvjax learn --config=learn:lora --config.cache=k2v2@kivi --workdir=DIR
+    kvjax learn --config=learn:model --config.model=smollm2-135m-mha --workdir=DIR
 
 Appends a row a layer to DIR/learn.jsonl, and scores to DIR/results.jsonl; draws DIR/learn.png. Killed at any moment
 and started again it goes on where it was. What was learned is kept in $KVJAX_CACHE: every program takes the cache
 from then on, with --config.calibration as here. Adapters go to DIR/adapters.safetensors, which programs take as
---config.adapters, and their scores to DIR/adapters.jsonl.
+--config.adapters, and their scores to DIR/adapters.jsonl. A model goes to the folder DIR/model-CHECKSUM, which
+programs take as --config.model, its training to DIR/model.jsonl, and scores of caches with it to DIR/results.jsonl.
 """
 
 from __future__ import annotations
@@ -24,12 +26,15 @@ import kvjax
 from kvjax import Adapters, Model, hosts, records
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
+from kvjax.checkpoints import orbax
 from kvjax.checkpoints.load import read_config
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.calibrated import calibration
 from kvjax.evaluate.perplexity import score_against
-from kvjax.evaluate.text import check_disjoint, check_unseen, read_windows
+from kvjax.evaluate.text import check_disjoint, check_unseen, read_windows, strip_paths
 from kvjax.experiments import bars, program, style
+from kvjax.learning.pretrain import head_likeness
+from kvjax.models.calibration import Calibration
 from kvjax.tables import align_columns
 
 if TYPE_CHECKING:
@@ -41,45 +46,77 @@ SIZES = ("protocol", "context", "windows", "offset")
 
 
 def main(config: config_dict.ConfigDict, workdir: Path) -> None:
-    programs = {"encoders": learn_encoders, "lora": learn_adapters}
+    programs = {"encoders": learn_encoders, "lora": learn_adapters, "model": learn_model}
     if config.what not in programs:
         raise KvjaxError(f"what={config.what!r}; expected one of {', '.join(programs)}")
     if not config.calibration:
         raise KvjaxError("calibration is empty; expected the text to learn from")
-    plan = CachePlan.parse(config.cache, read_config(config.model))
+    for cache in split_list(config.cache) if config.what == "model" else [config.cache]:
+        CachePlan.parse(cache, read_config(config.model))
     check_unseen(config.judged_on, config.calibration)
-    programs[config.what](config, plan, workdir)
+    programs[config.what](config, workdir)
 
 
-def learn_encoders(config: config_dict.ConfigDict, plan: CachePlan, workdir: Path) -> None:
+def learn_encoders(config: config_dict.ConfigDict, workdir: Path) -> None:
     """Trains and judges the encoders of a cache."""
     model = program.load(config)
+    plan = CachePlan.parse(config.cache, model.config)
     settings = {name: config[name] for name in SETTINGS}
     rows = kvjax.learn(model, plan, **settings, folder=workdir, progress=_tell)
-    caches = [config.cache.replace("basis=learned", "basis=balanced"), config.cache]
-    judged: list[Row] = []
-    with bars.shown("windows") as tell:
-        progress = lambda plan, done, total: tell(str(plan), done, total)  # noqa: E731
-        for text in split_list(config.judged_on):
-            sizes = {name: config[name] for name in SIZES}
-            judged += kvjax.sweep(model, text, caches, **sizes, folder=workdir, progress=progress)
+    judged = _swept(config, model, [config.cache.replace("basis=learned", "basis=balanced"), config.cache], workdir)
     hosts.on_first(lambda: style.write(workdir / "learn.png", draw, rows))
     print(table(judged))
 
 
-def learn_adapters(config: config_dict.ConfigDict, plan: CachePlan, workdir: Path) -> None:
+def _swept(config: config_dict.ConfigDict, model: Model, caches: list[str], workdir: Path) -> list[Row]:
+    """Scores of the caches on every judged text."""
+    sizes = {name: config[name] for name in SIZES}
+    rows: list[Row] = []
+    with bars.shown("windows") as tell:
+        progress = lambda plan, done, total: tell(str(plan), done, total)  # noqa: E731
+        for text in split_list(config.judged_on):
+            rows += kvjax.sweep(model, text, caches, **sizes, folder=workdir, progress=progress)
+    return rows
+
+
+def learn_model(config: config_dict.ConfigDict, workdir: Path) -> None:
+    """Trains a model, leaves it in a folder, and judges caches with it and with the one it begins as.
+
+    KL divergence is from the same model with exact keys and values.
+    """
+    model = program.load_plain(config)
+    windows = config.seen_windows or None
+    seen, _ = _seen_and_judged(config, model, windows)
+    options = {name: config[name] for name in ("batch", "steps", "rate")}
+    with bars.shown("steps") as tell:
+        progress = functools.partial(tell, model.name)
+        sizes = {"context": config.seen_context, "windows": windows, "folder": workdir}
+        trained, curve = kvjax.learn_model(model, config.calibration, **sizes, **options, progress=progress)
+    costs = [cost for _, cost in curve]
+    print(f"nll of windows that are not learned from: {costs[0]:.4f} at the start, {min(costs):.4f} at best")
+    likeness = {
+        f"{name}_likeness": [head_likeness(each.config, each.params, name) for each in (model, trained)]
+        for name in ("k", "v")
+    }
+    known = {"experiment": "model", "model": model.name, "model_sha256": model.checksum, "dtype": str(model.dtype)}
+    learned = {"learned_from": seen.identity, **options, "curve": curve, **likeness}
+    hosts.on_first(lambda: records.write_rows(workdir / "model.jsonl", [known | learned | records.provenance()]))
+    folder = workdir / f"model-{trained.checksum[:8]}"
+    if not hosts.on_first(folder.exists):
+        orbax.save(folder, trained)
+    print(f"the trained model is {folder}; programs take it as --config.model")
+    for each in (model, trained):
+        print(f"\n{each.name}\n{table(_swept(config, each, split_list(config.cache), workdir))}")
+
+
+def learn_adapters(config: config_dict.ConfigDict, workdir: Path) -> None:
     """Trains adapters for a cache, leaves them in DIR/adapters.safetensors, and judges the adapted model.
 
     KL divergence is from the model without adapters and with exact keys and values, with and without adapters.
     """
     model = program.load_plain(config)  # without statistics of the text, which adapters need not
-    seen = calibration(model, config.calibration, config.seen_context, config.seen_windows, 0)
-    judged = {
-        text: read_windows(text, model, config.context, config.windows, config.offset)
-        for text in split_list(config.judged_on)
-    }
-    for windows in judged.values():
-        check_disjoint(windows, seen)
+    plan = CachePlan.parse(config.cache, model.config)
+    _, judged = _seen_and_judged(config, model, config.seen_windows)
     sizes = {"context": config.seen_context, "windows": config.seen_windows, "folder": workdir}
     options = {name: config[name] for name in ("rank", "steps", "rate")}
     with bars.shown("steps") as tell:
@@ -96,6 +133,24 @@ def learn_adapters(config: config_dict.ConfigDict, plan: CachePlan, workdir: Pat
     ]
     hosts.on_first(lambda: records.write_rows(workdir / "adapters.jsonl", rows))
     print(table(rows))
+
+
+def _seen_and_judged(
+    config: config_dict.ConfigDict, model: Model, windows: int | None
+) -> tuple[Calibration, dict[str, Int[np.ndarray, "w c"]]]:
+    """What is learned from, and the windows of every judged text.
+
+    Raises:
+      KvjaxError: a text that cannot be read or is too short, or the two share tokens.
+    """
+    seen = calibration(model, config.calibration, config.seen_context, windows, 0)
+    judged = {
+        text: read_windows(text, model, config.context, config.windows, config.offset)
+        for text in split_list(config.judged_on)
+    }
+    for each in judged.values():
+        check_disjoint(each, seen)
+    return Calibration(strip_paths(config.calibration), seen, ""), judged
 
 
 def _judged(

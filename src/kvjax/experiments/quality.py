@@ -23,6 +23,7 @@ from kvjax import hosts, records
 from kvjax.caches.grammar import split_list
 from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints.load import read_config
+from kvjax.configs.quality import named
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.perplexity import Score, mean_and_interval
 from kvjax.evaluate.sweep import Sweep, identity_of
@@ -71,17 +72,9 @@ def cases(config: config_dict.ConfigDict, model: ModelConfig) -> list[Case]:
     for condition, (_, exact) in config.conditions.items():
         for family, (plain, forms) in config.families.items():
             for bits in map(_whole, config.bits.split(",")):
-                plans = {form: CachePlan.parse(_named(plain, form, bits, exact), model) for form in ("", *forms)}
+                plans = {form: CachePlan.parse(named(plain, form, bits, exact), model) for form in ("", *forms)}
                 found += [Case(family, form, condition, bits, plan, plans[""]) for form, plan in plans.items()]
     return found
-
-
-def _named(plain: str, form: str, bits: int, exact: str) -> str:
-    """The plain cache with more fields, or another cache where the form is a name."""
-    base, more = (form, "") if "{b}" in form else (plain, form)
-    name, _, own = base.replace("{b}", str(bits)).rstrip(")").partition("(")
-    inside = ",".join(filter(None, (own, exact, more)))
-    return f"{name}({inside})" if inside else name
 
 
 def _whole(text: str) -> int:

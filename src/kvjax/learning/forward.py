@@ -1,18 +1,19 @@
 """The model over whole windows, layer by layer, with exact keys and values or with those that encoders read back.
 
-Every query reads every token as it is stored, its own among them, but for sinks (protocol `parallel`). All of it has
-gradients, so that attention is `jax.nn.dot_product_attention` and not the cache's own.
+Where there are encoders, every query reads every token as it is stored, its own among them, but for sinks (protocol
+`parallel`). All of it has gradients, so that attention is `jax.nn.dot_product_attention` and not the cache's own.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvjax.caches.base import Chunk, KVWeights
 from kvjax.learning.encoders import Bases, Changes, Encoder, changed
@@ -102,18 +103,46 @@ def divergence(
     """
     target = final_states(config, norm, exact)[0]
 
-    @jax.checkpoint
-    def block(pair):
-        logs = [jax.nn.log_softmax((rows @ head.T).astype(jnp.float32)) for rows in pair]
+    def block(rows, target):
+        logs = [jax.nn.log_softmax((each @ head.T).astype(jnp.float32)) for each in (rows, target)]
         return (jnp.exp(logs[1]) * (logs[1] - logs[0])).sum(-1)
 
-    def mean(h):
-        rows = final_states(config, norm, h)[0]
-        count = len(rows)
-        blocks = [
-            jnp.pad(a, ((0, -count % ROWS), (0, 0))).reshape(-1, min(ROWS, count + -count % ROWS), a.shape[1])
-            for a in (rows, target)
-        ]
-        return jax.lax.map(block, tuple(blocks)).reshape(-1)[:count].mean()
+    return jax.value_and_grad(lambda h: _by_blocks(block, final_states(config, norm, h)[0], target).mean())(h)
 
-    return jax.value_and_grad(mean)(h)
+
+@functools.partial(jax.jit, static_argnames="config")
+def likelihood(
+    config, norm: Float[Array, "D"], head: Float[Array, "V D"], h: Float[Array, "B N D"], windows: Int[Array, "B N"]
+) -> tuple[Float[Array, ""], tuple[Float[Array, "D"], Float[Array, "V D"], Float[Array, "B N D"]]]:
+    """The mean negative log-likelihood of every token but the first of a window, in nats, and its gradients.
+
+    Args:
+      config: config of the model.
+      norm: the weight of the last norm.
+      head: the weight that gives the logits.
+      h: the output of the last layer.
+      windows: token ids.
+
+    Returns:
+      The mean, and gradients with respect to norm, head and h.
+    """
+    following = windows[:, 1:].reshape(-1)
+
+    def mean(norm, head, h):
+        def block(rows, following):
+            logs = jax.nn.log_softmax((rows @ head.T).astype(jnp.float32))
+            return -jnp.take_along_axis(logs, following[:, None], 1)[:, 0]
+
+        rows = final_states(config, norm, h[:, :-1])
+        return _by_blocks(block, rows.reshape(-1, rows.shape[-1]), following).mean()
+
+    return jax.value_and_grad(mean, argnums=(0, 1, 2))(norm, head, h)
+
+
+def _by_blocks(of: Callable[..., Float[Array, "n"]], *rows: Shaped[Array, "N ..."]) -> Float[Array, "N"]:
+    """A figure of every row, whose logits are held for a block of `ROWS` rows at a time, backwards too."""
+    count = len(rows[0])
+    held = min(ROWS, count)
+    pad = lambda a: jnp.pad(a, ((0, -count % held), *[(0, 0)] * (a.ndim - 1)))  # noqa: E731
+    blocks = [pad(a).reshape(-1, held, *a.shape[1:]) for a in rows]
+    return jax.lax.map(jax.checkpoint(lambda each: of(*each)), tuple(blocks)).reshape(-1)[:count]

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from kvjax import records
 from kvjax.caches.base import CacheSpec
@@ -191,23 +190,13 @@ class _Run:
         point = self._identity | {"layer": i}
         if row := records.find_row(self._file, point):
             return row, as_arrays(bases.read_layer(self.workdir, i))
-        learned = layerwise.train(task, optimizer, self.settings.steps, self._batch, self._place)
+        mesh = self.model.mesh
+        batch = training.whole_batch(self.settings.batch, mesh)
+        place = functools.partial(training.over_data, mesh=mesh)
+        learned = layerwise.train(task, optimizer, self.settings.steps, batch, place)
         bases.write_layer(self.workdir, i, jax.tree.map(fetch, learned.bases))
         row = self._keep(point, learned.curve)
         return row, learned.bases
-
-    @property
-    def _batch(self) -> int:
-        mesh = self.model.mesh
-        devices = 1 if mesh is None else mesh.shape.get("data", 1)
-        return math.ceil(self.settings.batch / devices) * devices
-
-    def _place(self, batch: Any) -> Any:
-        """A batch of windows over the devices of the axis data."""
-        mesh = self.model.mesh
-        if mesh is None or "data" not in mesh.shape:
-            return batch
-        return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
 
     def _keep(self, point: Row, curve: Curve) -> Row:
         figures = {"first": curve[0][1], "least": min(cost for _, cost in curve), "curve": curve}

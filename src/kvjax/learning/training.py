@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvjax import records
 from kvjax.checkpoints.orbax import new_folder, together, write_arrays
@@ -76,6 +77,19 @@ class Kept:
         return State(**saved | {"step": int(saved["step"])}), [tuple(look) for look in row["curve"]]
 
 
+def whole_batch(batch: int, mesh: Mesh | None) -> int:
+    """A batch that the devices of the mesh's axis data divide, not below the one asked for."""
+    devices = 1 if mesh is None else mesh.shape.get("data", 1)
+    return -(-batch // devices) * devices
+
+
+def over_data(batch: Any, mesh: Mesh | None) -> Any:
+    """A batch of windows over the devices of the axis data."""
+    if mesh is None or "data" not in mesh.shape:
+        return batch
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+
+
 def adam(rate: float, steps: int) -> optax.GradientTransformation:
     """Adam with a rate that falls to 0 by a cosine. Costs are tiny, and so are their gradients: eps is far below."""
     return optax.adam(optax.cosine_decay_schedule(rate, steps), eps=1e-16)
@@ -121,5 +135,5 @@ def train(
 @functools.partial(jax.jit, static_argnames="optimizer")
 def update(optimizer: optax.GradientTransformation, gradient: Any, inner: Any, by: Any) -> tuple[Any, Any]:
     """What is trained and the optimizer's state after a gradient."""
-    updates, inner = optimizer.update(gradient, inner)
+    updates, inner = optimizer.update(gradient, inner, by)
     return optax.apply_updates(by, updates), inner

@@ -1,4 +1,4 @@
-"""Named models: files of small pinned packages, and random weights of published shapes."""
+"""Named models: files of small pinned packages, and random weights of published shapes and of small ones."""
 
 from __future__ import annotations
 
@@ -45,6 +45,9 @@ RANDOM = {
     "random:mistral-7b": ModelConfig(  # v0.3: no sliding window
         *("mistral", 32768, 4096, 14336, 32, 32, 8, 128, 32768, 1e-5), rope=RopeConfig(1e6)
     ),
+    # Small ones over bytes with as many kv heads as heads, to be trained: `kvjax learn --config=learn:model`.
+    "random:mha-5m": ModelConfig(*("llama", 256, 256, 704, 6, 4, 4, 64, 2048, 1e-5), tied=True),
+    "random:mha-85m": ModelConfig(*("llama", 256, 768, 2048, 12, 12, 12, 64, 2048, 1e-5), tied=True),
 }
 NAMES = (*FILES, *RANDOM)
 

@@ -1,4 +1,4 @@
-"""`kvjax.learn_adapters`: adapters of a model for a plan, trained on a text."""
+"""What is trained on a text: `kvjax.learn_adapters`, `kvjax.learn_model`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from kvjax.evaluate.calibrated import calibration, names_of
 from kvjax.evaluate.text import Text, strip_paths
 from kvjax.learning.adapters import Adapters
 from kvjax.learning.distill import distill
+from kvjax.learning.pretrain import pretrain
+from kvjax.learning.training import Curve
 from kvjax.models.calibration import Calibration
 from kvjax.models.model import Model, check_model
 
@@ -55,3 +57,46 @@ def learn_adapters(
     cut = calibration(model, text, context, windows, offset)
     seen = Calibration(strip_paths(names_of(text)), cut, "")
     return distill(model, plan, seen, rank, steps, rate, folder, progress or (lambda step, steps: None))
+
+
+def learn_model(
+    model: Model,
+    text: Text,
+    *,
+    context: int = 512,
+    windows: int | None = None,
+    offset: int = 0,
+    batch: int = 8,
+    steps: int = 1000,
+    rate: float = 1e-3,
+    folder: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Model, Curve]:
+    """Trains all weights of a model to predict the next token of a text, with exact keys and values.
+
+    Random weights are trained from scratch (`random:mha-5m`), others further. `smollm2-135m-mha` has every kv head
+    several times; trained on, the copies part, since each serves a query head of its own.
+
+    Args:
+      model: what `kvjax.load` gives, in float32 or float64. It is not changed.
+      text: see `kvjax.evaluate.text.read_ids`; names of several are separated by commas.
+      context: tokens a window.
+      windows: of each text; as many as it has where None. One in ten, and 16 at most, are not trained on; they choose
+        among the steps.
+      offset: tokens of each text that are skipped first.
+      batch: windows a step.
+      steps: of Adam with weight decay (AdamW, arXiv 1711.05101).
+      rate: its learning rate, which rises over the first twentieth and then falls to 0 by a cosine.
+      folder: from which a run that was cut off goes on; a temporary one where None.
+      progress: called as progress(step, steps) at every step.
+
+    Returns:
+      The model at its best step, and the curve: (step, nats per token of the windows that choose) at every look.
+
+    Raises:
+      KvjaxError: a model or text that is refused, numbers that are not possible, or files that cannot be written.
+    """
+    check_model(model)
+    cut = calibration(model, text, context, windows, offset)
+    seen = Calibration(strip_paths(names_of(text)), cut, "")
+    return pretrain(model, seen, batch, steps, rate, folder, progress or (lambda step, steps: None))
