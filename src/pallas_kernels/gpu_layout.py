@@ -68,6 +68,17 @@ def splits_of(programs: int, blocks: int, slots: int, least: int = 2) -> int:
     return min(range(1, max(1, -(-blocks // least)) + 1), key=time)
 
 
+def span(start: Array, stop: Array, tokens: int, first: int, window: int | None) -> tuple[Array, Array]:
+    """Returns the range [low, end) of positions that any of `tokens` queries, the first at `start`, sees."""
+    low = jnp.full_like(start, first) if window is None else jnp.maximum(first, start + 1 - window)
+    return low, jnp.minimum(stop, start + tokens)
+
+
+def blocks_of(low: Array, end: Array, block: int) -> tuple[Array, Array]:
+    """Returns the range of blocks that hold positions in [low, end); it may end before it begins."""
+    return quotient(low, block), quotient(end + block - 1, block)
+
+
 def power_of_two(x: int) -> bool:
     """Whether a positive number is a power of two."""
     return x & (x - 1) == 0

@@ -72,20 +72,6 @@ def check_launch(interpret: bool, *operands: Any) -> None:
             )
 
 
-def span(start: Array, stop: Array, tokens: int, first: int, window: int | None) -> tuple[Array, Array]:
-    """Returns the range [low, end) of positions that any of `tokens` queries, the first at `start`, sees."""
-    low = jnp.int32(first) if window is None else jnp.maximum(first, start + 1 - window)
-    return low, jnp.minimum(stop, start + tokens)
-
-
-def share(low: Array, end: Array, block: int, splits: int, index: Array) -> tuple[Array, Array]:
-    """Returns the range of blocks for split `index` of `splits`, over all blocks with positions in [low, end)."""
-    begin, end = low // block, pl.cdiv(end, block)
-    each = pl.cdiv(jnp.maximum(end - begin, 0), splits)
-    begin += index * each
-    return begin, jnp.minimum(begin + each, end)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Piece:
     """A range of channels whose width is a power of two.

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import gpu_layout
 from pallas_kernels.gpu_layout import STARTUP, splits_of
 from pallas_kernels.layout import PLANES, Packed
-from pallas_kernels.packed_attention import triton
+from pallas_kernels.packed_attention import gpu, triton
 
 
 def arguments(batch: int, tokens: int, bits: int = 4, head_dim: int = 128, heads: int = 32, kv_heads: int = 8):
@@ -68,6 +69,51 @@ def test_programs_fill_the_gpu_at_hand(monkeypatch: pytest.MonkeyPatch, cores: i
     slots = cores * (triton.gpu.RESIDENT if bits == 16 else triton.LIGHT)
     programs = 8 * triton.defaults(q, keys, values)["splits"]
     assert 0.9 <= programs / slots / -(-programs // slots) <= 1
+
+
+def parts_of(lengths: list[int], splits: int, window: int | None = None) -> tuple[int, list[int], int]:
+    """Blocks of a part, the parts of every sequence, and how many a launch has room for."""
+    q, keys, values = arguments(len(lengths), 32768)
+    settings = {"block": 128, "splits": splits, "num_warps": 4, "num_stages": 3}
+    plan, _ = gpu.plan_of(triton.TritonPlan, q, keys, values, 0, window, 1.0, False, settings)
+    stop = jnp.asarray(lengths, jnp.int32)
+    each = int(gpu.share_of(plan, splits, jnp.maximum(stop - 1, 0), stop)[0])
+    seen = np.minimum(lengths, window or max(lengths))
+    return each, [-(-int(tokens) // (128 * each)) for tokens in seen], plan.parts
+
+
+@pytest.mark.parametrize("tokens", [1, 128, 1000, 4096, 32768])
+@pytest.mark.parametrize(("batch", "splits"), [(1, 1), (1, 7), (8, 1), (8, 4), (8, 6)])
+def test_sequences_of_one_length_are_cut_alike(batch: int, splits: int, tokens: int) -> None:
+    each, _, room = parts_of([tokens] * batch, splits)
+    blocks = -(-tokens // 128)
+    assert each == -(-blocks // splits)
+    assert room == splits * (1 if batch == 1 else gpu.RAGGED)
+
+
+@pytest.mark.parametrize("splits", [1, 3, 6])
+@pytest.mark.parametrize(
+    "lengths", [[32768] + [1024] * 7, [32768, 16384, 8192, 4096, 2048, 1024, 512, 0], [30000] * 2 + [100] * 30]
+)
+def test_a_long_sequence_is_not_waited_for(lengths: list[int], splits: int) -> None:
+    """On slots that equal sequences would fill, ragged ones take at most .7 of the time of equal parts for each."""
+    each, parts, room = parts_of(lengths, splits)
+    assert max(parts) <= room and all(parts[i] * each * 128 >= lengths[i] for i in range(len(lengths)))
+
+    def time(found: list[list[int]]) -> int:
+        free = [0] * (splits * len(lengths))
+        for blocks in itertools.chain.from_iterable(found):
+            heapq.heapreplace(free, free[0] + blocks + STARTUP)
+        return max(free)
+
+    blocks = [-(-tokens // 128) for tokens in lengths]
+    cut = lambda n, size: [min(size, n - at) for at in range(0, n, size)]  # noqa: E731
+    alike = [cut(n, max(1, -(-n // splits))) for n in blocks]
+    assert time([cut(n, each) for n in blocks]) <= 0.7 * time(alike)
+
+
+def test_a_window_is_what_counts_of_a_long_sequence() -> None:
+    assert parts_of([32768, 1024], 2, window=1024)[:2] == parts_of([1024, 1024], 2)[:2]
 
 
 def test_short_sequences_are_not_cut_small(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,10 +23,11 @@ def attend_to(case: Case, q, keys, values, *lengths, **settings: int):
     chosen = jax_triton.defaults(q, keys, values) | settings
     scale = case.head_dim**-0.5
     plan, _ = gpu.plan_of(gpu.AttentionPlan, q, keys, values, case.first, case.window, scale, True, chosen)
-    parts = q.shape[0], case.kv_heads, plan.splits
+    each = gpu.share_of(plan, chosen["splits"], *lengths)
+    parts = q.shape[0], case.kv_heads, plan.parts
     output = torch.full((*parts, plan.rows, case.head_dim), torch.nan)
     lse = torch.full((*parts, plan.rows), torch.nan)
-    arguments = [tensor(a) for a in jax_triton.arguments(q, keys, values, *lengths)]
+    arguments = [tensor(a) for a in jax_triton.arguments(q, keys, values, *lengths, each)]
     jax_triton_kernel.attend_kernel[parts](*arguments, output, lse, P=plan, KV_HEADS=case.kv_heads)
     return gpu.result(jnp.asarray(output.numpy()), jnp.asarray(lse.numpy()), case.queries)
 

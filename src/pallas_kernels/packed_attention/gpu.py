@@ -7,9 +7,9 @@ import math
 from typing import TypeVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int, Int32
 
-from pallas_kernels.gpu_layout import Cut, GpuTensor, cores, cut, splits_of
+from pallas_kernels.gpu_layout import STARTUP, Cut, GpuTensor, blocks_of, cores, cut, span, splits_of
 from pallas_kernels.layout import Packed, by_query
 
 LOWEST = -1e20  # the initial running maximum: far above MASKED, so that masked scores have probability 0
@@ -17,6 +17,7 @@ LAUNCH_ROWS = 8  # query rows of a kv head: what a tensor core takes; with 16, c
 MOST_ROWS = 16  # for queries of many heads: with 32 some widths spill kilobytes, and some do not fit B200
 SHARED = 80 << 10  # bytes that fetched blocks may take, of the 99 KiB that a program of the least GPU has
 RESIDENT = 2  # programs of four warps on a multiprocessor, whatever their registers
+RAGGED = 4  # times as many parts as sequences of one length have, at most, of the longest of several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class AttentionPlan:
     cut: Cut
     tokens: int  # queries of a sequence
     ratio: int  # query heads of a kv head
-    splits: int
+    parts: int  # of a sequence at most
     first: int
     window: int | None
     scale: float
@@ -88,12 +89,38 @@ def plan_of(
     Raises:
       NotImplementedError: the packing does not suit the kernels.
     """
-    tokens, ratio = q.shape[1], q.shape[2] // keys.shape[1]
+    batch, tokens, ratio = q.shape[0], q.shape[1], q.shape[2] // keys.shape[1]
+    parts = settings["splits"] * (RAGGED if batch > 1 else 1)
     stored = GpuTensor.of(keys), GpuTensor.of(values)
     own = cut(list(stored), 0, settings["block"])
     dtype = jnp.dtype(q.dtype)
-    plan = kind(*stored, own, tokens, ratio, settings["splits"], first, window, scale, dtype, interpret)
+    plan = kind(*stored, own, tokens, ratio, parts, first, window, scale, dtype, interpret)
     return plan, {name: settings[name] for name in ("num_warps", "num_stages")}
+
+
+def share_of(plan: AttentionPlan, splits: int, start: Int[Array, "B"], stop: Int[Array, "B"]) -> Int32[Array, "1"]:
+    """Chooses how many blocks a part has, so that the parts of sequences of any lengths end together.
+
+    Sequences of one length have `splits` parts, which fill the GPU: a wave. A longer one among shorter ones has more,
+    `plan.parts` at most, and they have fewer. A wave takes as long as a part, and what a program takes besides
+    (`gpu_layout.splits_of` chooses likewise where nothing is known of lengths).
+
+    Args:
+      plan: the plan.
+      splits: parts of sequences of one length.
+      start: position of the first query.
+      stop: the position after the last that is read.
+
+    Returns:
+      Blocks of a part, at least 1.
+    """
+    start, stop = start.astype(jnp.int32), stop.astype(jnp.int32)
+    begin, end = blocks_of(*span(start, stop, plan.tokens, plan.first, plan.window), plan.cut.block)
+    blocks = jnp.maximum(end - begin, 0)
+    each = jnp.maximum(-(-blocks.max() // jnp.arange(1, plan.parts + 1)), 1)
+    parts = (-(-blocks[:, None] // each)).sum(0)
+    time = -(-parts // (splits * len(blocks))) * (each + STARTUP)
+    return each[jnp.argmin(time)].astype(jnp.int32)[None]
 
 
 def settings_of(

@@ -52,10 +52,11 @@ def packed_attention(
     def launch(q: Array, start: Array) -> Attended:
         chosen = defaults(q, keys, values) | given
         plan, how = gpu.plan_of(gpu.AttentionPlan, q, keys, values, first, window, scale, interpret, chosen)
-        parts = q.shape[0], keys.shape[1], plan.splits
+        each = gpu.share_of(plan, chosen["splits"], start, stop)
+        parts = q.shape[0], keys.shape[1], plan.parts
         shapes = (*parts, plan.rows, values.shape[3]), (*parts, plan.rows)
         output, lse = jax_triton.triton_call(
-            *arguments(q, keys, values, start, stop),
+            *arguments(q, keys, values, start, stop, each),
             kernel=kernel.attend_kernel,
             out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
             grid=parts,
@@ -78,7 +79,7 @@ def _modules() -> tuple[Any, Any]:
         raise NotImplementedError(f"no jax-triton: {error}") from None
 
 
-def arguments(q: Array, keys: Packed, values: Packed, start: Array, stop: Array) -> tuple[Array, ...]:
+def arguments(q: Array, keys: Packed, values: Packed, start: Array, stop: Array, each: Array) -> tuple[Array, ...]:
     """Lists the arrays that the kernel reads, in order.
 
     In place of a plane or scale that a tensor does not have, another array of the tensor is passed.
@@ -89,6 +90,7 @@ def arguments(q: Array, keys: Packed, values: Packed, start: Array, stop: Array)
       values: packed values.
       start: position of the first query, per sequence.
       stop: the position after the last that is read, per sequence.
+      each: blocks of a part.
 
     Returns:
       The arrays.
@@ -96,7 +98,7 @@ def arguments(q: Array, keys: Packed, values: Packed, start: Array, stop: Array)
     Raises:
       NotImplementedError: there are too few channels, or groups that the kernel cannot spread over channels.
     """
-    arrays = [by_kv_head(q, keys.shape[1]), start.astype(jnp.int32), stop.astype(jnp.int32)]
+    arrays = [by_kv_head(q, keys.shape[1]), start.astype(jnp.int32), stop.astype(jnp.int32), each]
     for packed in (keys, values):
         stored = GpuTensor.of(packed)
         if stored.channels < SMALLEST:

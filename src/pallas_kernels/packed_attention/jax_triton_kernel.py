@@ -253,6 +253,7 @@ def attend_kernel(
     q,
     start,
     stop,
+    each,
     k0,
     k1,
     k_scale,
@@ -266,8 +267,8 @@ def attend_kernel(
     P: tl.constexpr,
     KV_HEADS: tl.constexpr,
 ):
-    """Attention over a share of a sequence's blocks, output [B, K, splits, R, V] and lse; grid (B, K, splits)."""
-    sequence, split = tl.program_id(0), tl.program_id(2)
+    """Attention over a part of a sequence's blocks, output [B, K, parts, R, V] and lse; grid (B, K, parts)."""
+    sequence, index = tl.program_id(0), tl.program_id(2)
     head = (sequence * KV_HEADS + tl.program_id(1)).to(tl.int64)
     keys: tl.constexpr = P.keys
     values: tl.constexpr = P.values
@@ -296,8 +297,8 @@ def attend_kernel(
     high = tl.minimum(edge, first_query + P.tokens)
     begin = low // cut.block
     end = tl.cdiv(high, cut.block)
-    each = tl.cdiv(tl.maximum(end - begin, 0), P.splits)
-    begin += split * each
+    own = tl.load(each)
+    begin += index * own
     highest = tl.full((P.columns,), LOWEST, tl.float32)
     total = tl.zeros((cut.rows, P.columns), tl.float32)
     zeros = tl.zeros((cut.rows, P.columns), tl.float32)
@@ -305,7 +306,7 @@ def attend_kernel(
     token = tl.arange(0, cut.rows)
     k_held = folded_scales(k_scale, k_zero, keys, cut, head, begin, low, high)
     v_held = folded_scales(v_scale, v_zero, values, cut, head, begin, low, high)
-    for block in range(begin, tl.minimum(begin + each, end)):
+    for block in range(begin, tl.minimum(begin + own, end)):
         k_next = folded_scales(k_scale, k_zero, keys, cut, head, block + 1, low, high)
         v_next = folded_scales(v_scale, v_zero, values, cut, head, block + 1, low, high)
         for tile in tl.static_range(tiles):
@@ -357,7 +358,7 @@ def attend_kernel(
     safe = tl.where(found, whole, 1.0)
     row = tl.arange(0, P.columns)
     known = row < P.rows
-    part = (head * P.splits + split) * P.rows
+    part = (head * P.parts + index) * P.rows
     value = tl.arange(0, width)
     place = output + part * values.channels + row[None, :] * values.channels + value[:, None]
     answer = tl.where(found[None, :], answer / (safe * lift)[None, :], 0.0)

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels.gpu_layout import LIFT, LOG2_E, GpuTensor, quotient, remainder
+from pallas_kernels.gpu_layout import LIFT, LOG2_E, GpuTensor, blocks_of, quotient, remainder, span
 from pallas_kernels.layout import MASKED, Attended, Packed, by_kv_head, in_launches
 from pallas_kernels.packed_attention import gpu
 from pallas_kernels.packed_attention.gpu import LOWEST
@@ -31,8 +31,6 @@ from pallas_kernels.triton_common import (
     dot,
     heads_spec,
     pieces,
-    share,
-    span,
     weighed,
 )
 from pallas_kernels.tuning import attention_class, lookup
@@ -121,7 +119,7 @@ def packed_attention(
             tuned = defaults(q, keys, values) | lookup("packed_attention", attention_class(q.shape, keys, values))
         chosen = tuned | given
         plan, how = gpu.plan_of(TritonPlan, q, keys, values, first, window, scale, interpret, chosen)
-        return _launch(plan, how, q, keys, values, start, stop)
+        return _launch(plan, how, q, keys, values, start, stop, gpu.share_of(plan, chosen["splits"], start, stop))
 
     return in_launches(launch, q, start, keys.shape[1], rows=gpu.LAUNCH_ROWS, most=gpu.MOST_ROWS)
 
@@ -134,32 +132,34 @@ def _launch(
     values: Packed,
     start: Int[Array, "B"],
     stop: Int[Array, "B"],
+    each: Int32[Array, "1"],
 ) -> Attended:
-    """Attends for as many queries as one launch takes."""
-    batch, kv_heads, splits = q.shape[0], keys.shape[1], plan.splits
+    """Attends for as many queries as one launch takes, in parts of `each` blocks."""
+    batch, kv_heads, parts = q.shape[0], keys.shape[1], plan.parts
     rows, width = by_kv_head(q, kv_heads), values.shape[3]
-    own = lambda b, k, s: (b, k, s, 0, 0)  # noqa: E731
+    own = lambda b, k, i: (b, k, i, 0, 0)  # noqa: E731
     output, lse = pl.pallas_call(
         functools.partial(_kernel, plan=plan),
-        grid=(batch, kv_heads, splits),
+        grid=(batch, kv_heads, parts),
         in_specs=[
             heads_spec(rows),
-            pl.BlockSpec((1,), lambda b, k, s: (b,)),
-            pl.BlockSpec((1,), lambda b, k, s: (b,)),
+            pl.BlockSpec((1,), lambda b, k, i: (b,)),
+            pl.BlockSpec((1,), lambda b, k, i: (b,)),
+            pl.BlockSpec((1,), lambda b, k, i: (0,)),
             jax.tree.map(heads_spec, keys),
             jax.tree.map(heads_spec, values),
         ],
         out_specs=[
             pl.BlockSpec((None, None, None, plan.rows, width), own),
-            pl.BlockSpec((None, None, None, plan.rows), lambda b, k, s: (b, k, s, 0)),
+            pl.BlockSpec((None, None, None, plan.rows), lambda b, k, i: (b, k, i, 0)),
         ],
         out_shape=[
-            jax.ShapeDtypeStruct((batch, kv_heads, splits, plan.rows, width), jnp.float32),
-            jax.ShapeDtypeStruct((batch, kv_heads, splits, plan.rows), jnp.float32),
+            jax.ShapeDtypeStruct((batch, kv_heads, parts, plan.rows, width), jnp.float32),
+            jax.ShapeDtypeStruct((batch, kv_heads, parts, plan.rows), jnp.float32),
         ],
         compiler_params=plgpu.CompilerParams(**launch),
         interpret=plan.interpret,
-    )(rows, start.astype(jnp.int32), stop.astype(jnp.int32), keys, values)
+    )(rows, start.astype(jnp.int32), stop.astype(jnp.int32), each, keys, values)
     return gpu.result(output, lse, q.shape[1])
 
 
@@ -185,13 +185,44 @@ def defaults(q: Float[Array, "B T H D"], keys: Packed, values: Packed) -> dict[s
 
 
 def _kernel(
-    q_ref, start_ref, stop_ref, keys: Packed, values: Packed, output_ref, lse_ref, *, plan: TritonPlan
+    q_ref, start_ref, stop_ref, each_ref, keys: Packed, values: Packed, output_ref, lse_ref, *, plan: TritonPlan
 ) -> None:
-    start, stop = start_ref[0], stop_ref[0]
+    start, stop, each = start_ref[0], stop_ref[0], each_ref[0]
+    visible = span(start, stop, plan.tokens, plan.first, plan.window)
+    begin, end = blocks_of(*visible, plan.cut.block)
+    begin += pl.program_id(2) * each
+    row = jnp.arange(plan.columns)
+
+    @pl.when(begin < end)
+    def _() -> None:
+        own = begin, jnp.minimum(begin + each, end)
+        _attend(q_ref, start, stop, visible, own, keys, values, output_ref, lse_ref, plan)
+
+    @pl.when(begin >= end)
+    def _() -> None:  # a part beyond the last of a shorter sequence
+        plgpu.store(lse_ref.at[row], jnp.full(row.shape, MASKED, jnp.float32), mask=row < plan.rows)
+        for piece in plan.value_pieces:
+            at = output_ref.at[row[None, :], piece.channels()[:, None]]
+            shape = piece.width, plan.columns
+            plgpu.store(at, jnp.zeros(shape, jnp.float32), mask=jnp.broadcast_to((row < plan.rows)[None, :], shape))
+
+
+def _attend(
+    q_ref,
+    start: Array,
+    stop: Array,
+    visible: tuple[Array, Array],
+    own: tuple[Array, Array],
+    keys: Packed,
+    values: Packed,
+    output_ref,
+    lse_ref,
+    plan: TritonPlan,
+) -> None:
+    """Attends to the range of blocks `own`, of a sequence whose range of positions is `visible`."""
+    begin, end = own
     row = jnp.arange(plan.columns)
     query = start + quotient(remainder(row, plan.distinct), plan.ratio)  # positions
-    visible = span(start, stop, plan.tokens, plan.first, plan.window)
-    begin, end = share(*visible, plan.cut.block, plan.splits, pl.program_id(2))
     questions = Questions(q_ref, plan)
     key_blocks = Blocks(keys, plan.keys, plan.cut, plan.interpret)
     value_blocks = Blocks(values, plan.values, plan.cut, plan.interpret, visible)

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from pallas_kernels.gpu_layout import LIFT, LOG2_E, Cut, GpuTensor, cores, cut, quotient, splits_of
+from pallas_kernels.gpu_layout import LIFT, LOG2_E, Cut, GpuTensor, blocks_of, cores, cut, quotient, span, splits_of
 from pallas_kernels.layout import MASKED, Packed, by_kv_head, by_query
 from pallas_kernels.remat_attention.weights import Rebuild
 from pallas_kernels.triton_common import (
@@ -31,8 +31,6 @@ from pallas_kernels.triton_common import (
     dot,
     piece_at,
     piece_width,
-    share,
-    span,
     weighed,
 )
 
@@ -346,7 +344,10 @@ def _weigh_kernel(
     index = pl.program_id(0)
     tile_index, chunk, split = index % tiles, index // tiles % chunks, index // (tiles * chunks)
     visible = span(start, stop, plan.tokens, plan.first, plan.window)
-    begin, end = share(*visible, plan.value_cut.block, plan.splits, split)
+    begin, end = blocks_of(*visible, plan.value_cut.block)
+    each = pl.cdiv(jnp.maximum(end - begin, 0), plan.splits)
+    begin += split * each
+    end = jnp.minimum(begin + each, end)
     row = chunk * plan.columns + jnp.arange(plan.columns)
     lse = lse_ref[jnp.minimum(row, rows - 1)]
     piece = piece_at(plan.values, plan.width, tile_index)
