@@ -117,6 +117,8 @@ def share_of(plan: AttentionPlan, splits: int, start: Int[Array, "B"], stop: Int
     start, stop = start.astype(jnp.int32), stop.astype(jnp.int32)
     begin, end = blocks_of(*span(start, stop, plan.tokens, plan.first, plan.window), plan.cut.block)
     blocks = jnp.maximum(end - begin, 0)
+    if len(blocks) == 1:
+        return jnp.maximum(-(-blocks // splits), 1)
     each = jnp.maximum(-(-blocks.max() // jnp.arange(1, plan.parts + 1)), 1)
     parts = (-(-blocks[:, None] // each)).sum(0)
     time = -(-parts // (splits * len(blocks))) * (each + STARTUP)
