@@ -48,6 +48,15 @@ def programs_of_a_file() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def shared_programs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What one file has compiled the next one loads, in other workers too: a file frees its programs when it ends."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    jax.config.update("jax_compilation_cache_dir", str(folder / "shared_programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)  # others are compiled sooner than read
+
+
+@pytest.fixture(scope="session", autouse=True)
 def own_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What programs that tests start compile does not go to the user's cache folder."""
     with pytest.MonkeyPatch.context() as patch:

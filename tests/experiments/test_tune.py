@@ -45,26 +45,35 @@ SPAWN = multiprocessing.get_context("forkserver")  # forks before JAX has thread
 SPAWN.set_forkserver_preload(["kvjax.experiments.tune", "sklearn.cluster"])  # one list for all tests
 CONTEXT, LAYERS, PAIRS = 96, 4, 9
 METHODS = ("knapsack", "refine", "nsga2")
+COMPILATION = (
+    "jax_disable_most_optimizations",
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+)
 WRITE = style.write
 Row = dict[str, Any]
 
 
-def compile_quickly(compiled: Path | None) -> None:
+def compile_quickly(compiled: Path) -> None:
     """Without most optimizations, keeping programs in a folder: tests and the programs they start share them."""
-    jax.config.update("jax_disable_most_optimizations", compiled is not None)
-    jax.config.update("jax_compilation_cache_dir", compiled and str(compiled))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0 if compiled else 1.0)
+    set_compilation(True, str(compiled), 0.0)
+
+
+def set_compilation(*values: Any) -> None:
+    for name, value in zip(COMPILATION, values, strict=True):
+        jax.config.update(name, value)
     compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick(home: Path) -> Iterator[None]:
     """Programs that compile quickly, and no pictures but of `three`."""
+    before = [jax.config.values[name] for name in COMPILATION]
     compile_quickly(home / "compiled")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(style, "write", lambda *_: None)
         yield
-    compile_quickly(None)
+    set_compilation(*before)
 
 
 @pytest.fixture(scope="module")

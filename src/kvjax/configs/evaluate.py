@@ -7,7 +7,7 @@
 
 asks a 135M-parameter model for hidden numbers and chains of variables in contexts of 1024 tokens. Tasks of
 lm-evaluation-harness, by name or as YAML files, need `pip install 'kvjax[eval]'`. `:frontier` asks with each of the
-frontier's methods at 4 and 2 bits, with its equal exact tokens; methods that learn do so from FILE.
+frontier's methods at 2 and 4 bits, with its equal exact tokens; methods that learn do so from FILE.
 """
 
 from ml_collections import config_dict
@@ -18,7 +18,7 @@ from kvjax.configs import frontier
 def get_config(variant: str = "") -> config_dict.ConfigDict:
     config = _uniform()
     if variant == "frontier":
-        config.caches = f"dense,{frontier.caches(4, 2)}"
+        config.caches = f"dense,{frontier.caches(2, 4)}"
     elif variant:
         raise ValueError(f"variant {variant!r}; expected frontier or nothing")
     return config

@@ -644,6 +644,7 @@ TABLES: dict[str, Tables] = {
         "xquant-equal": ("xquant-equal.jsonl", xquant),
         "xquant-equal-mha": ("xquant-equal-mha.jsonl", xquant),
         "latents": ("latents.jsonl", latents),
+        "latents-avx2": ("latents-avx2.jsonl", latents),
     },
     "docs/tuning.md": {
         "predictors": ("sensitivity.jsonl", predictors),
