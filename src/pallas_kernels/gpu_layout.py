@@ -104,12 +104,10 @@ class GpuTensor:
     pack: int
     tokens: int
     channels: int
-    container: int = 8  # bits of the words that hold codes
 
     @classmethod
     def of(cls, packed: Packed) -> GpuTensor:
-        container = 8 if packed.bits == EXACT else packed.container
-        return cls(packed.bits, packed.per, packed.group, packed.pack, packed.shape[2], packed.shape[3], container)
+        return cls(packed.bits, packed.per, packed.group, packed.pack, packed.shape[2], packed.shape[3])
 
     @property
     def exact(self) -> bool:
@@ -137,7 +135,7 @@ class GpuTensor:
         if self.exact:
             return first, 0
         width = self.widths[plane]
-        run = self.pack * width // self.container
+        run = self.pack * width // 8
         return first // self.pack * run + first % self.pack % run, first % self.pack // run * width
 
     def shared_tokens(self, run: int) -> int:
@@ -155,9 +153,6 @@ class GpuTensor:
           The instructions.
         """
         planes = range(len(self.widths))
-        if self.container == 16:
-            [shift] = [self.place(plane, first)[1] for plane in planes]
-            return _from_words(self.widths[0], shift, scaled)
         code = _unpack(self.widths, [self.place(plane, first)[1] for plane in planes], 2)
         return f"{{ {code} {_float16(2 + len(planes)) if scaled else _bfloat16(self.bits)} }}"
 
@@ -167,8 +162,6 @@ class GpuTensor:
         They are two results, a register per plane and, with `scaled`, two registers each for scale and zero point. A
         result shares no register with an argument, because arguments are read after the first result is written.
         """
-        if self.container == 16:
-            return ",".join(["=&r", "r", *["r"] * (2 * scaled)])
         return ",".join(["=&r", "=&r", *["r"] * (len(self.widths) + 4 * scaled)])
 
     def offset(self, light: bool) -> int:
@@ -231,7 +224,7 @@ def cut(streams: list[GpuTensor], rows: int, block: int | None = None) -> Cut:
     if any(not power_of_two(s.pack) for s in packed):
         raise NotImplementedError(f"packs of {', '.join(str(s.pack) for s in packed)}; expected powers of two")
     span = max([s.pack for s in packed], default=SMALLEST)
-    run = min([s.pack * min(s.widths) // s.container for s in packed], default=span)
+    run = min([s.pack * min(s.widths) // 8 for s in packed], default=span)
     smallest = span * max(1, SMALLEST // run)
     if block is not None and (block % smallest or not power_of_two(block // smallest)):
         raise NotImplementedError(f"blocks of {block} tokens; expected {smallest} times a power of two")
@@ -250,19 +243,6 @@ def _unpack(widths: tuple[int, ...], shifts: list[int], first: int) -> str:
         lines.append(f"{move} and.b32 u, u, {((1 << width) - 1 << low) * BYTES:#x}; or.b32 t, t, u;")
         low += width
     return " ".join(lines)
-
-
-def _from_words(width: int, shift: int, scaled: bool) -> str:
-    """PTX that turns two words of 16 bits into two floats, by an and and an or that are one instruction.
-
-    Codes are written into the mantissa of 128 (bfloat16), or of 1024 (float16), which is subtracted before scaling.
-    """
-    move = f"shr.b32 u, $1, {shift};" if shift else "mov.b32 u, $1;"
-    mask, one = ((1 << width) - 1) * 0x00010001, 0x64006400 if scaled else 0x43004300
-    mix = f"lop3.b32 t, u, {mask:#x}, {one:#x}, 0xea;"
-    if not scaled:
-        return f"{{ .reg .b32 u, t; {move} {mix} mov.b32 $0, t; }}"
-    return f"{{ .reg .b32 u, t, m; {move} {mix} mov.b32 m, {one:#x}; sub.rn.f16x2 t, t, m; fma.rn.f16x2 $0, t, $2, $3; }}"
 
 
 def _bfloat16(bits: int) -> str:

@@ -55,14 +55,8 @@ class Packed:
     def shape(self) -> tuple[int, int, int, int]:
         """B, K, S, D of the values."""
         batch, heads, rows, channels = self.planes[0].shape
-        if self.bits == EXACT:
-            return batch, heads, rows, channels
-        return batch, heads, rows * self.container // PLANES[self.bits][0], channels
-
-    @property
-    def container(self) -> int:
-        """Bits of the words that hold codes: 8 or 16."""
-        return 8 * self.planes[0].dtype.itemsize
+        width = 8 if self.bits == EXACT else PLANES[self.bits][0]
+        return batch, heads, rows * 8 // width, channels
 
 
 def dequantize(packed: Packed) -> Float[Array, "B K S D"]:
@@ -184,13 +178,12 @@ def check(name: str, packed: Packed) -> None:
     if len(packed.planes) != len(widths) or any(plane.ndim != 4 for plane in packed.planes):
         raise ValueError(f"{name}: expected {len(widths)} planes [B, K, rows, D]")
     batch, heads, tokens, channels = packed.shape
-    word = 8 if packed.bits == EXACT else packed.container
     for plane, width in zip(packed.planes, widths, strict=True):
-        if plane.shape != (batch, heads, tokens * width // word, channels):
+        if plane.shape != (batch, heads, tokens * width // 8, channels):
             raise ValueError(
-                f"{name}: a plane of {plane.shape}; expected {(batch, heads, tokens * width // word, channels)}"
+                f"{name}: a plane of {plane.shape}; expected {(batch, heads, tokens * width // 8, channels)}"
             )
-        if packed.bits != EXACT and plane.dtype not in (jnp.uint8, jnp.uint16):
+        if packed.bits != EXACT and plane.dtype != jnp.uint8:
             raise ValueError(f"{name}: a plane of {plane.dtype}; expected uint8")
     if packed.bits == EXACT:
         return

@@ -193,7 +193,7 @@ class SubTiles:
         code, operands = self.stored.assembly(tile * self.cut.run, scaled), self.stored.operands(scaled)
         result = jax.ShapeDtypeStruct(args[0].shape, dtype)
         [out] = plgpu.elementwise_inline_asm(
-            code, args=args, constraints=operands, pack=32 // self.stored.container, result_shape_dtypes=[result]
+            code, args=args, constraints=operands, pack=4, result_shape_dtypes=[result]
         )
         return out
 
@@ -267,7 +267,7 @@ class SubTiles:
         parts, low = [], 0
         for plane, (width, word) in enumerate(zip(self.stored.widths, self._words(tile, piece), strict=True)):
             _, shift = self.stored.place(plane, tile * self.cut.run)
-            parts.append(((word >> shift).astype(jnp.uint8) & ((1 << width) - 1)) << low)
+            parts.append(((word >> shift) & ((1 << width) - 1)) << low)
             low += width
         return functools.reduce(operator.or_, parts)
 
@@ -276,11 +276,11 @@ class SubTiles:
         stored, width = self.stored, self.stored.widths[plane]
         first, _ = stored.place(plane, tile * self.cut.run)
         row = (
-            self.cut.spans(self.block) * (self.cut.span * width // stored.container)
+            self.cut.spans(self.block) * (self.cut.span * width // 8)
             + first
             + remainder(jnp.arange(self.cut.rows), self.cut.run)
         )
-        row = self._within(row, stored.tokens * width // stored.container)
+        row = self._within(row, stored.tokens * width // 8)
         inside = self._inside(self.cut.positions(self.block, tile)) if stored.exact else None  # codes are never NaN
         load = lambda: _load(self.refs.planes[plane], (row[:, None], piece.channels()[None, :]), inside)  # noqa: E731
         return _once(self._bytes_held, (plane, first, piece), load)

@@ -96,8 +96,7 @@ def packed(batch: int, heads: int, tokens: int, width: int, bits: int, per: str,
         return Packed((shaped((batch, heads, tokens, width), jnp.bfloat16),), None, None, bits, "token", width, PACK)
     group = min(group or width, width if per == "token" else tokens)
     groups = (width // group, tokens) if per == "token" else (tokens // group, width)
-    word = jnp.dtype(jnp.uint16 if bits in (1, 2, 4) else jnp.uint8)
-    planes = tuple(shaped((batch, heads, tokens * n // (8 * word.itemsize), width), word) for n in PLANES[bits])
+    planes = tuple(shaped((batch, heads, tokens * n // 8, width), jnp.uint8) for n in PLANES[bits])
     scale = shaped((batch, heads, *groups), jnp.float16)
     return Packed(planes, scale, scale, bits, per, group, PACK)
 

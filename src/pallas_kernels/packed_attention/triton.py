@@ -179,7 +179,7 @@ def defaults(q: Float[Array, "B T H D"], keys: Packed, values: Packed) -> dict[s
     """
     stored = GpuTensor.of(keys), GpuTensor.of(values)
     crowded = any(s.exact for s in stored) and min(width for s in stored for width in s.widths) == 1
-    rows = 16 if q.dtype != jnp.bfloat16 else 128
+    rows = 16 if q.dtype != jnp.bfloat16 else 32 if crowded else 64
     light = all(not s.exact and s.per == "token" and s.groups == len(s.widths) == 1 for s in stored)
     return gpu.settings_of(q, keys, values, rows, buffers=2, resident=LIGHT if light else gpu.RESIDENT)
 
