@@ -162,11 +162,12 @@ def brief(rows: list[Row]) -> str:
 
 
 def only(render: Callable[[list[Row]], T], *patterns: str, **fields: str) -> Callable[[list[Row]], T]:
-    """A table, or a figure, of the rows whose caches have one of these patterns and which have these fields."""
+    """A table, or a figure, of the rows which have these fields, and whose caches have one of the patterns if any."""
 
     def rendered(rows: list[Row]) -> T:
         own = [row for row in rows if all(row[key] == value for key, value in fields.items())]
-        return render([row for row in own if any(fnmatch.fnmatchcase(row["cache"], each) for each in patterns)])
+        fits = lambda row: any(fnmatch.fnmatchcase(row["cache"], each) for each in patterns)  # noqa: E731
+        return render([row for row in own if not patterns or fits(row)])
 
     return rendered
 
@@ -495,6 +496,19 @@ def _registers(row: Row) -> str:
     return ", ".join(cells)
 
 
+def loops(rows: list[Row]) -> str:
+    """The main loop of every kernel of ours: instructions an element, registers, programs that fit, spilled bytes."""
+    header = ("target", "mode", "bits", "instructions an element", "registers", "resident", "spills, bytes")
+    lines = []
+    for row in rows:
+        for kernel in row["kernels"]:
+            if "per_element" in kernel:
+                spilled = kernel["spill_stores"] + kernel["spill_loads"]
+                counts = f"{kernel['per_element']:.2f}", kernel["registers"], kernel["resident"], spilled
+                lines.append([row["target"], row["mode"], row["bits"], *map(str, counts)])
+    return f"{describe_source(rows)}\n\n" + table(header, lines)
+
+
 def _at(rows: list[Row], budget: float) -> list[Row]:
     return [row for row in rows if row["budget"] == budget]
 
@@ -659,7 +673,7 @@ TABLES: dict[str, Tables] = {
     "docs/reproduce-kvtuner.md": {
         "pairs": ("head_errors.jsonl", pairs),
         "keys-alone": ("head_errors.jsonl", keys_alone),
-        "kvtuner": ("plans-pairs.jsonl", only(judged, "*", text="wiki.test.raw", search="kivi")),
+        "kvtuner": ("plans-pairs.jsonl", only(judged, text="wiki.test.raw", search="kivi")),
     },
     "docs/reproduce-xquant.md": {
         "gqa": ("xquant-gqa.jsonl", brief),
@@ -733,6 +747,10 @@ TABLES: dict[str, Tables] = {
         "rows": ("aot-cuda-rows.jsonl", registers),
         "launches-of-16": ("aot-cuda-launch16.jsonl", registers),
         "launches-of-8": ("aot-cuda-launch8.jsonl", registers),
+        "parts": ("aot-cuda-parts.jsonl", only(loops, op="packed_attention", target="h100")),
+        "words": ("aot-cuda-words.jsonl", loops),
+        "words-of-32-tokens": ("aot-cuda-words32.jsonl", loops),
+        "bytes-of-128-tokens": ("aot-cuda-blocks256.jsonl", loops),
         "accounting": (None, lambda _: accounting()),
     },
 }
@@ -742,9 +760,9 @@ PICTURES: dict[str, tuple[str, Callable[[list[Row]], Any]]] = {  # by name: the 
     "pareto": ("demo-streaming.jsonl", pareto.draw),
     "xquant-gqa": ("xquant-gqa.jsonl", lambda rows: pareto.draw([row for row in rows if row["text"] != "demo"])),
     "closed_loop": ("closed_loop.jsonl", closed_loop.draw),
-    "frontier": ("frontier.jsonl", only(quality.draw, "*", model="smollm2-135m", text="wiki.test.raw")),
-    "frontier-essays": ("frontier.jsonl", only(quality.draw, "*", model="smollm2-135m", text="demo")),
-    "frontier-gemma": ("frontier.jsonl", only(quality.draw, "*", model="gemma3-270m", text="wiki.test.raw")),
+    "frontier": ("frontier.jsonl", only(quality.draw, model="smollm2-135m", text="wiki.test.raw")),
+    "frontier-essays": ("frontier.jsonl", only(quality.draw, model="smollm2-135m", text="demo")),
+    "frontier-gemma": ("frontier.jsonl", only(quality.draw, model="gemma3-270m", text="wiki.test.raw")),
     "frontier-authors": ("frontier-authors.jsonl", quality.draw),
     "tune-plans": ("plans-pairs.jsonl", plans.draw),
     "tune-families": ("plans-families.jsonl", plans.draw),
