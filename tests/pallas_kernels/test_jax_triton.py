@@ -22,8 +22,10 @@ def test_arguments_have_one_order() -> None:
     """Planes that a width has not and scales of exact values are stood in for."""
     case = Case(3, 16, "channel", group=32)
     q, keys, values, start, stop = case.tensors()
-    rows, begin, end, *rest = jax_triton.arguments(q, keys, values, start, stop)
+    each = jnp.ones(1, jnp.int32)
+    rows, begin, end, size, *rest = jax_triton.arguments(q, keys, values, start, stop, each)
     assert rows.shape == (2, case.kv_heads, case.rows, case.head_dim) and begin.dtype == end.dtype == jnp.int32
+    assert size is each
     own = [*keys.planes, keys.scale, keys.zero, *[values.planes[0]] * 4]
     assert len(rest) == len(own) and all(a is b for a, b in zip(rest, own, strict=True))
 
@@ -39,7 +41,7 @@ def test_default_blocks_hold_fewer_tokens_where_more_bytes_are_held(bits, rows: 
 def test_what_it_does_not_serve(monkeypatch) -> None:
     case = Case(4, 4, head_dim=96, group=24)
     with pytest.raises(NotImplementedError, match="groups of 24 channels"):
-        jax_triton.arguments(*case.tensors())
+        jax_triton.arguments(*case.tensors(), jnp.ones(1, jnp.int32))
     with pytest.raises(NotImplementedError, match="interpreter"):
         jax_triton.packed_attention(*case.tensors(), first=0, window=None, scale=1.0, interpret=True)
     monkeypatch.setitem(sys.modules, "jax_triton", None)

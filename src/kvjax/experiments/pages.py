@@ -161,6 +161,17 @@ def brief(rows: list[Row]) -> str:
     return f"{describe_source(rows)}\n\n" + table(("cache", "with scales", "KL", "top-1", "nll"), lines)
 
 
+def trained(rows: list[Row]) -> str:
+    """How models were trained, a line a look at the windows that choose."""
+    parts = [describe_source(rows)]
+    for row in rows:
+        text = "{text}, {tokens} tokens in windows of {context}".format(**row["learned_from"])
+        alike = "; ".join(f"{name} {row[f'{name}_likeness'][-1]:.2f}" for name in ("k", "v"))
+        parts.append(f"{row['model']}: {text}, {row['batch']} a step. Heads' likeness (1: copies): {alike}.")
+        parts.append(table(("step", "nll, nats a token"), [[str(step), f"{nll:.3f}"] for step, nll in row["curve"]]))
+    return "\n\n".join(parts)
+
+
 def only(render: Callable[[list[Row]], T], *patterns: str, **fields: str) -> Callable[[list[Row]], T]:
     """A table, or a figure, of the rows which have these fields, and whose caches have one of the patterns if any."""
 
@@ -732,6 +743,8 @@ TABLES: dict[str, Tables] = {
     "docs/models.md": {
         "models": ("models.jsonl", beside),
         "models-plans": ("models-plans.jsonl", searched),
+        "training": ("trained-mha-training.jsonl", trained),
+        "trained": ("trained-mha.jsonl", brief),
     },
     "docs/tasks.md": {
         "tasks": ("tasks.jsonl", tasks),
