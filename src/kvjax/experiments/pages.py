@@ -697,6 +697,7 @@ TABLES: dict[str, Tables] = {
         "frontier": ("frontier.jsonl", frontier),
         "authors": ("frontier-authors.jsonl", frontier),
         "rivals": ("decode-rivals.jsonl", decode),
+        "needles": ("tasks-frontier.jsonl", tasks),
     },
     "docs/methods/adapters.md": {"adapters": ("adapters.jsonl", adapters)},
     "docs/methods/turboquant.md": {"turboquant": _rival("tq*")},
