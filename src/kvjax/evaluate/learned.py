@@ -17,6 +17,11 @@ from kvjax.models.calibration import Calibration
 from kvjax.models.model import Model, check_model
 
 
+def text_of(model: Model, text: Text, context: int, windows: int | None, offset: int = 0) -> Calibration:
+    """What is learned from, see `kvjax.evaluate.calibrated.calibration`; no statistics of it are gathered."""
+    return Calibration(strip_paths(names_of(text)), calibration(model, text, context, windows, offset), "")
+
+
 def learn_adapters(
     model: Model,
     cache: str | CacheSpec | CachePlan,
@@ -54,8 +59,7 @@ def learn_adapters(
     """
     check_model(model)
     plan = CachePlan.cast(cache, model.config)
-    cut = calibration(model, text, context, windows, offset)
-    seen = Calibration(strip_paths(names_of(text)), cut, "")
+    seen = text_of(model, text, context, windows, offset)
     return distill(model, plan, seen, rank, steps, rate, folder, progress or (lambda step, steps: None))
 
 
@@ -97,6 +101,5 @@ def learn_model(
       KvjaxError: a model or text that is refused, numbers that are not possible, or files that cannot be written.
     """
     check_model(model)
-    cut = calibration(model, text, context, windows, offset)
-    seen = Calibration(strip_paths(names_of(text)), cut, "")
+    seen = text_of(model, text, context, windows, offset)
     return pretrain(model, seen, batch, steps, rate, folder, progress or (lambda step, steps: None))

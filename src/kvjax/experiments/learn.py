@@ -29,9 +29,9 @@ from kvjax.caches.plan import CachePlan
 from kvjax.checkpoints import orbax
 from kvjax.checkpoints.load import read_config
 from kvjax.errors import KvjaxError
-from kvjax.evaluate.calibrated import calibration
+from kvjax.evaluate.learned import text_of
 from kvjax.evaluate.perplexity import score_against
-from kvjax.evaluate.text import check_disjoint, check_unseen, read_windows, strip_paths
+from kvjax.evaluate.text import check_disjoint, check_unseen, read_windows
 from kvjax.experiments import bars, program, style
 from kvjax.learning.pretrain import head_likeness
 from kvjax.models.calibration import Calibration
@@ -143,14 +143,14 @@ def _seen_and_judged(
     Raises:
       KvjaxError: a text that cannot be read or is too short, or the two share tokens.
     """
-    seen = calibration(model, config.calibration, config.seen_context, windows, 0)
+    seen = text_of(model, config.calibration, config.seen_context, windows)
     judged = {
         text: read_windows(text, model, config.context, config.windows, config.offset)
         for text in split_list(config.judged_on)
     }
     for each in judged.values():
-        check_disjoint(each, seen)
-    return Calibration(strip_paths(config.calibration), seen, ""), judged
+        check_disjoint(each, seen.windows)
+    return seen, judged
 
 
 def _judged(

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.caches.base import Chunk, LayerCache
 from kvjax.caches.plan import Cache, CachePlan
-from kvjax.checks import check_path, check_whole
+from kvjax.checks import check_whole
 from kvjax.errors import KvjaxError
 from kvjax.learning import training
 from kvjax.learning.adapters import Adapters, Layers, first_adapters, with_changes
@@ -64,16 +62,12 @@ def distill(
     """
     for name, value in {"rank": rank, "steps": steps}.items():
         check_whole(name, value, 1)
-    if not (isinstance(rate, float) and 0 < rate < math.inf):
-        raise KvjaxError(f"rate={rate}; expected a number above 0")
+    training.check_rate("rate", rate)
     _check(model, plan)
     if len(text.windows) < 2:
         raise KvjaxError("the text has one window; expected two or more: one is for choosing")
     run = functools.partial(_run, model, plan, text, rank, steps, rate, progress)
-    if folder is None:
-        with tempfile.TemporaryDirectory() as temporary:
-            return run(Path(temporary))
-    return run(check_path("folder", folder))
+    return training.in_folder(folder, run)
 
 
 def _check(model: Model, plan: CachePlan) -> None:

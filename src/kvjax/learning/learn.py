@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from kvjax.caches.base import CacheSpec
 from kvjax.caches.plan import CachePlan
 from kvjax.calibrate import bases
 from kvjax.calibrate.statistics import load_statistics
-from kvjax.checks import check_path, check_whole
+from kvjax.checks import check_whole
 from kvjax.errors import KvjaxError
 from kvjax.learning import layerwise, polish, training
 from kvjax.learning.encoders import as_arrays, changed, counted_tokens, encoder_of, no_changes
@@ -55,8 +53,7 @@ class Settings:
         for name, least in {"steps": 1, "polish": 0, "batch": 1}.items():
             check_whole(name, getattr(self, name), least)
         for name in ("rate", "polish_rate"):
-            if not (isinstance(getattr(self, name), float) and 0 < getattr(self, name) < math.inf):
-                raise KvjaxError(f"{name}={getattr(self, name)}; expected a number above 0")
+            training.check_rate(name, getattr(self, name))
 
 
 def learn(
@@ -99,10 +96,7 @@ def learn(
     plan = CachePlan.cast(cache, model.config)
     _check(model, plan)
     hears = progress or (lambda row: None)
-    if folder is None:
-        with tempfile.TemporaryDirectory() as temporary:
-            return _Run(model, plan, settings, Path(temporary), hears).all()
-    return _Run(model, plan, settings, check_path("folder", folder), hears).all()
+    return training.in_folder(folder, lambda path: _Run(model, plan, settings, path, hears).all())
 
 
 def _check(model: Model, plan: CachePlan) -> None:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import math
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from kvjax.checks import check_path, check_whole
+from kvjax.checks import check_whole
 from kvjax.errors import KvjaxError
 from kvjax.learning import training
 from kvjax.learning.forward import Exact, likelihood
@@ -69,8 +67,7 @@ def pretrain(
     """
     for name, value in {"batch": batch, "steps": steps}.items():
         check_whole(name, value, 1)
-    if not (isinstance(rate, float) and 0 < rate < math.inf):
-        raise KvjaxError(f"rate={rate}; expected a number above 0")
+    training.check_rate("rate", rate)
     if model.dtype == jnp.bfloat16:
         raise KvjaxError(f"{model.name} is in bfloat16, which small steps do not change; expected dtype=float32")
     if model.config.learned_sinks:
@@ -78,10 +75,7 @@ def pretrain(
     if len(text.windows) < 2:
         raise KvjaxError("the text has one window; expected two or more: one is for choosing")
     run = functools.partial(_run, model, text, batch, steps, rate, progress)
-    if folder is None:
-        with tempfile.TemporaryDirectory() as temporary:
-            return run(Path(temporary))
-    return run(check_path("folder", folder))
+    return training.in_folder(folder, run)
 
 
 def _run(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import optax
@@ -16,9 +18,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvjax import records
 from kvjax.checkpoints.orbax import new_folder, together, write_arrays
+from kvjax.checks import check_path
 from kvjax.errors import KvjaxError
 from kvjax.files import brief
 
+T = TypeVar("T")
 LOOKS = 10  # times that the unseen window is looked at
 Curve = list[tuple[int, float]]
 """(step, nats per token on the unseen window) at every look, the start among them."""
@@ -75,6 +79,20 @@ class Kept:
         except Exception as error:  # Orbax and its storage raise many kinds
             raise KvjaxError(f"{folder} cannot be restored: {brief(error)}; remove it to train again") from None
         return State(**saved | {"step": int(saved["step"])}), [tuple(look) for look in row["curve"]]
+
+
+def check_rate(name: str, rate: Any) -> None:
+    """Raises KvjaxError for a learning rate that is not possible."""
+    if not (isinstance(rate, float) and 0 < rate < math.inf):
+        raise KvjaxError(f"{name}={rate}; expected a number above 0")
+
+
+def in_folder(folder: str | Path | None, run: Callable[[Path], T]) -> T:
+    """Runs a training in a folder from which it may go on, or in a temporary one where None."""
+    if folder is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            return run(Path(temporary))
+    return run(check_path("folder", folder))
 
 
 def whole_batch(batch: int, mesh: Mesh | None) -> int:
